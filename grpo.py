@@ -1,0 +1,474 @@
+"""GRPO on chosen tokens: rewards to advantages, advantages to a loss, a loss to a step.
+
+R3 trains the tokens of reflections and no others. A failure is shown to the model G times, it
+writes G reflections, each is followed by a retry, and the retry's verdict is the reflection's
+reward r. Then
+
+    A_g  = (r_g - mean r) / (std r + epsilon)                            group_advantages
+    mask = 1 on the reflection's own tokens, 0 on everything else        trained_mask
+    loss = - sum mask * (min(ratio A, clip(ratio) A) - beta KL) / sum mask       grpo_loss
+
+where ratio = pi(token) / pi_old(token), clip(ratio) lies in [1 - clip, 1 + clip], and KL is the k3
+estimate against the model that training started from. The retry comes after the last reflection
+token, so training never reads it: a row is the failure's context and one reflection.
+
+The cold start of the tiny model goes through the same code: with an advantage of one on every
+assistant token and pi_old = pi, the gradient of this loss is that of the mean log-likelihood.
+
+This file knows token ids and rewards. What the tokens say is r3.py's business.
+"""
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import Model, replace_file
+
+# ------------------------------------------------------------------------------------------------
+# From rewards to a loss
+# ------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: Tensor, epsilon: float = 1e-4, scale: bool = True) -> Tensor:
+    """(P, G) rewards -> (P, G) advantages: how far above the group's mean, in its deviations.
+
+    One success among G = 4: the mean is 0.25, the (sample) standard deviation 0.5, so
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
+    tensor([[ 1.4997, -0.4999, -0.4999, -0.4999],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+
+    A group of equal rewards has nothing to compare: its advantages are exactly zero. With
+    scale=False the deviation is not divided by (Dr. GRPO): 0.75 and -0.25 in the example.
+    """
+    deviation = rewards - rewards.mean(dim=1, keepdim=True)
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    if scale:
+        deviation = deviation / (rewards.std(dim=1, keepdim=True) + epsilon)  # needs G >= 2
+    return deviation.masked_fill(equal, 0.0)
+
+
+def trained_mask(spans: list[list[tuple[int, int]]], width: int) -> Tensor:
+    """Where the gradient flows: (N, width - 1) bool over each row's targets, its tokens 1, 2, ….
+
+    spans: per row, the (start, end) of its trained tokens; for R3 that is one span, the reflection
+    with its end-of-turn token where the model wrote one. Built from positions, never from token
+    ids: a padding token's id may be a real token elsewhere.
+
+    A context of 3 tokens and a reflection of 2, in a batch 6 tokens wide: tokens 3 and 4 are
+    trained, and token t is target t - 1.
+
+    >>> trained_mask([[(3, 5)]], width=6).int()
+    tensor([[0, 0, 1, 1, 0]], dtype=torch.int32)
+    """
+    mask = torch.zeros(len(spans), width, dtype=torch.bool)
+    for row, row_spans in enumerate(spans):
+        for start, end in row_spans:
+            mask[row, start:end] = True
+    return mask[:, 1:]
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+    beta: float = 0.001,
+    loss: str = "dapo",
+    normalizer: float | None = None,
+) -> Tensor:
+    """The clipped surrogate with the k3 KL term, over the tokens where mask is True. A scalar.
+
+    logprobs, old_logprobs, ref_logprobs, mask: (N, T); advantages: (N,). ref_logprobs may be None
+    when beta = 0. `loss` says what a token's share is:
+
+        dapo      the mean over all tokens of the step: every token weighs the same
+        grpo      the mean over sequences of each sequence's mean: the original
+        dr_grpo   the sum over a constant, N times the longest length allowed: no length bias
+
+    normalizer: what the sum is divided by: tokens, sequences, or sequences times longest length.
+    The caller gives the whole step's, so that splitting a step into micro-batches never changes
+    its gradient; by default it is taken from `mask`.
+    """
+    A = advantages[:, None]  # (N, 1)
+    ratio = (logprobs - old_logprobs).exp()  # (N, T)
+    per_token = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+    if beta:
+        per_token = per_token + beta * k3(logprobs, ref_logprobs)
+    per_token = torch.where(mask, per_token, 0.0)
+    if loss == "grpo":
+        per_token = per_token / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    if normalizer is None:
+        normalizer = {"dapo": mask.sum(), "grpo": len(mask), "dr_grpo": mask.numel()}[loss]
+    return per_token.sum() / normalizer
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Schulman's k3 estimate of KL(pi || pi_ref) per token: never negative, zero where they agree.
+
+    Its *value* estimates that KL; its gradient, used as a loss, is the one of the forward KL.
+    """
+    difference = ref_logprobs - logprobs
+    return difference.exp() - difference - 1
+
+
+# ------------------------------------------------------------------------------------------------
+# One optimiser step
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """What one training run is made of. The defaults are the paper's where it states them."""
+
+    steps: int = 1_750
+    lr: float = 5e-7
+    warmup: float = 0.03  # share of the steps in which the learning rate rises; then a cosine to 0
+    clip: float = 0.2
+    beta: float = 0.001
+    loss: str = "dapo"  # or "grpo", "dr_grpo"
+    temperature: float = 1.0  # what sampling divided the logits by
+    max_new_tokens: int = 512  # the longest reflection: the constant of "dr_grpo"
+    max_grad_norm: float = 1.0
+    micro_tokens: int = 8_192  # tokens, padding included, in one forward and backward pass
+
+
+LOSSES = ("dapo", "grpo", "dr_grpo")
+
+
+@dataclass
+class Batch:
+    """What one optimiser step learns from: N rows, with nothing after their last trained token."""
+
+    ids: list[list[int]]
+    spans: list[list[tuple[int, int]]]  # (start, end) of a row's trained tokens
+    advantages: Tensor  # (N,)
+    old_logprobs: list[list[float]] | None = None  # of the trained tokens; None: as they are now
+    ref_logprobs: list[list[float]] | None = None  # likewise; None: the reference model's
+    rewards: Tensor | None = None  # (N,)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def reflection_batch(
+    contexts: list[list[int]],
+    reflections: list[list[int]],
+    logprobs: list[list[float]],
+    rewards: Tensor,
+    scale: bool = True,
+) -> Batch:
+    """P failures with G reflections each as N = P * G rows; rewards: (P, G)."""
+    return Batch(
+        ids=[c + r for c, r in zip(contexts, reflections, strict=True)],
+        spans=[[(len(c), len(c) + len(r))] for c, r in zip(contexts, reflections, strict=True)],
+        advantages=group_advantages(rewards, scale=scale).flatten(),
+        old_logprobs=logprobs,
+        rewards=rewards.flatten(),
+        metrics={
+            "reward": rewards.mean().item(),
+            "equal_groups": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
+            "length": sum(map(len, reflections)) / len(reflections),
+        },
+    )
+
+
+def micro_batches(batch: Batch, micro_tokens: int) -> Iterator[list[int]]:
+    """Row numbers in groups of similar length, each at most `micro_tokens` tokens when padded."""
+    group: list[int] = []
+    for row in sorted(range(len(batch.ids)), key=lambda row: len(batch.ids[row])):
+        if group and len(batch.ids[row]) * (len(group) + 1) > micro_tokens:
+            yield group
+            group = []
+        group.append(row)
+    yield group
+
+
+def padded(batch: Batch, rows: list[int], device) -> tuple[Tensor, Tensor]:
+    """Some rows as (n, T + 1) ids, padded on the right, and the (n, T) mask of trained targets."""
+    width = max(len(batch.ids[row]) for row in rows)
+    ids = torch.tensor([batch.ids[row] + [0] * (width - len(batch.ids[row])) for row in rows])
+    mask = trained_mask([batch.spans[row] for row in rows], width)
+    return ids.to(device), mask.to(device)
+
+
+def token_logprobs(
+    model: Model, ids: Tensor, mask: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the trained targets, zero elsewhere, (n, T); entropies, (tokens,).
+
+    The output head, the widest matrix, is applied only where a trained token is predicted. Padding
+    stands on the right, so causal attention never lets a token see it.
+    """
+    hidden = model.hidden(ids)[:, :-1][mask]  # (tokens, E)
+    log_p = F.log_softmax(model.head(hidden) / temperature, dim=-1)  # (tokens, V)
+    chosen = log_p.gather(1, ids[:, 1:][mask][:, None]).squeeze(1)  # (tokens,)
+    entropy = -(log_p.detach().exp() * log_p.detach()).sum(dim=-1)
+    return spread(chosen, mask), entropy
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """(tokens,) values to their places in (n, T), zero elsewhere."""
+    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+
+
+def gradients(model: Model, reference: Model | None, batch: Batch, s: Settings) -> dict[str, float]:
+    """Add the gradient of the whole step's loss to the parameters, a micro-batch at a time.
+
+    Returns the metrics: `loss`, the number of trained `tokens`, the means of nll, kl, entropy and
+    `clipped` over them, and `mismatch`, the largest difference between a log-probability as it was
+    recorded when its token was drawn and as it is computed here.
+    """
+    tokens = sum(end - start for spans in batch.spans for start, end in spans)
+    N = len(batch.ids)
+    normalizer = {"dapo": tokens, "grpo": N, "dr_grpo": N * s.max_new_tokens}[s.loss]
+    total = dict.fromkeys(("loss", "nll", "kl", "entropy", "clipped", "mismatch"), 0.0)
+    for rows in micro_batches(batch, s.micro_tokens):
+        ids, mask = padded(batch, rows, model.device)
+        A = batch.advantages[rows].to(model.device)
+
+        def recorded(values: list[list[float]], rows=rows, mask=mask) -> Tensor:
+            flat = torch.tensor([value for row in rows for value in values[row]])
+            return spread(flat.to(mask.device), mask)
+
+        logprobs, entropy = token_logprobs(model, ids, mask, s.temperature)
+        now = logprobs.detach()
+        old = now if batch.old_logprobs is None else recorded(batch.old_logprobs)
+        ref = now
+        if batch.ref_logprobs is not None:
+            ref = recorded(batch.ref_logprobs)
+        elif s.beta:
+            with torch.no_grad():
+                ref, _ = token_logprobs(reference, ids, mask, s.temperature)
+        loss = grpo_loss(logprobs, old, ref, A, mask, s.clip, s.beta, s.loss, normalizer)
+        loss.backward()
+
+        beyond = ((now - old).exp() - 1) * A[:, None].sign() > s.clip  # where the clip bites
+        total["loss"] += loss.item()
+        total["nll"] -= now.sum().item() / tokens
+        total["kl"] += k3(now, ref).sum().item() / tokens  # zero where nothing is trained
+        total["entropy"] += entropy.sum().item() / tokens
+        total["clipped"] += beyond.sum().item() / tokens
+        total["mismatch"] = max(total["mismatch"], (now - old).abs().max().item())
+    return {**total, "tokens": tokens}
+
+
+def train(
+    model: Model,
+    batches: Callable[[int], Batch],
+    s: Settings,
+    optimizers: list[torch.optim.Optimizer],
+    reference: Model | None = None,
+    start: int = 0,
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """The loop. `batches(step)` samples what a step learns from; yields (step, metrics) after each.
+
+    Every step samples from the model as the step before left it (on-policy, one update a batch).
+    The caller logs, evaluates and saves between the steps, in its own for loop.
+    """
+    parameters = list(model.parameters())
+    for step in range(start, s.steps):
+        batch = batches(step)
+        metrics = gradients(model, reference, batch, s)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
+        share = lr_share(step, s.steps, s.warmup)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        yield step, {**batch.metrics, **metrics, "grad_norm": norm.item(), "lr": s.lr * share}
+
+
+def lr_share(step: int, steps: int, warmup: float) -> float:
+    """The share of the full learning rate at a step: a linear rise, then a cosine towards 0."""
+    rise = math.ceil(steps * warmup)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def adamw(model: Model, lr: float) -> list[torch.optim.Optimizer]:
+    """What R3 trains with."""
+    return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Is it right? The same step by the textbook, in float64
+# ------------------------------------------------------------------------------------------------
+
+
+def check(model: Model, batch: Batch, s: Settings, seed: int = 0) -> dict[str, float]:
+    """Compare one micro-batch's loss and gradients with `textbook`, as relative differences.
+
+    On-policy, every ratio is 1 and clipping sleeps, so the old and the reference log-probabilities
+    are first moved by noise that gets a good part of the tokens clipped. Raises ValueError where no
+    micro-batch has advantages of both signs.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    for rows in micro_batches(batch, s.micro_tokens):
+        A = batch.advantages[rows]
+        if A.min() < 0 < A.max():
+            break
+    else:
+        raise ValueError("nothing to check: no group has both right and wrong retries")
+
+    def moved(values: list[float]) -> list[float]:
+        return (torch.tensor(values) + 0.4 * torch.randn(len(values), generator=rng)).tolist()
+
+    small = Batch(
+        ids=[batch.ids[row] for row in rows],
+        spans=[batch.spans[row] for row in rows],
+        advantages=A,
+        old_logprobs=[moved(batch.old_logprobs[row]) for row in rows],
+        ref_logprobs=[moved(batch.old_logprobs[row]) for row in rows],
+    )
+    model.zero_grad(set_to_none=True)
+    metrics = gradients(model, None, small, s)
+    ours = torch.cat([p.grad.flatten().double() for p in model.parameters()])
+    model.zero_grad(set_to_none=True)
+    loss, exact = textbook(model, small, s)
+    return {
+        "loss_error": abs(metrics["loss"] - loss) / abs(loss),
+        "gradient_error": ((ours - exact).norm() / exact.norm()).item(),
+        "clipped": metrics["clipped"],
+        "rows": len(rows),
+        "tokens": metrics["tokens"],
+    }
+
+
+def textbook(model: Model, batch: Batch, s: Settings) -> tuple[float, Tensor]:
+    """A batch's loss and its gradient as one vector: float64, one row at a time, no padding."""
+    model = copy.deepcopy(model).double()
+    tokens = sum(end - start for spans in batch.spans for start, end in spans)
+    loss = torch.zeros((), dtype=torch.float64, device=model.device)
+    for row, ids in enumerate(batch.ids):
+        ids = torch.tensor(ids, device=model.device)
+        log_p = (model(ids[None])[0] / s.temperature).log_softmax(dim=-1)  # (T, V)
+        A, length = batch.advantages[row].item(), len(batch.old_logprobs[row])
+        positions = [t for start, end in batch.spans[row] for t in range(start, end)]
+        share = {"dapo": tokens, "grpo": len(batch.ids) * length}.get(
+            s.loss, len(batch.ids) * s.max_new_tokens
+        )
+        for i, t in enumerate(positions):
+            now = log_p[t - 1, ids[t]]
+            ratio = torch.exp(now - batch.old_logprobs[row][i])
+            if A >= 0:
+                surrogate = A * torch.clamp(ratio, max=1 + s.clip)
+            else:
+                surrogate = A * torch.clamp(ratio, min=1 - s.clip)
+            towards_reference = batch.ref_logprobs[row][i] - now
+            kl = torch.exp(towards_reference) - towards_reference - 1
+            loss = loss - (surrogate - s.beta * kl) / share
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: Model, optimizers: list[torch.optim.Optimizer]
+) -> None:
+    """What training needs to go on after `step` steps, in `folder`/step-N/: complete or absent."""
+    tensors = {f"model.{name}": p.detach() for name, p in model.tensors().items()}
+    groups = []
+    for number, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        groups.append(state["param_groups"])
+        for parameter, values in state["state"].items():
+            for name, value in values.items():
+                tensors[f"optimizer.{number}.{parameter}.{name}"] = value
+    final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    replace_file(temporary / "state.safetensors", safetensors.torch.save(tensors))
+    replace_file(temporary / "state.json", json.dumps({"step": step, "param_groups": groups}))
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+
+
+def load_checkpoint(path: Path, model: Model, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Put a checkpoint's weights and optimiser states back; returns the number of steps done."""
+    tensors = safetensors.torch.load_file(path / "state.safetensors")
+    saved = json.loads((path / "state.json").read_text())
+    for name, parameter in model.tensors().items():
+        parameter.data.copy_(tensors[f"model.{name}"])
+    for number, (optimizer, groups) in enumerate(
+        zip(optimizers, saved["param_groups"], strict=True)
+    ):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith(f"optimizer.{number}."):
+                _, _, parameter, name = key.split(".")
+                state.setdefault(int(parameter), {})[name] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return saved["step"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Muon, for the cold start of the tiny model
+# ------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised: all directions of a matrix move by the same amount.
+
+    (Jordan et al., 2024, kellerjordan.github.io/posts/muon.) torch.optim.Muon does the same in
+    bfloat16, which a CPU without bfloat16 arithmetic emulates, many times slower. Matrices of one
+    shape are orthogonalised together.
+    """
+
+    def __init__(self, parameters, lr: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"])  # Nesterov's look ahead
+                updates.setdefault(p.shape, []).append((p, update))
+            for (rows, columns), pairs in updates.items():
+                directions = orthogonalize(torch.stack([update for _, update in pairs]))
+                scale = max(1.0, rows / columns) ** 0.5
+                for (p, _), direction in zip(pairs, directions, strict=True):
+                    p.add_(direction, alpha=-group["lr"] * scale)
+
+
+def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
+    """(n, rows, columns) -> the nearest orthogonal matrices, roughly: singular values of about 1.
+
+    Newton-Schulz: an odd polynomial of x leaves its singular vectors alone and moves every singular
+    value, applied five times from anywhere in (0, 1] to between about 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+def muon(model: Model, lr: float, rest_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between embedding and head, AdamW for everything else."""
+    hidden = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    chosen = set(map(id, hidden))
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=rest_lr, weight_decay=0.0)]

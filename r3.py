@@ -1,0 +1,868 @@
+"""Reflect, Retry, Reward (Bensal et al., 2025, arXiv 2505.24726), and the command line around it.
+
+    question -> attempt -> wrong? -> reflection_1 … reflection_G -> retry_1 … retry_G -> rewards
+
+A model that fails a task writes a reflection on what went wrong and tries again with it in view.
+If the second try is right, the tokens of the reflection are rewarded, and no others: the model is
+taught no answer, it is taught to reflect.
+
+The method is three functions, `attempt`, `reflect` and `retry`, and the loop in `reinforce` that
+calls them. The rest of this file makes an experiment of it:
+
+    python r3.py train     make or load a model, measure it, collect failures, train, measure again
+    python r3.py eval      measure a model
+    python r3.py play      watch a model attempt, reflect and retry on a problem of yours
+
+A conversation is token ids from end to end. A turn that was sampled is never decoded and tokenised
+again: what is trained is what was sampled.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import platform
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import grpo
+import model as models
+from model import Cache, Model, Tokenizer, generate
+from tasks import TASKS, Verdict
+
+# --------------------------------------------------------------------------------------------------
+# The conversation
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Speaker:
+    """A model with what it needs to hold a conversation about a task."""
+
+    model: Model
+    tokenizer: Tokenizer
+    task: object
+    max_new_tokens: int  # the longest turn
+    temperature: float = 1.0
+    seed: int = 0
+
+    def speak(self, prompts, samples, keys, cache=None) -> models.Generation:
+        limits, stop = (samples, self.max_new_tokens, self.temperature), self.tokenizer.stop_ids
+        return generate(
+            self.model, prompts, *limits, stop=stop, seed=self.seed, keys=keys, cache=cache
+        )
+
+    def verify(self, problem, turn: list[int]) -> Verdict:
+        return self.task.verify(problem, self.tokenizer.decode(turn))
+
+
+@dataclass
+class Conversation:
+    """What was said about a problem, as token ids, and what the verifier said to it."""
+
+    problem: object
+    sample: int  # which attempt at the problem this is
+    prompt: list[int]  # the question, up to where the assistant speaks
+    attempt: list[int]  # the assistant's turns end with their end-of-turn token, unless cut
+    first: Verdict
+    context: list[int] = field(default_factory=list)  # question, attempt, and "now reflect"
+    reflection: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # of the reflection's tokens, when drawn
+    retry: list[int] = field(default_factory=list)
+    second: Verdict | None = None
+
+    def right_within_two(self) -> bool:
+        return self.first.right or (self.second is not None and self.second.right)
+
+
+# A turn's random stream is keyed by (seed, purpose, step, turn, problem, attempt, sample); a `key`
+# below is its (purpose, step).
+MEASURE, COLLECT, TRAIN, AGAIN = range(4)  # purposes
+ATTEMPT, REFLECT, RETRY = range(3)  # turns
+
+
+def attempt(speaker: Speaker, problems: list, samples: int, key: tuple) -> list[Conversation]:
+    """First tries: `samples` at each problem, problem by problem."""
+    prompts = [speaker.tokenizer.prompt(*speaker.task.messages(problem)) for problem in problems]
+    keys = [(*key, ATTEMPT, problem.id) for problem in problems]
+    drawn = speaker.speak(prompts, samples, keys).tokens
+    return [
+        Conversation(problem, sample, prompt, turn, speaker.verify(problem, turn))
+        for problem, prompt, turns in zip(problems, prompts, drawn, strict=True)
+        for sample, turn in enumerate(turns)
+    ]
+
+
+def reflect(
+    speaker: Speaker, failures: list[Conversation], samples: int, key: tuple
+) -> tuple[list[Conversation], Cache]:
+    """`samples` reflections on each failure, failure by failure, and the cache to retry from."""
+    bridge = speaker.tokenizer.bridge(speaker.task.reflect)
+    contexts = [f.prompt + speaker.tokenizer.next_turn(f.attempt, bridge) for f in failures]
+    keys = [(*key, REFLECT, f.problem.id, f.sample) for f in failures]
+    drawn = speaker.speak(contexts, samples, keys)
+    reflected = []
+    for f, context, *group in zip(failures, contexts, drawn.tokens, drawn.logprobs, strict=True):
+        for turn, logprobs in zip(*group, strict=True):
+            reflected.append(replace(f, context=context, reflection=turn, logprobs=logprobs))
+    return reflected, drawn.cache
+
+
+def retry(
+    speaker: Speaker, reflected: list[Conversation], key: tuple, cache: Cache | None = None
+) -> list[Conversation]:
+    """A second try after each reflection.
+
+    With the cache of the reflections, only what lies between the turns is read; without it (the
+    reflections are another model's, or a control's) each conversation is read from its beginning.
+    """
+    bridge = speaker.tokenizer.bridge(speaker.task.again)
+    prompts, keys, seen = [], [], Counter()
+    for c in reflected:
+        turn = speaker.tokenizer.next_turn(c.reflection, bridge)
+        prompts.append(turn[len(c.reflection) :] if cache else c.context + turn)
+        keys.append((*key, RETRY, c.problem.id, c.sample, seen[c.problem.id, c.sample]))
+        seen[c.problem.id, c.sample] += 1
+    tries = []
+    for c, (turn,) in zip(reflected, speaker.speak(prompts, 1, keys, cache).tokens, strict=True):
+        tries.append(replace(c, retry=turn, second=speaker.verify(c.problem, turn)))
+    return tries
+
+
+def second_tries(
+    speaker: Speaker, failures: list[Conversation], samples: int, key: tuple, bar: str = ""
+) -> list[Conversation]:
+    """Reflect `samples` times on each failure, and retry after each reflection."""
+    done = []
+    for some in chunks(failures, ROWS // samples, bar):
+        reflected, cache = reflect(speaker, some, samples, key)
+        done += retry(speaker, reflected, key, cache)
+    return done
+
+
+ROWS = 512  # conversations held at once
+
+
+def chunks(items: list, size: int, bar: str) -> Iterator[list]:
+    """The items, `size` at a time, under a progress bar called `bar` (none if it is empty)."""
+    with tqdm(total=len(items), desc=bar, disable=not bar, leave=False) as progress:
+        for start in range(0, len(items), max(1, size)):
+            yield items[start : start + max(1, size)]
+            progress.update(len(items[start : start + max(1, size)]))
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def collect(speaker: Speaker, problems: list, responses: int) -> list[Conversation]:
+    """A dataset of failures: each problem got wrong in `responses` tries, its first wrong try."""
+    failures = {}
+    for some in chunks(problems, ROWS // responses, "failures"):
+        for c in attempt(speaker, some, responses, (COLLECT, 0)):
+            if not c.first.right:
+                failures.setdefault(c.problem.id, c)
+    return list(failures.values())
+
+
+def sample_batch(
+    speaker: Speaker, failures: list[Conversation], args, step: int, shuffle_rewards: bool = False
+) -> tuple[list[Conversation], grpo.Batch]:
+    """G reflections on each failure, a retry after each, and what the optimiser learns from them.
+
+    A reflection is worth 1 if the retry after it is right, else 0; one that was cut at the longest
+    length is worth 0. shuffle_rewards deals the step's rewards out anew among its reflections: a
+    control, from which nothing can be learnt.
+    """
+    tries = second_tries(speaker, failures, args.group, (TRAIN, step))
+    cut = np.array([c.reflection[-1] not in speaker.tokenizer.stop_ids for c in tries])
+    rewards = np.array([c.second.right for c in tries]) & ~cut
+    if shuffle_rewards:
+        rewards = np.random.default_rng([speaker.seed, step]).permutation(rewards)
+    batch = grpo.reflection_batch(
+        contexts=[c.context for c in tries],
+        reflections=[c.reflection for c in tries],
+        logprobs=[c.logprobs for c in tries],
+        rewards=torch.tensor(rewards).float().view(len(failures), args.group),  # (P, G)
+        scale=not args.no_std,
+    )
+    batch.metrics["cut"] = float(cut.mean())
+    return tries, batch
+
+
+def reinforce(
+    speaker: Speaker,
+    failures: list[Conversation],
+    args: argparse.Namespace,
+    samples_file: Path | None = None,
+    shuffle_rewards: bool = False,
+) -> Iterator[tuple[int, dict[str, float], list[torch.optim.Optimizer]]]:
+    """Train the speaker's model by R3 on a dataset of failures, in place.
+
+    Yields (steps done, metrics, optimisers) after each step.
+    """
+    settings = settings_of(args)
+    reference = copy.deepcopy(speaker.model).requires_grad_(False) if args.beta else None
+    optimizers = grpo.adamw(speaker.model, args.lr)
+
+    def batches(step: int) -> grpo.Batch:
+        chosen = draw_failures(failures, step, args.batch, speaker.seed)
+        tries, batch = sample_batch(speaker, chosen, args, step, shuffle_rewards)
+        if samples_file:
+            log_samples(samples_file, step, tries, batch, speaker.tokenizer.tokenizer.decode)
+        return batch
+
+    name = "R3, rewards shuffled" if shuffle_rewards else "R3"
+    with tqdm(total=args.steps, desc=name) as bar:
+        for step, m in grpo.train(speaker.model, batches, settings, optimizers, reference):
+            bar.set_postfix_str(f"reward {m['reward']:.2f}, length {m['length']:.0f}")
+            bar.update()
+            yield step + 1, m, optimizers
+
+
+def settings_of(args: argparse.Namespace) -> grpo.Settings:
+    names = ("steps", "lr", "clip", "beta", "loss", "temperature", "max_new_tokens")
+    return grpo.Settings(**{name: getattr(args, name) for name in names})
+
+
+def draw_failures(failures: list, step: int, size: int, seed: int) -> list:
+    """The failures of a step: every one once an epoch, in an order drawn anew for each epoch."""
+    chosen = []
+    for number in range(step * size, (step + 1) * size):
+        epoch, place = divmod(number, len(failures))
+        order = random.Random(f"{seed} {epoch}").sample(range(len(failures)), len(failures))
+        chosen.append(failures[order[place]])
+    return chosen
+
+
+def log_samples(path: Path, step: int, tries: list[Conversation], batch: grpo.Batch, text) -> None:
+    """A line per reflection: the whole conversation, reward, advantage, and the trained span."""
+    for i, c in enumerate(tries):
+        turns = {"context": c.context, "reflection": c.reflection, "retry": c.retry}
+        log(path, {
+            "step": step + 1,
+            "problem": asdict(c.problem),
+            **{name: text(ids, skip_special_tokens=False) for name, ids in turns.items()},
+            "verdict": c.second.reason,
+            "reward": batch.rewards[i].item(),
+            "advantage": batch.advantages[i].item(),
+            "trained_span": batch.spans[i][0],  # token numbers, in context + reflection
+        })  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# The cold start: a tiny model is born
+# --------------------------------------------------------------------------------------------------
+
+COLD = {"steps": 2_000, "dialogues": 16, "diligent": 0.7, "muon_lr": 0.01, "adamw_lr": 3e-3}
+WINDOW = 8  # steps whose dialogues are drawn together
+
+
+def cold_start(task, seed: int) -> tuple[Model, Tokenizer]:
+    """A tiny model trained from random weights on dialogues: grpo.py with an advantage of one."""
+    model, tokenizer = models.tiny(task.words(), seed)
+    tokenizer.settings["texts"] = "tiny"  # this checkpoint was taught the task's short texts
+    problems, size = task.load(split="cold", seed=seed), COLD["dialogues"]
+    bridges = [tokenizer.bridge(task.reflect), tokenizer.bridge(task.again)]
+    window: list[list] = []  # batches of rows
+
+    def row(step: int, rng: random.Random) -> tuple[list[int], list[tuple[int, int]]]:
+        """A dialogue as token ids, and the spans where the assistant speaks."""
+        diligent = step < COLD["diligent"] * COLD["steps"]
+        problem, turns = task.cold_dialogue(problems, rng, diligent)
+        ids, spans = tokenizer.prompt(*task.messages(problem)), []
+        for turn, bridge in zip(turns, [*bridges, None], strict=False):
+            said = tokenizer.encode(turn) + tokenizer.stop_ids[:1]
+            spans.append((len(ids), len(ids) + len(said)))
+            ids += said if turn is turns[-1] else tokenizer.next_turn(said, bridge)
+        return ids, spans
+
+    def batches(step: int) -> grpo.Batch:
+        # The dialogues of a few steps are drawn at once and dealt out by length, so that a batch
+        # holds rows of about one length and hardly any padding; then the batches are shuffled.
+        if step % WINDOW == 0:
+            rng = random.Random(f"cold {seed} {step}")
+            rows = sorted((row(step, rng) for _ in range(size * WINDOW)), key=lambda r: len(r[0]))
+            window[:] = [rows[i * size : (i + 1) * size] for i in rng.sample(range(WINDOW), WINDOW)]
+        ids, spans = zip(*window[step % WINDOW], strict=True)
+        return grpo.Batch(list(ids), list(spans), advantages=torch.ones(size))
+
+    settings = grpo.Settings(steps=COLD["steps"], lr=COLD["muon_lr"], beta=0.0)
+    optimizers = grpo.muon(model, COLD["muon_lr"], COLD["adamw_lr"])
+    with tqdm(total=settings.steps, desc="cold start") as bar:
+        for _, metrics in grpo.train(model, batches, settings, optimizers):
+            bar.set_postfix_str(f"nll {metrics['nll']:.3f}", refresh=False)
+            bar.update()
+    return model, tokenizer
+
+
+def base_model(task, seed: int, fresh: bool) -> Path:
+    """The folder of the tiny model for a seed, made or found; `fresh` makes it anew.
+
+    Its name is keyed by seed and recipe: the numbers of the cold start, the architecture, and the
+    dialogues themselves. Change any of them and a new base is made beside the old one.
+    """
+    problems = task.load(split="cold", seed=seed)
+    said = [task.cold_dialogue(problems, random.Random(i), i % 2 > 0)[1] for i in range(200)]
+    architecture = models.tiny(task.words(), seed)[0].config_dict
+    recipe = json.dumps([COLD, WINDOW, architecture, task.words(), said])
+    path = RUNS / f"base-seed{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    if fresh or not (path / "model.safetensors").exists():
+        model, tokenizer = cold_start(task, seed)
+        tokenizer.save_pretrained(path)
+        model.save_pretrained(path)  # its weights come last: they say that the folder is complete
+    return path
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring
+# --------------------------------------------------------------------------------------------------
+
+
+def measure(speaker: Speaker, problems: list, samples: int, bar: str) -> list[Conversation]:
+    """Attempt every problem `samples` times; reflect on each failure once, and retry once."""
+    tries = []
+    for some in chunks(problems, ROWS // samples, f"{bar}: first tries"):
+        tries += attempt(speaker, some, samples, (MEASURE, 0))
+    failures = [c for c in tries if not c.first.right]
+    second = iter(second_tries(speaker, failures, 1, (MEASURE, 0), f"{bar}: second tries"))
+    return [c if c.first.right else next(second) for c in tries]
+
+
+def first_right(tries: list[Conversation]) -> np.ndarray:
+    return np.array([c.first.right for c in tries], float)
+
+
+def within_two(tries: list[Conversation]) -> np.ndarray:
+    return np.array([c.right_within_two() for c in tries], float)
+
+
+def interval(values: np.ndarray, tries: list[Conversation]) -> list[float]:
+    """[mean, low, high]: a 95% interval that is robust to several tries at one problem.
+
+    Tries at one problem are not independent, so the variance of the mean is that of the residuals
+    summed problem by problem (the cluster-robust one, normal approximation).
+    """
+    _, cluster = np.unique([c.problem.id for c in tries], return_inverse=True)
+    sums = np.bincount(cluster, weights=values - values.mean())
+    n = len(sums)
+    half = 1.96 * math.sqrt(n / max(1, n - 1) * (sums**2).sum()) / len(values)
+    return [float(values.mean()), float(values.mean() - half), float(values.mean() + half)]
+
+
+def wilson(values: np.ndarray) -> list[float]:
+    """[share, low, high]: Wilson's 95% interval, for one try at each problem."""
+    n, p, z = len(values), values.mean(), 1.96
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return [float(p), float(middle - half), float(middle + half)]
+
+
+def accuracy(**measured: list[Conversation]) -> dict:
+    """Rows of the paper's numbers, first try and within two, one per model; and the paired gain."""
+    rows: dict[str, dict] = {name: {} for name in measured}
+    for label, right in (("1st try", first_right), ("within two", within_two)):
+        for name, tries in measured.items():
+            single = len({c.problem.id for c in tries}) == len(tries)
+            rows[name][label] = wilson(right(tries)) if single else interval(right(tries), tries)
+        if len(measured) == 2:
+            before, after = measured.values()
+            rows.setdefault("gain", {})[label] = interval(right(after) - right(before), before)
+    return rows
+
+
+def reasons(**measured: list[Conversation]) -> dict:
+    """How often the verifier said what: rows by reason, columns by model and turn."""
+    columns = {}
+    for name, tries in measured.items():
+        columns[f"{name}, 1st"] = Counter(c.first.reason for c in tries)
+        columns[f"{name}, retry"] = Counter(c.second.reason for c in tries if c.second)
+    kinds = dict.fromkeys(kind for count in columns.values() for kind in count)
+    return {kind: {name: count[kind] for name, count in columns.items()} for kind in kinds}
+
+
+def retried(speaker: Speaker, reflected: list[Conversation], bar: str) -> list[float]:
+    """[share, low, high] of right retries by `speaker` after the given reflections."""
+    tries = []
+    for some in chunks(reflected, ROWS, bar):
+        tries += retry(speaker, some, (MEASURE, 0))
+    return second_right(tries)
+
+
+def second_right(tries: list[Conversation]) -> list[float]:
+    return interval(np.array([c.second.right for c in tries], float), tries)
+
+
+# --------------------------------------------------------------------------------------------------
+# Controls: what else could explain the gain?
+# --------------------------------------------------------------------------------------------------
+
+
+def controls(speakers: dict[str, Speaker], tries: dict[str, list[Conversation]]) -> dict:
+    """Retries after something other than one's own reflection, on the same failures.
+
+    speakers: "vanilla", "trained" and "shuffled" (trained on shuffled rewards); tries: the second
+    tries of the first two on the vanilla model's failures, with their reflections.
+    """
+    tokenizer, task = speakers["vanilla"].tokenizer, speakers["vanilla"].task
+    end = tokenizer.stop_ids[:1]
+    rows: dict[str, dict] = {}
+    for name, own in tries.items():
+        speaker, half = speakers[name], len(own) // 2
+        others = [c.reflection for c in own[half:] + own[:half]]  # half-way round: another problem
+        for label, reflections in {
+            "an empty reflection": [end] * len(own),
+            "another problem's reflection": others,
+            "a fixed generic reflection": [tokenizer.encode(task.generic_reflection) + end]
+            * len(own),
+        }.items():
+            given = [replace(c, reflection=r) for c, r in zip(own, reflections, strict=True)]
+            rows.setdefault(label, {})[name] = retried(speaker, given, f"{name}, {label}")
+        samples = 1 + max(c.sample for c in own)
+        problems = list({c.problem.id: c.problem for c in own}.values())
+        fresh = {}
+        for some in chunks(problems, ROWS // samples, f"{name}, a second attempt"):
+            tried = attempt(speaker, some, samples, (AGAIN, 0))
+            fresh |= {(c.problem.id, c.sample): c for c in tried}
+        again = [fresh[c.problem.id, c.sample] for c in own]
+        label = "no failure in view: a second attempt"
+        rows.setdefault(label, {})[name] = interval(first_right(again), again)
+    shuffled = second_tries(
+        speakers["shuffled"], tries["vanilla"], 1, (MEASURE, 0), "trained on shuffled rewards"
+    )
+    rows["its own, trained on shuffled rewards"] = {"trained": second_right(shuffled)}
+    return rows | equal_tokens(speakers["vanilla"], tries["vanilla"], tries["trained"])
+
+
+def equal_tokens(vanilla: Speaker, before: list[Conversation], after: list[Conversation]) -> dict:
+    """The vanilla model with as many tokens a failure as the trained one spends, in more tries.
+
+    k is the ratio of the tokens spent (reflection and retry). A failure counts if any of k tries is
+    right, which needs an oracle to say which. With c right of n = 16 tries the chance for k of them
+    is 1 - C(n - c, k) / C(n, k), without bias; for a broken k, interpolated between its neighbours.
+    For time's sake one failure a problem, beside the trained model's one try at the same failures.
+    """
+    n, spent = 16, [sum(len(c.reflection) + len(c.retry) for c in t) for t in (before, after)]
+    k = min(n, spent[1] / spent[0])
+    chosen = {c.problem.id: i for i, c in reversed(list(enumerate(before)))}.values()
+    failures = [before[i] for i in chosen]
+    tries = second_tries(vanilla, failures, n, (AGAIN, 0), "equal tokens")
+    right = np.array([c.second.right for c in tries]).reshape(-1, n).sum(axis=1)
+    below, above = (
+        np.array([1 - math.comb(n - int(c), whole) / math.comb(n, whole) for c in right])
+        for whole in (math.floor(k), math.ceil(k))
+    )
+    best = below + (k - math.floor(k)) * (above - below)
+    one = second_right([after[i] for i in chosen])
+    return {f"its own, any of {k:.2f} tries; trained: one": {
+        "vanilla": interval(best, failures), "trained": one
+    }}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run leaves behind
+# --------------------------------------------------------------------------------------------------
+
+RUNS = Path("runs")
+
+
+def log(path: Path, record: dict) -> None:
+    """Append a line to a JSONL file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def write_failures(path: Path, failures: list[Conversation], tokenizer: Tokenizer) -> None:
+    """A line a failure: the problem, the failed attempt as text and as token ids, the reason."""
+    for c in failures:
+        said = {"attempt": tokenizer.decode(c.attempt), "attempt_ids": c.attempt}
+        log(
+            path,
+            {"problem": asdict(c.problem), **said, "reason": c.first.reason, "sample": c.sample},
+        )
+
+
+def read_failures(path: Path, task, tokenizer: Tokenizer) -> list[Conversation]:
+    """A run's dataset of failures. Raises ValueError, with the line, for one that does not fit."""
+    failures = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            problem, ids = task.problem(record["problem"]), record["attempt_ids"]
+            prompt = tokenizer.prompt(*task.messages(problem))
+            verdict = task.verify(problem, tokenizer.decode(ids))
+            if verdict.right or tokenizer.decode(ids) != record["attempt"]:
+                raise ValueError("no failed attempt in this model's tokens")
+            failures.append(Conversation(problem, record["sample"], prompt, ids, verdict))
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"{path}, line {number} is no failure: {error!r}") from None
+    if not failures:
+        raise ValueError(f"{path} holds no failures")
+    return failures
+
+
+def show(tables: dict[str, dict]) -> str:
+    """Tables of {title: {row: {column: [share, low, high] or a count}}} as Markdown, in per cent."""
+
+    def cell(value, sign: str) -> str:
+        if not isinstance(value, list):
+            return "" if value is None else str(value)
+        return "{} [{}, {}]".format(*(f"{100 * x:{sign}.1f}" for x in value))
+
+    parts = []
+    for title, rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        cells = [["", *columns]]
+        for name, row in rows.items():
+            cells.append(
+                [name, *(cell(row.get(c), "+" if name == "gain" else "") for c in columns)]
+            )
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [" | ".join(map(str.ljust, row, widths)) for row in cells]
+        lines.insert(1, "-|-".join("-" * width for width in widths))
+        parts += [title, "", *(f"| {line} |" for line in lines), ""]
+    return "\n".join(parts)
+
+
+def draw_curves(folder: Path) -> None:
+    """curves.png from metrics.jsonl: how a training run went, step by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    for name, style, colour in (("within two", "o-", "#0072B2"), ("1st try", "s--", "#D55E00")):
+        points = [(line["step"], *line[name]) for line in lines if name in line]
+        x, mean, low, high = (np.array(column) for column in zip(*points, strict=True))
+        error = [mean - low, high - mean]
+        axes[0, 0].errorbar(x, mean, error, fmt=style, color=colour, capsize=3, label=name)
+    axes[0, 0].set(title="right on held-out problems (95%)")
+    axes[0, 0].legend(frameon=False)
+    for axis, (name, title) in zip(axes.flat[1:], {
+        "reward": "reward: share of right retries",
+        "length": "tokens in a reflection",
+        "kl": "KL to the vanilla model, per token",
+        "entropy": "entropy per token (nats)",
+        "equal_groups": "share of groups with equal rewards",
+    }.items(), strict=True):  # fmt: skip
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True), color="#0072B2")
+        axis.set(title=title)
+    for axis in axes.flat:
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+# --------------------------------------------------------------------------------------------------
+
+# What a flag is when it is not given: for the tiny model, and for a real checkpoint (the paper's
+# numbers; it does not state the group size and the token limit).
+DEFAULTS = {
+    "steps": (20, 1_750),
+    "batch": (32, 256),
+    "group": (8, 8),
+    "lr": (3e-4, 5e-7),
+    "max_new_tokens": (134, 512),
+    "samples": (4, 1),
+    "responses": (4, 64),
+    "device": ("cpu", "cuda" if torch.cuda.is_available() else "cpu"),
+}
+
+
+def load_speaker(args: argparse.Namespace) -> Speaker:
+    """The model that the flags name, on its task; flags that were not given get their defaults.
+
+    A checkpoint that was taught a task's short texts says so, in its tokenizer_config.json.
+    """
+    path = Path(args.model)
+    if args.model == "tiny":
+        path = base_model(TASKS[args.task](tiny=True), args.seed, getattr(args, "fresh", False))
+    elif not path.is_dir():
+        raise ValueError(f"--model {path}: no such folder (nor is it the word tiny)")
+    tokenizer = Tokenizer.from_pretrained(path)
+    tiny = tokenizer.settings.get("texts") == "tiny"
+    for name, (for_tiny, for_real) in DEFAULTS.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, for_tiny if tiny else for_real)
+    return Speaker(
+        Model.from_pretrained(path, device=args.device),
+        tokenizer,
+        TASKS[args.task](tiny=tiny),
+        args.max_new_tokens,
+        args.temperature,
+        args.seed,
+    )
+
+
+def train_command(args: argparse.Namespace) -> None:
+    """The experiment: measure, collect failures, train, measure again, compare."""
+    begun = time.time()
+    names = [args.name] if args.name else [f"{args.task}-{Path(args.model).name}-seed{args.seed}"]
+    names += [f"{names[0]}-{n}" for n in range(2, 1_000)] * (not args.name)
+    free = [name for name in names if not (RUNS / name).exists()]
+    if not free:
+        raise ValueError(f"{RUNS / names[0]} exists; choose another --name")
+    folder = RUNS / free[0]
+    clock = time.time()
+
+    def stage_done(stage: str) -> None:
+        nonlocal clock
+        log(folder / "timings.jsonl", {"stage": stage, "seconds": round(time.time() - clock, 2)})
+        clock = time.time()
+
+    vanilla = load_speaker(args)
+    task, tokenizer = vanilla.task, vanilla.tokenizer
+    problems = task.load(split=args.split, limit=args.limit, seed=args.seed)
+    held_out = task.load(split="dev", limit=HELD_OUT, seed=args.seed)
+    folder.mkdir(parents=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    flags = {name: value for name, value in vars(args).items() if name != "function"}
+    config = {**flags, "versions": versions, "threads": torch.get_num_threads()}
+    models.replace_file(folder / "config.json", json.dumps(config, indent=2))
+    stage_done("base")
+
+    if args.failures:
+        failures = read_failures(Path(args.failures), task, tokenizer)
+    else:
+        failures = collect(vanilla, task.load(split="train", seed=args.seed), args.responses)
+    write_failures(folder / "failures.jsonl", failures, tokenizer)
+    stage_done("failures")
+    if args.check:
+        _, batch = sample_batch(vanilla, draw_failures(failures, 0, args.batch, args.seed), args, 0)
+        return print_check(grpo.check(vanilla.model, batch, settings_of(args), args.seed))
+
+    def measure_both_ways(speaker: Speaker, name: str) -> tuple[list, list]:
+        greedy = measure(replace(speaker, temperature=0.0), problems, 1, f"{name}, greedy")
+        return measure(speaker, problems, args.samples, name), greedy
+
+    before, greedy_before = measure_both_ways(vanilla, "vanilla")
+    stage_done("measure vanilla")
+
+    trained = replace(vanilla, model=copy.deepcopy(vanilla.model))
+    points = {0: accuracy(at=measure(trained, held_out, args.samples, "held out"))["at"]}
+    log(folder / "metrics.jsonl", {"step": 0, **points[0]})
+    for step, metrics, optimizers in reinforce(trained, failures, args, folder / "samples.jsonl"):
+        point = {}
+        if step % max(1, args.steps // 4) == 0 or step == args.steps:  # a point of the curves
+            grpo.save_checkpoint(folder / "checkpoints", step, trained.model, optimizers)
+            point = accuracy(at=measure(trained, held_out, args.samples, "held out"))["at"]
+        log(folder / "metrics.jsonl", {"step": step, **metrics, **point})
+        stage_done(f"step {step}")
+    trained.model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+    after, greedy_after = measure_both_ways(trained, "trained")
+    failed = [c for c in before if not c.first.right]
+    own = second_tries(trained, failed, 1, (MEASURE, 0), "2x2")
+    on = f"{len(problems)} {args.split} problems"
+    fixed = f"the vanilla model's {len(failed)} failures: % of retries right [95%]"
+    tables = {
+        f"{on}, {args.samples} samples each, temperature {args.temperature:g}: % right [95%]":
+            accuracy(vanilla=before, trained=after),
+        f"{on}, greedy: % right [95%]": accuracy(vanilla=greedy_before, trained=greedy_after),
+        f"Who reflects (rows), who retries (columns), on {fixed}": {
+            "vanilla reflects": {
+                "vanilla retries": second_right(failed),
+                "trained retries": retried(trained, failed, "2x2"),
+            },
+            "trained reflects": {
+                "vanilla retries": retried(vanilla, own, "2x2"),
+                "trained retries": second_right(own),
+            },
+        },
+    }  # fmt: skip
+    stage_done("measure trained")
+    if args.controls:
+        model = copy.deepcopy(vanilla.model)
+        shuffled = replace(vanilla, model=model)
+        for _ in reinforce(shuffled, failures, args, shuffle_rewards=True):
+            pass
+        speakers = {"vanilla": vanilla, "trained": trained, "shuffled": shuffled}
+        own_row = {
+            "its own reflection": {"vanilla": second_right(failed), "trained": second_right(own)}
+        }
+        rows = controls(speakers, {"vanilla": failed, "trained": own})
+        tables[f"Controls, on {fixed} after …"] = own_row | rows
+        stage_done("controls")
+    tables["What the verifier said, times"] = reasons(vanilla=before, trained=after)
+    lengths = [np.mean([len(c.reflection) for c in tries]) for tries in (failed, own)]
+    weights = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+    report = {"tables": tables, "reflection tokens": lengths, "weights sha256": weights}
+    models.replace_file(folder / "report.json", json.dumps(report, indent=2))
+    draw_curves(folder)
+    print("\n" + show(tables))
+    print(
+        "Tokens in a reflection on those failures: vanilla {:.0f}, trained {:.0f}".format(*lengths)
+    )
+    print(f"{(time.time() - begun) / 60:.1f} minutes; weights {weights[:16]}; all in {folder}/")
+
+
+HELD_OUT = 200  # development problems behind a point of the curves
+
+
+def print_check(found: dict[str, float]) -> None:
+    """Say how far a step is from the textbook. Raises ValueError if that is too far."""
+    print(
+        f"{found['rows']} reflections of {found['tokens']} tokens, {found['clipped']:.0%} of them "
+        "clipped, against the textbook formula in float64, one row per reflection\n"
+        f"relative difference of the loss:      {found['loss_error']:.1e}\n"
+        f"relative difference of the gradients: {found['gradient_error']:.1e}"
+    )
+    if not max(found["loss_error"], found["gradient_error"]) < 1e-5:
+        raise ValueError("the step differs from the textbook by more than 1e-5")
+
+
+def eval_command(args: argparse.Namespace) -> None:
+    """Measure a model: right at the first try, and within two."""
+    speaker = load_speaker(args)
+    problems = speaker.task.load(split=args.split, limit=args.limit, seed=args.seed)
+    samples = args.samples if args.temperature else 1
+    tries = measure(speaker, problems, samples, "eval")
+    title = f"{len(problems)} {args.split} problems, {samples} samples each, temperature"
+    tables = {
+        f"{title} {args.temperature:g}: % right [95%]": accuracy(model=tries),
+        "What the verifier said, times": reasons(model=tries),
+    }
+    print(show(tables))
+
+
+def play_command(args: argparse.Namespace) -> None:
+    """Watch the model attempt, reflect and retry on problems that you type."""
+    if args.model is None:  # the model trained last, else the base that it would start from
+        saved = sorted(
+            RUNS.glob("*/model/model.safetensors"), key=lambda path: path.stat().st_mtime
+        )
+        args.model = str(saved[-1].parent) if saved else "tiny"
+    speaker = load_speaker(args)
+    print(f"This is {args.model}. Type {speaker.task.how_to_type}; an empty line ends.")
+    for number in range(sys.maxsize):
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return
+        try:
+            play(speaker, speaker.task.parse(line), (AGAIN, number))
+        except ValueError as error:
+            print(f"  {error}")
+
+
+def play(speaker: Speaker, problem, key: tuple) -> None:
+    """One conversation, printed turn by turn."""
+
+    def say(who: str, ids: list[int], verdict: Verdict | None = None) -> None:
+        judged = f"   <- {verdict.reason.replace('_', ' ')}" if verdict else ""
+        print(f"  {who:>10}  {speaker.tokenizer.decode(ids)}{judged}")
+
+    [c] = attempt(speaker, [problem], 1, key)
+    say("question", c.prompt)
+    say("attempt", c.attempt, c.first)
+    if not c.first.right:
+        reflected, cache = reflect(speaker, [c], 1, key)
+        [c] = retry(speaker, reflected, key, cache)
+        say("reflection", c.reflection)
+        say("retry", c.retry, c.second)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="r3.py", description="Reflect, Retry, Reward: train a language model to reflect."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    train, evaluate, play_ = (
+        commands.add_parser(name, help=about, description=f"{about} {more}")
+        for name, about, more in (
+            ("train", "Measure a model, train it by R3, measure it again.",
+             "Without flags: the whole experiment with a tiny model, from nothing, on a laptop."),
+            ("eval", "Measure a model: right at the first try, and within two.", ""),
+            ("play", "Watch a model attempt, reflect and retry on a problem that you type.", ""),
+        )
+    )  # fmt: skip
+    train.set_defaults(function=train_command)
+    evaluate.set_defaults(function=eval_command)
+    play_.set_defaults(function=play_command)
+    everywhere, measuring, training = (train, evaluate, play_), (train, evaluate), (train,)
+
+    def flag(parsers: tuple, name: str, text: str, **kind) -> None:
+        key = name[2:].replace("-", "_")
+        if key in DEFAULTS and key != "device":
+            text += " (default: {} for tiny, else {})".format(*DEFAULTS[key])
+        elif kind.get("default") is not None:
+            text += " (default: %(default)s)"
+        for sub in parsers:
+            sub.add_argument(name, help=text, **kind)
+
+    flag((play_,), "--model", "a Hugging Face folder, or tiny (default: the model trained last)")
+    flag(measuring, "--model", "a Hugging Face folder, or tiny: made from nothing", default="tiny")
+    flag(everywhere, "--task", "what to solve", choices=TASKS, default="countdown")
+    flag(everywhere, "--seed", "of everything random", type=number(int, 0), default=0)
+    flag(
+        everywhere, "--device", "cpu, cuda or mps (default: cpu for tiny, else cuda if it is there)"
+    )
+    flag(
+        everywhere, "--temperature", "of sampling; 0 is greedy", type=number(float, 0), default=1.0
+    )
+    flag(everywhere, "--max-new-tokens", "the longest turn", type=number(int, 1))
+    flag(measuring, "--split", "problems to measure on", choices=("dev", "test"), default="dev")
+    flag(measuring, "--limit", "measure on so many problems (default: all)", type=number(int, 2))
+    flag(measuring, "--samples", "first tries at each of them", type=number(int, 1))
+    flag(training, "--name", "the run's folder in runs/ (default: by task, model and seed)")
+    flag(training, "--fresh", "make the tiny base model anew", action="store_true")
+    flag(training, "--controls", "measure what else could explain the gain", action="store_true")
+    flag(training, "--check", "only compare a step with the textbook", action="store_true")
+    flag(training, "--failures", "reuse this failures.jsonl of another run", metavar="FILE")
+    flag(training, "--responses", "tries at finding a failure, per problem", type=number(int, 1))
+    flag(training, "--steps", "optimiser steps", type=number(int, 1))
+    flag(training, "--batch", "failures a step", type=number(int, 1))
+    flag(training, "--group", "G, reflections a failure", type=number(int, 2))
+    flag(training, "--lr", "learning rate at its highest", type=number(float, 0))
+    flag(training, "--beta", "weight of the KL term", type=number(float, 0), default=0.001)
+    flag(training, "--clip", "epsilon of the clipped ratio", type=number(float, 0), default=0.2)
+    flag(training, "--loss", "how tokens are averaged", choices=grpo.LOSSES, default="dapo")
+    flag(training, "--no-std", "do not divide advantages by their deviation", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        args.function(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"r3.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("r3.py: interrupted")
+
+
+def number(kind: type, least: float):
+    """The type of a flag: a number not below `least`; argparse names the flag where it is not."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} of at least {least}")
+        return value
+
+    return parse
+
+
+if __name__ == "__main__":
+    main()

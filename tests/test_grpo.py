@@ -1,0 +1,206 @@
+"""Invariants 3 and 6, and the loss against the textbook."""
+
+import copy
+import doctest
+import math
+
+import pytest
+import torch
+
+import grpo
+from grpo import Batch, Settings, grpo_loss, group_advantages, trained_mask
+
+
+def random_batch(model, rows=6, seed=0, beta_ref=True) -> Batch:
+    """Rows of unequal lengths with spans inside, and log-probabilities that get some ratios clipped."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (1,), generator=rng))
+
+    ids, spans, old, ref = [], [], [], []
+    for _ in range(rows):
+        context, length = draw(3, 12), draw(1, 9)
+        row = torch.randint(0, model.config.vocab_size, (context + length,), generator=rng).tolist()
+        with torch.no_grad():
+            log_p = model(torch.tensor([row]))[0].log_softmax(-1)
+        now = [log_p[t - 1, row[t]].item() for t in range(context, context + length)]
+        ids.append(row)
+        spans.append([(context, context + length)])
+        old.append([v + 0.4 * torch.randn((), generator=rng).item() for v in now])
+        ref.append([v + 0.4 * torch.randn((), generator=rng).item() for v in now])
+    advantages = torch.randn(rows, generator=rng)
+    return Batch(ids, spans, advantages, old_logprobs=old, ref_logprobs=ref if beta_ref else None)
+
+
+def gradient_of(model, batch, settings):
+    model.zero_grad(set_to_none=True)
+    metrics = grpo.gradients(model, None, batch, settings)
+    return metrics, torch.cat([p.grad.flatten().clone() for p in model.parameters()])
+
+
+def test_worked_examples_in_docstrings():
+    assert doctest.testmod(grpo, extraglobs={"torch": torch}).failed == 0
+    assert doctest.testmod(grpo).attempted >= 2
+
+
+def test_advantages_are_the_formula_and_exactly_zero_in_equal_groups():
+    rewards = torch.tensor(
+        [[1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0]]
+    ).float()
+    A = group_advantages(rewards)
+    assert A[0, 0].item() == pytest.approx((1 - 1 / 8) / (math.sqrt(1 / 8) + 1e-4), rel=1e-6)
+    assert (A[1:] == 0).all()
+    assert group_advantages(rewards, scale=False)[0, 0].item() == 0.875
+    thirds = torch.full((1, 3), 0.1)  # whose mean is not 0.1 in binary
+    assert (group_advantages(thirds) == 0).all()
+
+
+def test_mask_is_by_position():
+    mask = trained_mask([[(3, 5)], [(1, 2), (4, 6)]], width=6)
+    assert mask.int().tolist() == [[0, 0, 1, 1, 0], [1, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_step_equals_the_textbook_in_float64(tiny, loss, beta):
+    model, _ = tiny
+    settings = Settings(loss=loss, beta=beta, max_new_tokens=20, micro_tokens=40)
+    batch = random_batch(model)
+    metrics, ours = gradient_of(model, batch, settings)
+    value, exact = grpo.textbook(model, batch, settings)
+    assert 0.1 < metrics["clipped"] < 0.9
+    assert metrics["loss"] == pytest.approx(value, rel=1e-5)
+    assert ((ours - exact).norm() / exact.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_micro_batches_never_change_the_gradient(tiny, loss):
+    model, _ = tiny
+    batch = random_batch(model, rows=8)
+    results = [
+        gradient_of(model, batch, Settings(loss=loss, beta=0.1, max_new_tokens=20, micro_tokens=n))[
+            1
+        ]
+        for n in (1, 50, 10_000)
+    ]
+    for other in results[1:]:
+        assert ((other - results[0]).norm() / results[0].norm()).item() < 1e-5
+
+
+def test_clip_takes_the_worse_of_both_for_both_signs():
+    """min(ratio A, clip(ratio) A): a good token stops being pushed up, a bad one stops being pushed down."""
+    for A, ratio, flows in ((1, 1.5, False), (1, 0.5, True), (-1, 0.5, False), (-1, 1.5, True)):
+        logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
+        old = torch.zeros(1, 1)
+        loss = grpo_loss(
+            logprobs, old, None, torch.tensor([float(A)]), torch.ones(1, 1).bool(), beta=0.0
+        )
+        loss.backward()
+        assert (logprobs.grad.abs().item() > 0) == flows
+        clipped = min(max(ratio, 0.8), 1.2)
+        assert loss.item() == pytest.approx(-min(ratio * A, clipped * A))
+
+
+def test_nothing_but_the_reflection_is_trained(tiny):
+    """Invariant 3: another target outside the mask, or more padding, leaves the loss as it is."""
+    rng = torch.Generator().manual_seed(0)
+    logprobs, old, ref = (torch.randn(3, 7, generator=rng) for _ in range(3))
+    mask = trained_mask([[(3, 5)], [(2, 8)], [(7, 8)]], width=8)
+    A = torch.randn(3, generator=rng)
+    for loss in grpo.LOSSES:
+        free = logprobs.clone().requires_grad_(True)
+        value = grpo_loss(free, old, ref, A, mask, loss=loss)
+        value.backward()
+        assert (free.grad[~mask] == 0).all() and (free.grad[mask] != 0).any()
+        moved = torch.where(mask, logprobs, torch.randn(3, 7, generator=rng) * 50)
+        assert grpo_loss(moved, old, ref, A, mask, loss=loss).item() == value.item()
+    inside = logprobs.clone()
+    inside[0, 2] += 0.1
+    assert grpo_loss(inside, old, ref, A, mask) != grpo_loss(logprobs, old, ref, A, mask)
+
+
+def test_the_end_of_turn_is_trained_and_the_context_is_not():
+    batch = grpo.reflection_batch(
+        contexts=[[5, 6, 7], [5, 6, 7]],
+        reflections=[[8, 9, 0], [8, 0]],  # 0 is the end of turn
+        logprobs=[[-1.0] * 3, [-1.0] * 2],
+        rewards=torch.tensor([[1.0, 0.0]]),
+    )
+    assert batch.ids == [[5, 6, 7, 8, 9, 0], [5, 6, 7, 8, 0]]
+    ids, mask = grpo.padded(batch, [0, 1], "cpu")
+    assert ids.tolist()[1] == [5, 6, 7, 8, 0, 0]  # the last 0 is padding, the one before it is not
+    assert mask.int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 1, 1, 0]]
+
+
+def test_advantage_of_one_is_the_gradient_of_the_likelihood(tiny):
+    """The cold start's loss: on-policy and with A = 1 it is the mean negative log-likelihood's."""
+    model, _ = tiny
+    batch = random_batch(model, beta_ref=False)
+    batch.old_logprobs, batch.advantages = None, torch.ones(6)
+    metrics, ours = gradient_of(model, batch, Settings(beta=0.0))
+    model.zero_grad(set_to_none=True)
+    total, count = 0.0, 0
+    for row, ((start, end),) in zip(batch.ids, batch.spans, strict=True):
+        log_p = model(torch.tensor([row]))[0].log_softmax(-1)
+        total = total - sum(log_p[t - 1, row[t]] for t in range(start, end))
+        count += end - start
+    (total / count).backward()
+    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert metrics["nll"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert ((ours - exact).norm() / exact.norm()).item() < 1e-5
+
+
+def test_groups_of_equal_rewards_give_no_gradient_without_kl(tiny):
+    model, _ = tiny
+    batch = random_batch(model)
+    batch.advantages = torch.zeros(6)
+    _, gradient = gradient_of(model, batch, Settings(beta=0.0))
+    assert (gradient == 0).all()
+
+
+def test_learning_rate_rises_then_falls_to_nearly_nothing():
+    shares = [grpo.lr_share(step, 100, 0.03) for step in range(100)]
+    assert shares[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert shares[3] == 1.0 and all(a > b for a, b in zip(shares[3:], shares[4:], strict=False))
+    assert 0 < shares[-1] < 0.001
+
+
+def test_muon_moves_all_directions_alike():
+    x = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(grpo.orthogonalize(x))
+    assert singular.min() > 0.5 and singular.max() < 1.3
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    assert (
+        torch.nn.functional.cosine_similarity(
+            grpo.orthogonalize(x).flatten(1), (u @ v).flatten(1)
+        ).min()
+        > 0.95
+    )
+
+
+@pytest.mark.parametrize(
+    "optimizers_of", [lambda m: grpo.adamw(m, 1e-3), lambda m: grpo.muon(m, 0.01, 1e-3)]
+)
+def test_a_checkpoint_goes_on_bit_for_bit(tiny, tmp_path, optimizers_of):
+    model, _ = tiny
+    settings = Settings(steps=4, lr=1e-3, beta=0.1)
+    reference = copy.deepcopy(model).requires_grad_(False)
+
+    def batches(step):
+        batch = random_batch(reference, seed=step, beta_ref=False)
+        batch.metrics = {}
+        return batch
+
+    optimizers = optimizers_of(model)
+    for step, _ in grpo.train(model, batches, settings, optimizers, reference):
+        if step == 1:
+            grpo.save_checkpoint(tmp_path, 2, model, optimizers)
+    again = copy.deepcopy(reference).requires_grad_(True)
+    optimizers = optimizers_of(again)
+    start = grpo.load_checkpoint(tmp_path / "step-2", again, optimizers)
+    assert start == 2
+    for _ in grpo.train(again, batches, settings, optimizers, reference, start):
+        pass
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,167 @@
+"""Invariant 5: the verifier cannot be fooled, and never raises."""
+
+import random
+import time
+from fractions import Fraction
+
+import pytest
+
+import tasks
+from tasks import Countdown, Numbers, parse_expression
+
+PROBLEM = Numbers(0, (6, 10, 2), 32)
+
+
+def reason(answer: str, problem: Numbers = PROBLEM) -> str:
+    verdict = Countdown().verify(problem, f"<answer>{answer}</answer>")
+    assert verdict.right == (verdict.reason == "right")
+    return verdict.reason
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "(10 + 6) * 2",
+        "2*(6+10)",
+        " ( 10+6 )*2 = 32 ",
+        "(10\n+ 6) * 2 =32",
+        "-(-10-6)*2",
+        "((10+6))*2",
+    ],
+)
+def test_right(answer):
+    assert reason(answer) == "right"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    "|  |(10+6)*2=33|(10+6)*2==32|(10+6)*2=32=32|2**5|7//2|(10+6)(2)|10 6 2|10+6*|(10+6*2|10+6)*2|1_0+6|"
+    "٣+6+2|1e1+6|0x10|010+6+2|10.0+6+2|1.5*2|abs(10)|x|+10+6|(10+6)×2|(10 + 6) * 2 = 32.0|"
+    "__import__('os')|()|10+(+6)|10,6|(10+6)*2 = 0032".split("|"),
+)
+def test_malformed(answer):
+    assert reason(answer) == "malformed"
+
+
+@pytest.mark.parametrize(
+    "answer", ["32", "10+6", "16*2", "(10+6)*2+0", "(10+6)*2*10/10", "106/2", "(10+6)*2=32+0-0"]
+)
+def test_not_the_given_numbers(answer):
+    assert reason(answer) in ("wrong_numbers", "malformed")
+    assert reason("(10+6)*2*1", Numbers(0, (6, 10, 2), 32)) == "wrong_numbers"
+    assert reason("12+10", Numbers(0, (1, 2, 10), 22)) == "wrong_numbers"  # 12 glued from 1 and 2
+    assert reason("1.5*2", Numbers(0, (1, 5, 2), 3)) == "malformed"
+
+
+def test_wrong_value_is_exact():
+    assert reason("10*6/2") == "wrong_value"
+    assert reason("10/(6-6)", Numbers(0, (10, 6, 6), 5)) == "wrong_value"  # divides by zero
+    assert reason("(1/3)*3", Numbers(0, (1, 3, 3), 1)) == "right"  # not 0.999…
+    assert reason("8/(3-8/3)", Numbers(0, (8, 3, 8, 3), 24)) == "right"
+
+
+def test_no_answer_and_the_last_answer_counts():
+    verify = Countdown().verify
+    assert verify(PROBLEM, "").reason == "no_answer"
+    assert verify(PROBLEM, "(10+6)*2").reason == "no_answer"
+    assert verify(PROBLEM, "<answer>(10+6)*2").reason == "no_answer"
+    assert verify(PROBLEM, "</answer><answer>(10+6)*2").reason == "no_answer"
+    assert verify(PROBLEM, "<answer>1</answer> <answer>(10+6)*2</answer>").right
+    assert not verify(PROBLEM, "<answer>(10+6)*2</answer> <answer>1</answer>").right
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["95**97**99", "9" * 100_000, "(" * 10_000 + "1" + ")" * 10_000, "-" * 999 + "1", "(" * 400 + "1" + ")" * 400,
+     "9" * 900 + "*" + "9" * 90, "1/0/0", "=" * 1000, "1" + "+1" * 499],
+)  # fmt: skip
+def test_hostile_answers_are_wrong_and_quick(answer):
+    start = time.monotonic()
+    assert reason(answer) in ("malformed", "wrong_numbers")
+    assert time.monotonic() - start < 1
+
+
+def test_depth_is_bounded_not_merely_survived():
+    assert parse_expression("(" * 100 + "1" + ")" * 100)[0] == 1
+    with pytest.raises(ValueError):
+        parse_expression("(" * 101 + "1" + ")" * 101)
+
+
+def test_random_text_never_raises_and_the_parser_agrees_with_python():
+    rng = random.Random(0)
+    agreed = 0
+    for _ in range(20_000):
+        text = "".join(rng.choice("0123 +-*/()=") for _ in range(rng.randint(0, 12)))
+        reason(text)  # raises nothing
+        try:
+            value, _ = parse_expression(text)
+        except ValueError:
+            continue
+        if "/" not in text:  # so that Python's own integers are exact; this text is our own
+            assert value == Fraction(eval(text)), text
+            agreed += 1
+    assert agreed > 500
+
+
+def test_splits_share_no_numbers(task):
+    seen: dict[tuple, str] = {}
+    sizes = {}
+    for split in tasks.SPLITS:
+        problems = task.load(split=split)
+        sizes[split] = len(problems)
+        for problem in problems:
+            assert seen.setdefault(tuple(sorted(problem.numbers)), split) == split
+    assert sum(sizes.values()) == 2_559  # every pair of numbers and target there is
+    assert min(sizes.values()) >= 300
+    other = task.load(split="test", seed=5)
+    assert {(tuple(sorted(p.numbers)), p.target) for p in other} == {
+        (tuple(sorted(p.numbers)), p.target) for p in task.load(split="test")
+    }  # the seed orders a split, it never changes what belongs to it
+
+
+def test_every_problem_can_be_solved(task):
+    for problem in task.load(split="dev"):
+        answers = [
+            tasks.answer(problem.numbers, s, problem.target)
+            for s in tasks.first_steps(problem.numbers)
+        ]
+        assert any(task.verify(problem, answer).right for answer in answers)
+
+
+def test_large_problems_are_seeded_and_in_range():
+    problems = Countdown().load(split="test", limit=50, seed=3)
+    assert problems == Countdown().load(split="test", limit=50, seed=3)
+    assert all(
+        len(p.numbers) in (3, 4) and 1 <= min(p.numbers) and max(p.numbers) <= 99 for p in problems
+    )
+    train = {tuple(sorted(p.numbers)) for p in Countdown().load(split="train", limit=200)}
+    assert not train & {tuple(sorted(p.numbers)) for p in problems}
+
+
+def test_cold_dialogues_are_consistent(task):
+    """What a dialogue says of its arithmetic is true, and a retry follows its reflection."""
+    rng = random.Random(0)
+    words, problems = set(task.words()), task.load(split="cold")
+    outcomes = {True: [0, 0], False: [0, 0]}
+    for i in range(2_000):
+        diligent = i % 2 == 0
+        problem, turns = task.cold_dialogue(problems, rng, diligent)
+        assert set(" ".join(turns).split()) <= words
+        first = task.verify(problem, turns[0])
+        assert first.reason in ("right", "wrong_value")
+        assert first.right == (len(turns) == 1)
+        if len(turns) == 3:
+            right = task.verify(problem, turns[2]).right
+            outcomes[diligent][right] += 1
+            assert right or " yes " not in turns[1]
+    assert outcomes[True][False] == 0  # the diligent always find the solution
+    assert 0.2 < outcomes[False][True] / sum(outcomes[False]) < 0.6
+
+
+def test_bad_input_is_refused(task):
+    with pytest.raises(ValueError, match="no split"):
+        task.load(split="nowhere")
+    for line in ("", "1 2", "a b c d", "1 2 3 99", "11 2 3 9", "1 2 3 4 5", "1 2 3 -4"):
+        with pytest.raises(ValueError):
+            task.parse(line)
+    assert task.parse("6 10 2 32") == PROBLEM
