@@ -33,9 +33,7 @@ from torch import Tensor
 
 from model import Model, replace_file
 
-# ------------------------------------------------------------------------------------------------
-# From rewards to a loss
-# ------------------------------------------------------------------------------------------------
+# -- From rewards to a loss ------------------------------------------------------------------------
 
 
 def group_advantages(rewards: Tensor, epsilon: float = 1e-4, scale: bool = True) -> Tensor:
@@ -123,9 +121,10 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-# ------------------------------------------------------------------------------------------------
-# One optimiser step
-# ------------------------------------------------------------------------------------------------
+# -- One optimiser step ----------------------------------------------------------------------------
+
+
+LOSSES = ("dapo", "grpo", "dr_grpo")
 
 
 @dataclass
@@ -135,16 +134,13 @@ class Settings:
     steps: int = 1_750
     lr: float = 5e-7
     warmup: float = 0.03  # share of the steps in which the learning rate rises; then a cosine to 0
-    clip: float = 0.2
-    beta: float = 0.001
-    loss: str = "dapo"  # or "grpo", "dr_grpo"
+    clip: float = 0.2  # epsilon of the clipped ratio
+    beta: float = 0.001  # weight of the KL term
+    loss: str = "dapo"
     temperature: float = 1.0  # what sampling divided the logits by
     max_new_tokens: int = 512  # the longest reflection: the constant of "dr_grpo"
     max_grad_norm: float = 1.0
     micro_tokens: int = 8_192  # tokens, padding included, in one forward and backward pass
-
-
-LOSSES = ("dapo", "grpo", "dr_grpo")
 
 
 @dataclass
@@ -302,9 +298,7 @@ def adamw(model: Model, lr: float) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)]
 
 
-# ------------------------------------------------------------------------------------------------
-# Is it right? The same step by the textbook, in float64
-# ------------------------------------------------------------------------------------------------
+# -- Is it right? The same step by the textbook, in float64 ----------------------------------------
 
 
 def check(model: Model, batch: Batch, s: Settings, seed: int = 0) -> dict[str, float]:
@@ -321,17 +315,14 @@ def check(model: Model, batch: Batch, s: Settings, seed: int = 0) -> dict[str, f
             break
     else:
         raise ValueError("nothing to check: no group has both right and wrong retries")
+    old = [batch.old_logprobs[row] for row in rows]
 
-    def moved(values: list[float]) -> list[float]:
-        return (torch.tensor(values) + 0.4 * torch.randn(len(values), generator=rng)).tolist()
+    def moved() -> list[list[float]]:
+        noise = [0.4 * torch.randn(len(values), generator=rng) for values in old]
+        return [(torch.tensor(v) + n).tolist() for v, n in zip(old, noise, strict=True)]
 
-    small = Batch(
-        ids=[batch.ids[row] for row in rows],
-        spans=[batch.spans[row] for row in rows],
-        advantages=A,
-        old_logprobs=[moved(batch.old_logprobs[row]) for row in rows],
-        ref_logprobs=[moved(batch.old_logprobs[row]) for row in rows],
-    )
+    ids, spans = [batch.ids[row] for row in rows], [batch.spans[row] for row in rows]
+    small = Batch(ids, spans, A, old_logprobs=moved(), ref_logprobs=moved())
     model.zero_grad(set_to_none=True)
     metrics = gradients(model, None, small, s)
     ours = torch.cat([p.grad.flatten().double() for p in model.parameters()])
@@ -350,22 +341,18 @@ def textbook(model: Model, batch: Batch, s: Settings) -> tuple[float, Tensor]:
     """A batch's loss and its gradient as one vector: float64, one row at a time, no padding."""
     model = copy.deepcopy(model).double()
     tokens = sum(end - start for spans in batch.spans for start, end in spans)
-    loss = torch.zeros((), dtype=torch.float64, device=model.device)
+    N, loss = len(batch.ids), torch.zeros((), dtype=torch.float64, device=model.device)
     for row, ids in enumerate(batch.ids):
         ids = torch.tensor(ids, device=model.device)
         log_p = (model(ids[None])[0] / s.temperature).log_softmax(dim=-1)  # (T, V)
         A, length = batch.advantages[row].item(), len(batch.old_logprobs[row])
         positions = [t for start, end in batch.spans[row] for t in range(start, end)]
-        share = {"dapo": tokens, "grpo": len(batch.ids) * length}.get(
-            s.loss, len(batch.ids) * s.max_new_tokens
-        )
+        share = {"dapo": tokens, "grpo": N * length, "dr_grpo": N * s.max_new_tokens}[s.loss]
         for i, t in enumerate(positions):
             now = log_p[t - 1, ids[t]]
             ratio = torch.exp(now - batch.old_logprobs[row][i])
-            if A >= 0:
-                surrogate = A * torch.clamp(ratio, max=1 + s.clip)
-            else:
-                surrogate = A * torch.clamp(ratio, min=1 - s.clip)
+            bound = {"max": 1 + s.clip} if A >= 0 else {"min": 1 - s.clip}
+            surrogate = A * torch.clamp(ratio, **bound)
             towards_reference = batch.ref_logprobs[row][i] - now
             kl = torch.exp(towards_reference) - towards_reference - 1
             loss = loss - (surrogate - s.beta * kl) / share
@@ -373,27 +360,23 @@ def textbook(model: Model, batch: Batch, s: Settings) -> tuple[float, Tensor]:
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints
-# ------------------------------------------------------------------------------------------------
+# -- Checkpoints -----------------------------------------------------------------------------------
 
 
 def save_checkpoint(
     folder: Path, step: int, model: Model, optimizers: list[torch.optim.Optimizer]
 ) -> None:
     """What training needs to go on after `step` steps, in `folder`/step-N/: complete or absent."""
-    tensors = {f"model.{name}": p.detach() for name, p in model.tensors().items()}
-    groups = []
-    for number, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
+    tensors, groups = {f"model.{name}": p for name, p in model.tensors().items()}, []
+    for number, state in enumerate(optimizer.state_dict() for optimizer in optimizers):
         groups.append(state["param_groups"])
         for parameter, values in state["state"].items():
             for name, value in values.items():
-                tensors[f"optimizer.{number}.{parameter}.{name}"] = value
+                tensors[f"{number}.{parameter}.{name}"] = value
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     replace_file(temporary / "state.safetensors", safetensors.torch.save(tensors))
     replace_file(temporary / "state.json", json.dumps({"step": step, "param_groups": groups}))
     shutil.rmtree(final, ignore_errors=True)
@@ -405,22 +388,17 @@ def load_checkpoint(path: Path, model: Model, optimizers: list[torch.optim.Optim
     tensors = safetensors.torch.load_file(path / "state.safetensors")
     saved = json.loads((path / "state.json").read_text())
     for name, parameter in model.tensors().items():
-        parameter.data.copy_(tensors[f"model.{name}"])
-    for number, (optimizer, groups) in enumerate(
-        zip(optimizers, saved["param_groups"], strict=True)
-    ):
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            if key.startswith(f"optimizer.{number}."):
-                _, _, parameter, name = key.split(".")
-                state.setdefault(int(parameter), {})[name] = tensor
+        parameter.data.copy_(tensors.pop(f"model.{name}"))
+    states: list[dict] = [{} for _ in optimizers]
+    for key, tensor in tensors.items():
+        number, parameter, name = key.split(".")
+        states[int(number)].setdefault(int(parameter), {})[name] = tensor
+    for optimizer, state, groups in zip(optimizers, states, saved["param_groups"], strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     return saved["step"]
 
 
-# ------------------------------------------------------------------------------------------------
-# Muon, for the cold start of the tiny model
-# ------------------------------------------------------------------------------------------------
+# -- Muon, for the cold start of the tiny model ----------------------------------------------------
 
 
 class Muon(torch.optim.Optimizer):

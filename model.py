@@ -18,6 +18,7 @@ import math
 import os
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -30,9 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------------------
-# The decoder
-# ------------------------------------------------------------------------------------------------
+# -- The decoder -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -54,22 +53,18 @@ class Config:
     @classmethod
     def from_dict(cls, config: dict) -> "Config":
         """Read a config.json. Raises ValueError, by name, for what is not computed here."""
-        kind = config.get("model_type")
-        if kind != "llama":
+        if config.get("model_type") != "llama":
+            kind = config.get("model_type")
             raise ValueError(f"model_type {kind!r} is not supported; supported: llama")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        scaling = rope.get("rope_type", rope.get("type", "default"))
-        refused = {
-            f"rope scaling {scaling!r}": scaling != "default",
-            f"activation {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
-            "quantization_config": "quantization_config" in config,
-            "attention_bias": config.get("attention_bias", False),
-            "mlp_bias": config.get("mlp_bias", False),
-            "partial_rotary_factor": rope.get("partial_rotary_factor", 1) != 1,
-        }
-        for what, found in refused.items():
-            if found:
-                raise ValueError(f"{what} in config.json is not supported")
+        for where, name, wanted in (
+            (rope, "rope_type", "default"), (rope, "type", "default"),
+            (rope, "partial_rotary_factor", 1), (config, "hidden_act", "silu"),
+            (config, "attention_bias", False), (config, "mlp_bias", False),
+            (config, "quantization_config", None),
+        ):  # fmt: skip
+            if where.get(name, wanted) != wanted:
+                raise ValueError(f"{name} = {where[name]!r} in config.json is not supported")
         heads = config["num_attention_heads"]
         known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
         known["num_key_value_heads"] = config.get("num_key_value_heads") or heads
@@ -156,10 +151,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(
-        self, x: Tensor, rope, mask: Tensor | None, cache: "Cache | None", layer: int
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+    def forward(self, x: Tensor, *context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -203,8 +196,8 @@ class Model(nn.Module):
     ) -> Tensor:
         """(B, T) token ids -> (B, T, E), the last layer's normalised output.
 
-        With a cache, the ids continue what its rows have read, and are added to it. A token that is
-        not `live` is a hole: no other token sees it, and positions count live tokens only.
+        With a cache, the ids continue what its rows have read, and are added to it. A token that
+        is not `live` is a hole: no other token sees it, and positions count live tokens only.
         """
         B, T = ids.shape
         if cache is None and live is None:  # nothing padded: plain causal attention
@@ -217,7 +210,7 @@ class Model(nn.Module):
             positions = positions.clamp(min=0)  # a hole before the first token: any number will do
             row = torch.arange(start, start + T, device=ids.device)[:, None]  # (T, 1)
             column = torch.arange(start + T, device=ids.device)  # (C,)
-            # A token sees the live ones up to itself; a hole sees itself, so that its softmax exists.
+            # A token sees the live ones up to itself; a hole sees itself: its softmax must exist.
             mask = ((column <= row) & read[:, None] | (column == row))[:, None]  # (B, 1, T, C)
         c = self.config
         pair = torch.arange(0, c.head_dim, 2, device=ids.device, dtype=torch.float32)
@@ -284,7 +277,7 @@ def read_json(path: Path) -> dict:
 
 
 def replace_file(path: str | Path, content: str | bytes) -> None:
-    """Write a file under a temporary name, then rename it: a reader finds the old or the new one."""
+    """Write a file under a temporary name, then rename it: others see the old or the new one."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -294,37 +287,33 @@ def replace_file(path: str | Path, content: str | bytes) -> None:
     os.replace(temporary, path)
 
 
-# ------------------------------------------------------------------------------------------------
-# Tokens and chat templates
-# ------------------------------------------------------------------------------------------------
+# -- Tokens and chat templates ---------------------------------------------------------------------
 
 
 class Tokenizer:
     """A checkpoint's tokenizer.json, its chat template, and the ids on which a turn ends."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, settings: dict, generation: dict):
-        """settings: tokenizer_config.json, chat_template in it; generation: generation_config.json"""
+        """settings: tokenizer_config.json, with the template; generation: generation_config.json"""
         self.tokenizer, self.settings, self.generation = tokenizer, settings, generation
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-            value, indent=indent, ensure_ascii=False
-        )
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = raise_template_error
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         if not settings.get("chat_template"):
             raise ValueError("the tokenizer has no chat template: R3 needs an instruct model")
-        self.template = environment.from_string(settings["chat_template"])
-        ends = generation.get("eos_token_id", [])
-        self.stop_ids: list[int] = ends if isinstance(ends, list) else [ends]
-        end = tokenizer.token_to_id(special_token(settings, "eos_token") or "")
-        if end is not None and end not in self.stop_ids:
-            self.stop_ids = [*self.stop_ids, end]
+        try:
+            self.template = environment.from_string(settings["chat_template"])
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template is no jinja2 template: {error}") from None
+        ends = generation.get("eos_token_id")
+        ends = [*(ends if isinstance(ends, list) else [ends])]
+        ends.append(tokenizer.token_to_id(special_token(settings, "eos_token") or ""))
+        self.stop_ids: list[int] = list(dict.fromkeys(end for end in ends if end is not None))
         if not self.stop_ids:
-            raise ValueError(
-                "neither generation_config.json nor the tokenizer names an end of turn"
-            )
+            raise ValueError("neither generation_config.json nor the tokenizer ends a turn")
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
@@ -412,9 +401,7 @@ def raise_template_error(message: str):
     raise jinja2.TemplateError(message)
 
 
-# ------------------------------------------------------------------------------------------------
-# The sampler
-# ------------------------------------------------------------------------------------------------
+# -- The sampler -----------------------------------------------------------------------------------
 
 
 class Cache:
@@ -441,20 +428,20 @@ class Cache:
         )
 
     def add(self, live: Tensor) -> Tensor:
-        """Open columns for a block of tokens, (R, T) bool; returns `live` of those before, (R, C)."""
+        """Open columns for a block of tokens, (R, T) bool; returns `live` of those before."""
         before = self.live[:, : self.length]
         self.live[:, self.length : self.length + live.shape[1]] = live
         self.length += live.shape[1]
         return before
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a layer's keys and values, (R, K, T, D), into the newest columns; returns all columns."""
+        """Put a layer's keys and values, (R, K, T, D), into the newest columns; returns all."""
         new = slice(self.length - k.shape[2], self.length)
         self.keys[layer][:, :, new], self.values[layer][:, :, new] = k, v
         return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
 
     def pick(self, rows: Tensor, extra: int) -> "Cache":
-        """A copy of some rows (a row may be named more than once), with room for `extra` columns."""
+        """A copy of some rows (one may be named repeatedly), with room for `extra` columns."""
         keys, values = (
             [F.pad(t[rows, :, : self.length], (0, 0, 0, extra)) for t in tensors]
             for tensors in (self.keys, self.values)
@@ -471,7 +458,7 @@ class Cache:
 
 @dataclass
 class Generation:
-    """What `generate` drew: lists by prompt, by sample, by token; and the cache for the next turn."""
+    """What `generate` drew, by prompt, by sample, by token; and the cache for the next turn."""
 
     tokens: list[list[list[int]]]
     logprobs: list[list[list[float]]]
@@ -497,50 +484,38 @@ def generate(
     Every prompt is read once, however many samples are drawn from it. Rows that are finished leave
     the batch. With a `cache` (of the turn before), prompt r is appended to what row r has read.
 
-    A row's randomness is its own: token t of sample s of prompt p is decided by number t of a stream
-    keyed by (seed, *keys[p], s), so a sample does not depend on what else is in the batch. `keys`
-    holds non-negative integers and is (p,) by default; with a cache, p counts rows.
+    A row's randomness is its own: token t of sample s of prompt p is decided by number t of a
+    stream keyed by (seed, *keys[p], s), so a sample does not depend on what else is in the batch
+    (but for a draw that falls between two roundings of a probability). `keys` holds non-negative
+    integers and is (p,) by default; with a cache, p counts rows.
 
     temperature 0 takes the likeliest token. `logprobs` are those of the distribution at the given
-    temperature before top_k and top_p cut it (at temperature 0: at 1), as the trainer computes them.
-    Raises ValueError for an empty prompt, or a conversation that would outgrow the model's context.
+    temperature (at 0: at 1) before top_k and top_p cut it, as the trainer computes them. Raises
+    ValueError for an empty prompt, or a conversation that might outgrow the model's context.
     """
     if not prompts or not all(prompts) and cache is None:
         raise ValueError("generate needs at least one prompt, and every prompt at least one token")
     P, R, device = len(prompts), len(prompts) * samples, model.device
     keys = [(p,) for p in range(P)] if keys is None else keys
-    uniform = torch.tensor(  # (R, max_new_tokens)
-        np.array(
-            [
-                np.random.default_rng([seed, *key, s]).random(max_new_tokens, dtype=np.float32)
-                for key in keys
-                for s in range(samples)
-            ]
-        ),
-        device=device,
-    )
+    streams = ([seed, *key, s] for key in keys for s in range(samples))
+    uniform = [np.random.default_rng(key).random(max_new_tokens, np.float32) for key in streams]
+    uniform = torch.tensor(np.array(uniform), device=device)  # (R, max_new_tokens)
     stops = torch.tensor(list(stop), dtype=torch.long, device=device)
 
-    # Read the prompts, padded on the right with holes, and keep the output at each one's last token.
+    # Read the prompts, padded on the right with holes; keep the output at each one's last token.
     if cache is not None:
-        prompts = [
-            [token, *prompt] for token, prompt in zip(cache.unread.tolist(), prompts, strict=True)
-        ]
+        prompts = [[token, *p] for token, p in zip(cache.unread.tolist(), prompts, strict=True)]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     width = int(lengths.max())
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)  # (P, width)
     live = torch.arange(width, device=device) < lengths[:, None]
-    if cache is None:
-        cache = Cache.empty(model, P, width)
-    else:
-        cache = cache.pick(torch.arange(P, device=device), extra=width)
+    rows = torch.arange(P, device=device)
+    cache = cache.pick(rows, extra=width) if cache else Cache.empty(model, P, width)
     longest = int(cache.live.sum(1).max()) + width + max_new_tokens
     if longest > model.config.max_position_embeddings:
-        raise ValueError(
-            f"a conversation of up to {longest} tokens does not fit the model's context of "
-            f"{model.config.max_position_embeddings}"
-        )
-    hidden = model.hidden(ids, cache, live)[torch.arange(P, device=device), lengths - 1]  # (P, E)
+        context = model.config.max_position_embeddings
+        raise ValueError(f"up to {longest} tokens do not fit the model's context of {context}")
+    hidden = model.hidden(ids, cache, live)[rows, lengths - 1]  # (P, E)
     rows = torch.arange(R, device=device)  # the rows still in the batch
     hidden = hidden[rows // samples]  # (R, E): each sample starts from its prompt
     cache = cache.pick(rows // samples, extra=max_new_tokens)
@@ -586,7 +561,7 @@ def generate(
 def draw(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """One token per row by the inverse CDF: the first token at which the summed probability passes u.
+    """One token per row by the inverse CDF: the first at which the summed probability passes u.
 
     logits: (R, V); uniform: (R,) in [0, 1). Returns tokens and their log-probabilities, (R,) each.
     With p = (0.2, 0.5, 0.3), u = 0.1 draws token 0, u = 0.6 token 1, and u = 0.7 token 2.
@@ -608,9 +583,7 @@ def draw(
     return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
 
 
-# ------------------------------------------------------------------------------------------------
-# A tiny model from a list of words
-# ------------------------------------------------------------------------------------------------
+# -- A tiny model from a list of words -------------------------------------------------------------
 
 TINY_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|> {{ message.content }} <|end|> {% endfor %}"
@@ -621,10 +594,9 @@ TINY_TEMPLATE = (
 def tiny(words: list[str], seed: int = 0, context: int = 512) -> tuple[Model, Tokenizer]:
     """A Llama of 0.4 million random weights, and a tokenizer that knows `words` and no others.
 
-    The rows of the embedding that stand for a number n start as a random projection of sin and cos of
-    n at several periods, so that near numbers begin near each other and a difference looks the same
-    everywhere: sums are learnt in hundreds of steps instead of thousands. It is an initialisation
-    only; the architecture stays plain.
+    The embeddings of numbers start as a random projection of sin and cos of the number at several
+    periods, so that near numbers begin near each other and a difference looks the same everywhere:
+    sums are learnt in fewer steps. It is an initialisation only; the architecture stays plain.
     """
     special = ["<|end|>", "<|user|>", "<|assistant|>"]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(special + words))}
@@ -638,25 +610,13 @@ def tiny(words: list[str], seed: int = 0, context: int = 512) -> tuple[Model, To
         "pad_token": special[0],
         "model_max_length": context,
     }
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": len(vocabulary),
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "hidden_act": "silu",
-        "max_position_embeddings": context,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10_000.0,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-    }
+    config = dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=len(vocabulary),
+        hidden_size=96, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=24, hidden_act="silu", max_position_embeddings=context,
+        rms_norm_eps=1e-6, rope_theta=10_000.0, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
     model = Model(config)
     rng = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

@@ -22,7 +22,6 @@ import copy
 import hashlib
 import json
 import math
-import platform
 import random
 import sys
 import time
@@ -40,9 +39,7 @@ import model as models
 from model import Cache, Model, Tokenizer, generate
 from tasks import TASKS, Verdict
 
-# --------------------------------------------------------------------------------------------------
-# The conversation
-# --------------------------------------------------------------------------------------------------
+# -- The conversation ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -155,15 +152,12 @@ ROWS = 512  # conversations held at once
 
 def chunks(items: list, size: int, bar: str) -> Iterator[list]:
     """The items, `size` at a time, under a progress bar called `bar` (none if it is empty)."""
-    with tqdm(total=len(items), desc=bar, disable=not bar, leave=False) as progress:
-        for start in range(0, len(items), max(1, size)):
-            yield items[start : start + max(1, size)]
-            progress.update(len(items[start : start + max(1, size)]))
+    size = max(1, size)
+    for start in tqdm(range(0, len(items), size), bar, disable=not bar, leave=False):
+        yield items[start : start + size]
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# -- Training --------------------------------------------------------------------------------------
 
 
 def collect(speaker: Speaker, problems: list, responses: int) -> list[Conversation]:
@@ -239,33 +233,27 @@ def settings_of(args: argparse.Namespace) -> grpo.Settings:
 def draw_failures(failures: list, step: int, size: int, seed: int) -> list:
     """The failures of a step: every one once an epoch, in an order drawn anew for each epoch."""
     chosen = []
-    for number in range(step * size, (step + 1) * size):
-        epoch, place = divmod(number, len(failures))
-        order = random.Random(f"{seed} {epoch}").sample(range(len(failures)), len(failures))
-        chosen.append(failures[order[place]])
+    for place in range(step * size, (step + 1) * size):
+        epoch, place = divmod(place, len(failures))
+        order = random.Random(f"{seed} {epoch}").sample(failures, len(failures))
+        chosen.append(order[place])
     return chosen
 
 
 def log_samples(path: Path, step: int, tries: list[Conversation], batch: grpo.Batch, text) -> None:
     """A line per reflection: the whole conversation, reward, advantage, and the trained span."""
-    for i, c in enumerate(tries):
+    rows = zip(tries, batch.rewards.tolist(), batch.advantages.tolist(), batch.spans, strict=True)
+    for c, reward, advantage, [span] in rows:
         turns = {"context": c.context, "reflection": c.reflection, "retry": c.retry}
-        log(path, {
-            "step": step + 1,
-            "problem": asdict(c.problem),
-            **{name: text(ids, skip_special_tokens=False) for name, ids in turns.items()},
-            "verdict": c.second.reason,
-            "reward": batch.rewards[i].item(),
-            "advantage": batch.advantages[i].item(),
-            "trained_span": batch.spans[i][0],  # token numbers, in context + reflection
-        })  # fmt: skip
+        said = {name: text(ids, skip_special_tokens=False) for name, ids in turns.items()}
+        worth = {"verdict": c.second.reason, "reward": reward, "advantage": advantage}
+        span = {"trained_span": span}  # token numbers in context + reflection
+        log(path, {"step": step + 1, "problem": asdict(c.problem), **said, **worth, **span})
 
 
-# --------------------------------------------------------------------------------------------------
-# The cold start: a tiny model is born
-# --------------------------------------------------------------------------------------------------
+# -- The cold start: a tiny model is born ----------------------------------------------------------
 
-COLD = {"steps": 2_000, "dialogues": 16, "diligent": 0.7, "muon_lr": 0.01, "adamw_lr": 3e-3}
+COLD = {"steps": 1_500, "dialogues": 16, "diligent": 0.7, "muon_lr": 0.01, "adamw_lr": 3e-3}
 WINDOW = 8  # steps whose dialogues are drawn together
 
 
@@ -282,10 +270,11 @@ def cold_start(task, seed: int) -> tuple[Model, Tokenizer]:
         diligent = step < COLD["diligent"] * COLD["steps"]
         problem, turns = task.cold_dialogue(problems, rng, diligent)
         ids, spans = tokenizer.prompt(*task.messages(problem)), []
-        for turn, bridge in zip(turns, [*bridges, None], strict=False):
+        for number, turn in enumerate(turns):
             said = tokenizer.encode(turn) + tokenizer.stop_ids[:1]
             spans.append((len(ids), len(ids) + len(said)))
-            ids += said if turn is turns[-1] else tokenizer.next_turn(said, bridge)
+            last = number == len(turns) - 1
+            ids += said if last else tokenizer.next_turn(said, bridges[number])
         return ids, spans
 
     def batches(step: int) -> grpo.Batch:
@@ -325,9 +314,7 @@ def base_model(task, seed: int, fresh: bool) -> Path:
     return path
 
 
-# --------------------------------------------------------------------------------------------------
-# Measuring
-# --------------------------------------------------------------------------------------------------
+# -- Measuring -------------------------------------------------------------------------------------
 
 
 def measure(speaker: Speaker, problems: list, samples: int, bar: str) -> list[Conversation]:
@@ -356,17 +343,16 @@ def interval(values: np.ndarray, tries: list[Conversation]) -> list[float]:
     """
     _, cluster = np.unique([c.problem.id for c in tries], return_inverse=True)
     sums = np.bincount(cluster, weights=values - values.mean())
-    n = len(sums)
+    n, mean = len(sums), float(values.mean())
     half = 1.96 * math.sqrt(n / max(1, n - 1) * (sums**2).sum()) / len(values)
-    return [float(values.mean()), float(values.mean() - half), float(values.mean() + half)]
+    return [mean, mean - half, mean + half]
 
 
 def wilson(values: np.ndarray) -> list[float]:
     """[share, low, high]: Wilson's 95% interval, for one try at each problem."""
-    n, p, z = len(values), values.mean(), 1.96
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return [float(p), float(middle - half), float(middle + half)]
+    n, p, z = len(values), float(values.mean()), 1.96
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
 
 
 def accuracy(**measured: list[Conversation]) -> dict:
@@ -394,19 +380,16 @@ def reasons(**measured: list[Conversation]) -> dict:
 
 def retried(speaker: Speaker, reflected: list[Conversation], bar: str) -> list[float]:
     """[share, low, high] of right retries by `speaker` after the given reflections."""
-    tries = []
-    for some in chunks(reflected, ROWS, bar):
-        tries += retry(speaker, some, (MEASURE, 0))
-    return second_right(tries)
+    return second_right(
+        [c for some in chunks(reflected, ROWS, bar) for c in retry(speaker, some, (MEASURE, 0))]
+    )
 
 
 def second_right(tries: list[Conversation]) -> list[float]:
     return interval(np.array([c.second.right for c in tries], float), tries)
 
 
-# --------------------------------------------------------------------------------------------------
-# Controls: what else could explain the gain?
-# --------------------------------------------------------------------------------------------------
+# -- Controls: what else could explain the gain? ---------------------------------------------------
 
 
 def controls(speakers: dict[str, Speaker], tries: dict[str, list[Conversation]]) -> dict:
@@ -417,30 +400,30 @@ def controls(speakers: dict[str, Speaker], tries: dict[str, list[Conversation]])
     """
     tokenizer, task = speakers["vanilla"].tokenizer, speakers["vanilla"].task
     end = tokenizer.stop_ids[:1]
+    generic = tokenizer.encode(task.generic_reflection) + end
     rows: dict[str, dict] = {}
     for name, own in tries.items():
         speaker, half = speakers[name], len(own) // 2
-        others = [c.reflection for c in own[half:] + own[:half]]  # half-way round: another problem
-        for label, reflections in {
+        given = {
             "an empty reflection": [end] * len(own),
-            "another problem's reflection": others,
-            "a fixed generic reflection": [tokenizer.encode(task.generic_reflection) + end]
-            * len(own),
-        }.items():
-            given = [replace(c, reflection=r) for c, r in zip(own, reflections, strict=True)]
-            rows.setdefault(label, {})[name] = retried(speaker, given, f"{name}, {label}")
-        samples = 1 + max(c.sample for c in own)
+            "a fixed generic reflection": [generic] * len(own),
+            # That of the failure half-way round, which is one of another problem.
+            "another problem's reflection": [c.reflection for c in own[half:] + own[:half]],
+        }
+        rows.setdefault("its own reflection", {})[name] = second_right(own)
+        for label, reflections in given.items():
+            swapped = [replace(c, reflection=r) for c, r in zip(own, reflections, strict=True)]
+            rows.setdefault(label, {})[name] = retried(speaker, swapped, f"{name}, {label}")
         problems = list({c.problem.id: c.problem for c in own}.values())
-        fresh = {}
+        fresh, samples = {}, 1 + max(c.sample for c in own)
         for some in chunks(problems, ROWS // samples, f"{name}, a second attempt"):
             tried = attempt(speaker, some, samples, (AGAIN, 0))
             fresh |= {(c.problem.id, c.sample): c for c in tried}
         again = [fresh[c.problem.id, c.sample] for c in own]
         label = "no failure in view: a second attempt"
         rows.setdefault(label, {})[name] = interval(first_right(again), again)
-    shuffled = second_tries(
-        speakers["shuffled"], tries["vanilla"], 1, (MEASURE, 0), "trained on shuffled rewards"
-    )
+    bar = "trained on shuffled rewards"
+    shuffled = second_tries(speakers["shuffled"], tries["vanilla"], 1, (MEASURE, 0), bar)
     rows["its own, trained on shuffled rewards"] = {"trained": second_right(shuffled)}
     return rows | equal_tokens(speakers["vanilla"], tries["vanilla"], tries["trained"])
 
@@ -463,16 +446,12 @@ def equal_tokens(vanilla: Speaker, before: list[Conversation], after: list[Conve
         np.array([1 - math.comb(n - int(c), whole) / math.comb(n, whole) for c in right])
         for whole in (math.floor(k), math.ceil(k))
     )
-    best = below + (k - math.floor(k)) * (above - below)
+    best = interval(below + (k - math.floor(k)) * (above - below), failures)
     one = second_right([after[i] for i in chosen])
-    return {f"its own, any of {k:.2f} tries; trained: one": {
-        "vanilla": interval(best, failures), "trained": one
-    }}  # fmt: skip
+    return {f"its own, any of {k:.2f} tries; trained: one": {"vanilla": best, "trained": one}}
 
 
-# --------------------------------------------------------------------------------------------------
-# What a run leaves behind
-# --------------------------------------------------------------------------------------------------
+# -- What a run leaves behind ----------------------------------------------------------------------
 
 RUNS = Path("runs")
 
@@ -487,10 +466,8 @@ def write_failures(path: Path, failures: list[Conversation], tokenizer: Tokenize
     """A line a failure: the problem, the failed attempt as text and as token ids, the reason."""
     for c in failures:
         said = {"attempt": tokenizer.decode(c.attempt), "attempt_ids": c.attempt}
-        log(
-            path,
-            {"problem": asdict(c.problem), **said, "reason": c.first.reason, "sample": c.sample},
-        )
+        rest = {"reason": c.first.reason, "sample": c.sample}
+        log(path, {"problem": asdict(c.problem), **said, **rest})
 
 
 def read_failures(path: Path, task, tokenizer: Tokenizer) -> list[Conversation]:
@@ -513,7 +490,7 @@ def read_failures(path: Path, task, tokenizer: Tokenizer) -> list[Conversation]:
 
 
 def show(tables: dict[str, dict]) -> str:
-    """Tables of {title: {row: {column: [share, low, high] or a count}}} as Markdown, in per cent."""
+    """{title: {row: {column: [share, low, high] or a count}}} as Markdown tables, in per cent."""
 
     def cell(value, sign: str) -> str:
         if not isinstance(value, list):
@@ -529,9 +506,9 @@ def show(tables: dict[str, dict]) -> str:
                 [name, *(cell(row.get(c), "+" if name == "gain" else "") for c in columns)]
             )
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [" | ".join(map(str.ljust, row, widths)) for row in cells]
-        lines.insert(1, "-|-".join("-" * width for width in widths))
-        parts += [title, "", *(f"| {line} |" for line in lines), ""]
+        lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+        lines.insert(1, "|-" + "-|-".join("-" * width for width in widths) + "-|")
+        parts += [title, "", *lines, ""]
     return "\n".join(parts)
 
 
@@ -570,14 +547,12 @@ def draw_curves(folder: Path) -> None:
     plt.close(figure)
 
 
-# --------------------------------------------------------------------------------------------------
-# The commands
-# --------------------------------------------------------------------------------------------------
+# -- The commands ----------------------------------------------------------------------------------
 
 # What a flag is when it is not given: for the tiny model, and for a real checkpoint (the paper's
 # numbers; it does not state the group size and the token limit).
 DEFAULTS = {
-    "steps": (20, 1_750),
+    "steps": (18, 1_750),
     "batch": (32, 256),
     "group": (8, 8),
     "lr": (3e-4, 5e-7),
@@ -603,26 +578,19 @@ def load_speaker(args: argparse.Namespace) -> Speaker:
     for name, (for_tiny, for_real) in DEFAULTS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, for_tiny if tiny else for_real)
-    return Speaker(
-        Model.from_pretrained(path, device=args.device),
-        tokenizer,
-        TASKS[args.task](tiny=tiny),
-        args.max_new_tokens,
-        args.temperature,
-        args.seed,
-    )
+    model, task = Model.from_pretrained(path, device=args.device), TASKS[args.task](tiny=tiny)
+    return Speaker(model, tokenizer, task, args.max_new_tokens, args.temperature, args.seed)
 
 
 def train_command(args: argparse.Namespace) -> None:
-    """The experiment: measure, collect failures, train, measure again, compare."""
-    begun = time.time()
-    names = [args.name] if args.name else [f"{args.task}-{Path(args.model).name}-seed{args.seed}"]
-    names += [f"{names[0]}-{n}" for n in range(2, 1_000)] * (not args.name)
-    free = [name for name in names if not (RUNS / name).exists()]
-    if not free:
-        raise ValueError(f"{RUNS / names[0]} exists; choose another --name")
-    folder = RUNS / free[0]
-    clock = time.time()
+    """The experiment: collect failures, measure, train, measure again, compare."""
+    if not args.temperature:
+        raise ValueError("--temperature 0 draws equal reflections: there is nothing to compare")
+    begun = clock = time.time()
+    name = f"{args.task}-{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = RUNS / (args.name or name)
+    if folder.exists():
+        raise ValueError(f"{folder} exists; choose another --name")
 
     def stage_done(stage: str) -> None:
         nonlocal clock
@@ -632,91 +600,80 @@ def train_command(args: argparse.Namespace) -> None:
     vanilla = load_speaker(args)
     task, tokenizer = vanilla.task, vanilla.tokenizer
     problems = task.load(split=args.split, limit=args.limit, seed=args.seed)
-    held_out = task.load(split="dev", limit=HELD_OUT, seed=args.seed)
-    folder.mkdir(parents=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    flags = {name: value for name, value in vars(args).items() if name != "function"}
-    config = {**flags, "versions": versions, "threads": torch.get_num_threads()}
-    models.replace_file(folder / "config.json", json.dumps(config, indent=2))
-    stage_done("base")
-
+    held_out = task.load(split="dev", limit=HELD_OUT[0], seed=args.seed)
     if args.failures:
         failures = read_failures(Path(args.failures), task, tokenizer)
     else:
         failures = collect(vanilla, task.load(split="train", seed=args.seed), args.responses)
-    write_failures(folder / "failures.jsonl", failures, tokenizer)
-    stage_done("failures")
     if args.check:
         _, batch = sample_batch(vanilla, draw_failures(failures, 0, args.batch, args.seed), args, 0)
         return print_check(grpo.check(vanilla.model, batch, settings_of(args), args.seed))
+    folder.mkdir(parents=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    flags = {name: value for name, value in vars(args).items() if name != "function"}
+    config = {**flags, "versions": versions, "threads": torch.get_num_threads()}
+    models.replace_file(folder / "config.json", json.dumps(config, indent=2))
+    write_failures(folder / "failures.jsonl", failures, tokenizer)
+    stage_done("base model and failures")
 
-    def measure_both_ways(speaker: Speaker, name: str) -> tuple[list, list]:
-        greedy = measure(replace(speaker, temperature=0.0), problems, 1, f"{name}, greedy")
-        return measure(speaker, problems, args.samples, name), greedy
-
-    before, greedy_before = measure_both_ways(vanilla, "vanilla")
+    greedy = measure(replace(vanilla, temperature=0.0), problems, 1, "vanilla, greedy")
+    before = measure(vanilla, problems, args.samples, "vanilla")
     stage_done("measure vanilla")
 
     trained = replace(vanilla, model=copy.deepcopy(vanilla.model))
-    points = {0: accuracy(at=measure(trained, held_out, args.samples, "held out"))["at"]}
-    log(folder / "metrics.jsonl", {"step": 0, **points[0]})
+
+    def point() -> dict:  # of the curves
+        return accuracy(at=measure(trained, held_out, HELD_OUT[1], "held out"))["at"]
+
+    log(folder / "metrics.jsonl", {"step": 0, **point()})
     for step, metrics, optimizers in reinforce(trained, failures, args, folder / "samples.jsonl"):
-        point = {}
-        if step % max(1, args.steps // 4) == 0 or step == args.steps:  # a point of the curves
+        if step % max(1, args.steps // 4) == 0 or step == args.steps:
+            metrics |= point()
             grpo.save_checkpoint(folder / "checkpoints", step, trained.model, optimizers)
-            point = accuracy(at=measure(trained, held_out, args.samples, "held out"))["at"]
-        log(folder / "metrics.jsonl", {"step": step, **metrics, **point})
+        log(folder / "metrics.jsonl", {"step": step, **metrics})
         stage_done(f"step {step}")
     trained.model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
-    after, greedy_after = measure_both_ways(trained, "trained")
+    greedy_after = measure(replace(trained, temperature=0.0), problems, 1, "trained, greedy")
+    after = measure(trained, problems, args.samples, "trained")
     failed = [c for c in before if not c.first.right]
     own = second_tries(trained, failed, 1, (MEASURE, 0), "2x2")
     on = f"{len(problems)} {args.split} problems"
     fixed = f"the vanilla model's {len(failed)} failures: % of retries right [95%]"
+    way = f"{args.samples} samples each, temperature {args.temperature:g}"
+    crossed = retried(trained, failed, "2x2"), retried(vanilla, own, "2x2")
     tables = {
-        f"{on}, {args.samples} samples each, temperature {args.temperature:g}: % right [95%]":
-            accuracy(vanilla=before, trained=after),
-        f"{on}, greedy: % right [95%]": accuracy(vanilla=greedy_before, trained=greedy_after),
-        f"Who reflects (rows), who retries (columns), on {fixed}": {
-            "vanilla reflects": {
-                "vanilla retries": second_right(failed),
-                "trained retries": retried(trained, failed, "2x2"),
-            },
-            "trained reflects": {
-                "vanilla retries": retried(vanilla, own, "2x2"),
-                "trained retries": second_right(own),
-            },
+        f"{on}, {way}: % right [95%]": accuracy(vanilla=before, trained=after),
+        f"{on}, greedy: % right [95%]": accuracy(vanilla=greedy, trained=greedy_after),
+        f"Who reflects (rows) and who retries (columns), on {fixed}": {
+            "vanilla": {"vanilla": second_right(failed), "trained": crossed[0]},
+            "trained": {"vanilla": crossed[1], "trained": second_right(own)},
         },
-    }  # fmt: skip
+        "What the verifier said, times": reasons(vanilla=before, trained=after),
+    }
     stage_done("measure trained")
     if args.controls:
-        model = copy.deepcopy(vanilla.model)
-        shuffled = replace(vanilla, model=model)
+        shuffled = replace(vanilla, model=copy.deepcopy(vanilla.model))
         for _ in reinforce(shuffled, failures, args, shuffle_rewards=True):
             pass
         speakers = {"vanilla": vanilla, "trained": trained, "shuffled": shuffled}
-        own_row = {
-            "its own reflection": {"vanilla": second_right(failed), "trained": second_right(own)}
-        }
         rows = controls(speakers, {"vanilla": failed, "trained": own})
-        tables[f"Controls, on {fixed} after …"] = own_row | rows
+        tables[f"Controls, on {fixed}, after …"] = rows
         stage_done("controls")
-    tables["What the verifier said, times"] = reasons(vanilla=before, trained=after)
-    lengths = [np.mean([len(c.reflection) for c in tries]) for tries in (failed, own)]
+    lengths = [float(np.mean([len(c.reflection) for c in tries])) for tries in (failed, own)]
     weights = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
     report = {"tables": tables, "reflection tokens": lengths, "weights sha256": weights}
     models.replace_file(folder / "report.json", json.dumps(report, indent=2))
     draw_curves(folder)
     print("\n" + show(tables))
     print(
-        "Tokens in a reflection on those failures: vanilla {:.0f}, trained {:.0f}".format(*lengths)
+        "Tokens in a reflection on these failures: vanilla {:.0f}, trained {:.0f}".format(*lengths)
     )
     print(f"{(time.time() - begun) / 60:.1f} minutes; weights {weights[:16]}; all in {folder}/")
 
 
-HELD_OUT = 200  # development problems behind a point of the curves
+HELD_OUT = (200, 2)  # development problems behind a point of the curves, and tries at each
 
 
 def print_check(found: dict[str, float]) -> None:
@@ -748,98 +705,88 @@ def eval_command(args: argparse.Namespace) -> None:
 def play_command(args: argparse.Namespace) -> None:
     """Watch the model attempt, reflect and retry on problems that you type."""
     if args.model is None:  # the model trained last, else the base that it would start from
-        saved = sorted(
-            RUNS.glob("*/model/model.safetensors"), key=lambda path: path.stat().st_mtime
-        )
+        saved = sorted(RUNS.glob("*/model/model.safetensors"), key=lambda p: p.stat().st_mtime)
         args.model = str(saved[-1].parent) if saved else "tiny"
     speaker = load_speaker(args)
-    print(f"This is {args.model}. Type {speaker.task.how_to_type}; an empty line ends.")
-    for number in range(sys.maxsize):
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            line = ""
-        if not line:
-            return
-        try:
-            play(speaker, speaker.task.parse(line), (AGAIN, number))
-        except ValueError as error:
-            print(f"  {error}")
-
-
-def play(speaker: Speaker, problem, key: tuple) -> None:
-    """One conversation, printed turn by turn."""
 
     def say(who: str, ids: list[int], verdict: Verdict | None = None) -> None:
         judged = f"   <- {verdict.reason.replace('_', ' ')}" if verdict else ""
         print(f"  {who:>10}  {speaker.tokenizer.decode(ids)}{judged}")
 
-    [c] = attempt(speaker, [problem], 1, key)
-    say("question", c.prompt)
-    say("attempt", c.attempt, c.first)
-    if not c.first.right:
-        reflected, cache = reflect(speaker, [c], 1, key)
-        [c] = retry(speaker, reflected, key, cache)
-        say("reflection", c.reflection)
-        say("retry", c.retry, c.second)
+    print(f"This is {args.model}. Type {speaker.task.how_to_type}; an empty line ends.")
+    key = (AGAIN, 0)
+    while line := read_line():
+        key = (AGAIN, key[1] + 1)  # asked again, it may answer otherwise
+        try:
+            [c] = attempt(speaker, [speaker.task.parse(line)], 1, key)
+        except ValueError as error:
+            print(f"  {error}")
+            continue
+        say("question", c.prompt)
+        say("attempt", c.attempt, c.first)
+        if not c.first.right:
+            reflected, cache = reflect(speaker, [c], 1, key)
+            [c] = retry(speaker, reflected, key, cache)
+            say("reflection", c.reflection)
+            say("retry", c.retry, c.second)
+
+
+def read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="r3.py", description="Reflect, Retry, Reward: train a language model to reflect."
-    )
+    about = "Reflect, Retry, Reward: train a language model to reflect."
+    parser = argparse.ArgumentParser(prog="r3.py", description=about)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    train, evaluate, play_ = (
-        commands.add_parser(name, help=about, description=f"{about} {more}")
-        for name, about, more in (
-            ("train", "Measure a model, train it by R3, measure it again.",
-             "Without flags: the whole experiment with a tiny model, from nothing, on a laptop."),
-            ("eval", "Measure a model: right at the first try, and within two.", ""),
-            ("play", "Watch a model attempt, reflect and retry on a problem that you type.", ""),
-        )
-    )  # fmt: skip
-    train.set_defaults(function=train_command)
-    evaluate.set_defaults(function=eval_command)
-    play_.set_defaults(function=play_command)
-    everywhere, measuring, training = (train, evaluate, play_), (train, evaluate), (train,)
+    subs = {}
+    for name, function, about in (
+        ("train", train_command, "Measure a model, train it by R3, measure it again. "
+         "Without flags: the whole experiment with a tiny model, from nothing, on a laptop."),
+        ("eval", eval_command, "Measure a model: right at the first try, and within two."),
+        ("play", play_command, "Watch a model attempt, reflect and retry on a problem you type."),
+    ):  # fmt: skip
+        subs[name] = commands.add_parser(name, help=about, description=about)
+        subs[name].set_defaults(function=function)
 
-    def flag(parsers: tuple, name: str, text: str, **kind) -> None:
+    def flag(of: str, name: str, about: str, **kind) -> None:
+        """Add a flag to the commands named in `of`."""
         key = name[2:].replace("-", "_")
-        if key in DEFAULTS and key != "device":
-            text += " (default: {} for tiny, else {})".format(*DEFAULTS[key])
+        if key in DEFAULTS:
+            about += " (default: {} for tiny, else {})".format(*DEFAULTS[key])
         elif kind.get("default") is not None:
-            text += " (default: %(default)s)"
-        for sub in parsers:
-            sub.add_argument(name, help=text, **kind)
+            about += " (default: %(default)s)"
+        for command in of.split():
+            subs[command].add_argument(name, help=about, **kind)
 
-    flag((play_,), "--model", "a Hugging Face folder, or tiny (default: the model trained last)")
-    flag(measuring, "--model", "a Hugging Face folder, or tiny: made from nothing", default="tiny")
-    flag(everywhere, "--task", "what to solve", choices=TASKS, default="countdown")
-    flag(everywhere, "--seed", "of everything random", type=number(int, 0), default=0)
-    flag(
-        everywhere, "--device", "cpu, cuda or mps (default: cpu for tiny, else cuda if it is there)"
-    )
-    flag(
-        everywhere, "--temperature", "of sampling; 0 is greedy", type=number(float, 0), default=1.0
-    )
-    flag(everywhere, "--max-new-tokens", "the longest turn", type=number(int, 1))
-    flag(measuring, "--split", "problems to measure on", choices=("dev", "test"), default="dev")
-    flag(measuring, "--limit", "measure on so many problems (default: all)", type=number(int, 2))
-    flag(measuring, "--samples", "first tries at each of them", type=number(int, 1))
-    flag(training, "--name", "the run's folder in runs/ (default: by task, model and seed)")
-    flag(training, "--fresh", "make the tiny base model anew", action="store_true")
-    flag(training, "--controls", "measure what else could explain the gain", action="store_true")
-    flag(training, "--check", "only compare a step with the textbook", action="store_true")
-    flag(training, "--failures", "reuse this failures.jsonl of another run", metavar="FILE")
-    flag(training, "--responses", "tries at finding a failure, per problem", type=number(int, 1))
-    flag(training, "--steps", "optimiser steps", type=number(int, 1))
-    flag(training, "--batch", "failures a step", type=number(int, 1))
-    flag(training, "--group", "G, reflections a failure", type=number(int, 2))
-    flag(training, "--lr", "learning rate at its highest", type=number(float, 0))
-    flag(training, "--beta", "weight of the KL term", type=number(float, 0), default=0.001)
-    flag(training, "--clip", "epsilon of the clipped ratio", type=number(float, 0), default=0.2)
-    flag(training, "--loss", "how tokens are averaged", choices=grpo.LOSSES, default="dapo")
-    flag(training, "--no-std", "do not divide advantages by their deviation", action="store_true")
+    whole, positive, real = at_least(int, 0), at_least(int, 1), at_least(float, 0)
+    flag("play", "--model", "a Hugging Face folder, or tiny (default: the model trained last)")
+    flag("train eval", "--model", "a Hugging Face folder, or tiny: made here", default="tiny")
+    flag("train eval play", "--task", "what to solve", choices=TASKS, default="countdown")
+    flag("train eval play", "--seed", "of everything random", type=whole, default=0)
+    flag("train eval play", "--device", "cpu, cuda or mps")
+    flag("train eval play", "--temperature", "of sampling; 0: greedy", type=real, default=1.0)
+    flag("train eval play", "--max-new-tokens", "the longest turn", type=positive)
+    flag("train eval", "--split", "what to measure on", choices=("dev", "test"), default="dev")
+    flag("train eval", "--limit", "measure on so many problems", type=at_least(int, 2))
+    flag("train eval", "--samples", "first tries at each of them", type=positive)
+    flag("train", "--name", "the run's folder in runs/ (default: task, model, seed and time)")
+    flag("train", "--fresh", "make the tiny base model anew", action="store_true")
+    flag("train", "--controls", "measure what else could explain the gain", action="store_true")
+    flag("train", "--check", "only compare a step with the textbook", action="store_true")
+    flag("train", "--failures", "reuse this failures.jsonl of another run", metavar="FILE")
+    flag("train", "--responses", "tries at finding a failure, per problem", type=positive)
+    flag("train", "--steps", "optimiser steps", type=positive)
+    flag("train", "--batch", "failures a step", type=positive)
+    flag("train", "--group", "G, reflections a failure", type=at_least(int, 2))
+    flag("train", "--lr", "learning rate at its highest", type=real)
+    flag("train", "--beta", "weight of the KL term", type=real, default=0.001)
+    flag("train", "--clip", "epsilon of the clipped ratio", type=real, default=0.2)
+    flag("train", "--loss", "what a token weighs", choices=grpo.LOSSES, default="dapo")
+    flag("train", "--no-std", "do not divide advantages by the deviation", action="store_true")
     args = parser.parse_args(argv)
     try:
         args.function(args)
@@ -849,18 +796,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("r3.py: interrupted")
 
 
-def number(kind: type, least: float):
+def at_least(kind: type, least: float):
     """The type of a flag: a number not below `least`; argparse names the flag where it is not."""
 
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} of at least {least}")
+            raise ValueError
         return value
 
+    parse.__name__ = f"number (at least {least}):"  # argparse: "invalid number (at least 1): '0'"
     return parse
 
 

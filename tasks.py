@@ -12,13 +12,14 @@ model's text near `eval`: a verifier is attacked by its student (a policy finds 
 rewarded without being right), so Countdown parses and computes for itself, exactly.
 
 Countdown: combine the given numbers with + - * / to reach a target, each number exactly once.
-It comes in two sizes. The usual one (3 or 4 numbers from 1 to 99) is for real checkpoints. The small
-one (`Countdown(tiny=True)`: 3 numbers from 1 to 10) is for a model of 0.4 million parameters that is
-trained from nothing in minutes, and brings along what such a model needs: a vocabulary, short texts,
-and the dialogues of its cold start.
+It comes in two sizes. The usual one (3 or 4 numbers from 1 to 99) is for real checkpoints. The
+small one (`Countdown(tiny=True)`: 3 numbers from 1 to 10) is for a model of 0.3 million parameters
+that is trained from nothing in minutes, and brings along what such a model needs: a vocabulary,
+short texts, and the dialogues of its cold start.
 """
 
 import itertools
+import operator
 import random
 import re
 from dataclasses import dataclass
@@ -36,9 +37,10 @@ class Verdict:
     reason: str
 
 
-# ------------------------------------------------------------------------------------------------
-# Arithmetic: a parser that can only add, subtract, multiply and divide
-# ------------------------------------------------------------------------------------------------
+# -- Arithmetic: a parser that can only add, subtract, multiply and divide -------------------------
+
+
+SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
 def parse_expression(text: str) -> tuple[Fraction | None, list[int]]:
@@ -53,52 +55,36 @@ def parse_expression(text: str) -> tuple[Fraction | None, list[int]]:
     >>> parse_expression("(10 + 6) * 2")
     (Fraction(32, 1), [10, 6, 2])
 
-    The value is None where the expression divides by zero.
-    Raises ValueError if the text is not such an expression, is over MAX_CHARS, or nests over
-    MAX_DEPTH levels.
+    The value is None where the expression divides by zero. Raises ValueError if the text is not
+    such an expression, is over MAX_CHARS, or nests over MAX_DEPTH levels.
     """
     if len(text) > MAX_CHARS:
         raise ValueError("too long")
-    tokens = re.findall(r"[0-9]+|\S", text, flags=re.ASCII)
+    tokens = re.findall(r"[0-9]+|\S", text, flags=re.ASCII)[::-1]  # the next one is the last
     literals: list[int] = []
-    position = 0
 
-    def peek() -> str:
-        return tokens[position] if position < len(tokens) else ""
-
-    def take() -> str:
-        nonlocal position
-        position += 1
-        return tokens[position - 1]
-
-    def chain(operators: str, operand, depth: int) -> Fraction | None:
+    def chain(signs: str, operand, depth: int) -> Fraction | None:
         value = operand(depth)
-        while peek() and peek() in operators:
-            operator, right = take(), operand(depth)
-            if value is None or right is None or (operator == "/" and right == 0):
-                value = None
-            else:
-                value = apply(operator, value, right)
+        while tokens and tokens[-1] in signs:
+            sign, right = tokens.pop(), operand(depth)
+            undefined = value is None or right is None or (sign == "/" and right == 0)
+            value = None if undefined else SIGNS[sign](value, right)
         return value
 
     def sum_(depth: int) -> Fraction | None:
-        return chain("+-", product, depth)
-
-    def product(depth: int) -> Fraction | None:
-        return chain("*/", factor, depth)
+        return chain("+-", lambda depth: chain("*/", factor, depth), depth)
 
     def factor(depth: int) -> Fraction | None:
-        if depth > MAX_DEPTH:
-            raise ValueError("nested too deep")
-        token = take() if peek() else "the end"
+        if depth > MAX_DEPTH or not tokens:
+            raise ValueError("nested too deep, or cut short")
+        token = tokens.pop()
         if token == "-":
             value = factor(depth + 1)
             return None if value is None else -value
         if token == "(":
             value = sum_(depth + 1)
-            if peek() != ")":
+            if not tokens or tokens.pop() != ")":
                 raise ValueError("a bracket is not closed")
-            take()
             return value
         if not re.fullmatch(r"0|[1-9][0-9]*", token, flags=re.ASCII):
             raise ValueError(f"unexpected {token!r}")
@@ -106,27 +92,12 @@ def parse_expression(text: str) -> tuple[Fraction | None, list[int]]:
         return Fraction(literals[-1])
 
     value = sum_(0)
-    if position < len(tokens):
-        raise ValueError(f"unexpected {peek()!r}")
+    if tokens:
+        raise ValueError(f"unexpected {tokens[-1]!r}")
     return value, literals
 
 
-def apply(operator: str, a, b):
-    """One step of arithmetic, exact on Fractions: apply("-", 7, 2) == 5."""
-    return (
-        a + b
-        if operator == "+"
-        else a - b
-        if operator == "-"
-        else a * b
-        if operator == "*"
-        else a / b
-    )
-
-
-# ------------------------------------------------------------------------------------------------
-# Countdown
-# ------------------------------------------------------------------------------------------------
+# -- Countdown -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -139,7 +110,7 @@ class Numbers:
 
 
 class Countdown:
-    """The numbers game, as in TinyZero and in the paper. `tiny=True` is the small one (see above)."""
+    """The numbers game, as in TinyZero and in the paper. `tiny=True` is the small one."""
 
     name = "countdown"
     reasons = ("right", "no_answer", "malformed", "wrong_numbers", "wrong_value")
@@ -150,14 +121,12 @@ class Countdown:
             self.reflect = "Wrong. Reflect."
             self.again = "Again."
             self.generic_reflection = "I will be careful ."
-        else:  # the paper's prompt (as recalled), and a plain one for what it leaves open
+        else:  # `reflect` is the paper's, as recalled; the others are ours
             self.reflect = (
-                "You tried solving the problem and got the wrong answer. Reflect on what went wrong "
-                "and write a short explanation that will help you do better next time."
+                "You tried solving the problem and got the wrong answer. Reflect on what went "
+                "wrong and write a short explanation that will help you do better next time."
             )
-            self.again = (
-                "Now try to solve the problem again. Give your equation inside <answer> </answer>."
-            )
+            self.again = "Now try again. Give your equation inside <answer> </answer>."
             self.generic_reflection = (
                 "I made a mistake. Next time I will read the problem carefully, work step by step, "
                 "and check my result before I answer."
@@ -195,8 +164,8 @@ class Countdown:
             values = [Fraction(n) for n in numbers]
             while len(values) > 1:
                 rng.shuffle(values)
-                a, b, operator = values.pop(), values.pop(), rng.choice("+-*/")
-                values.append(Fraction(-1) if operator == "/" and b == 0 else apply(operator, a, b))
+                a, b, sign = values.pop(), values.pop(), rng.choice("+-*/")
+                values.append(Fraction(-1) if sign == "/" and b == 0 else SIGNS[sign](a, b))
             reached = values[0].denominator == 1 and 1 <= values[0] <= 99
             if reached and split_of(sorted(numbers)) == split:
                 problems[tuple(numbers), int(values[0])] = None
@@ -256,12 +225,14 @@ class Countdown:
         right = value == problem.target
         return Verdict(right, "right" if right else "wrong_value")
 
-    # -- What only the tiny model needs: its words, and the dialogues it is born from ---------------
+    # -- What only the tiny model needs: its words, and the dialogues that it is born from ---------
 
     def words(self) -> list[str]:
-        """The vocabulary of the small Countdown: whole numbers, signs, and the words of its texts."""
+        """The vocabulary of the small Countdown: numbers, signs, and the words of its texts."""
         signs = "+ - * / = ( ) , . <answer> </answer> yes no"
-        texts = f"Make from Start with That is not {self.reflect} {self.again} I will be careful"
+        texts = (
+            f"Make from Start with I need That is not {self.reflect} {self.again} will be careful"
+        )
         return [str(n) for n in range(101)] + f"{signs} {texts}".split()
 
     def cold_dialogue(
@@ -282,9 +253,10 @@ class Countdown:
         numbers, target = tuple(rng.sample(drawn.numbers, len(drawn.numbers))), drawn.target
         problem, steps = Numbers(drawn.id, numbers, target), first_steps(numbers)
         start, said = rng.choice(steps), []
-        if rng.random() < 0.05:  # a first attempt that checks a little
+        if rng.random() < 0.08:  # a first attempt that checks a little
             said, start = check(numbers, target, rng, go_on=0.5)
-        attempt = " ".join([*said, commit(start), answer(numbers, start, target)])
+        solution = answer(numbers, start, target)
+        attempt = " ".join([f"I need {target} .", *said, commit(start), solution])
         value = second_step(numbers, start, target)[3]
         if value == target:
             return problem, [attempt]
@@ -357,21 +329,18 @@ def commit(step: Step) -> str:
 
 
 def answer(numbers, step: Step, target: int) -> str:
-    """The whole expression that a first step leads to: "<answer> 6 * ( 10 / 2 ) </answer>"."""
-    inner, (a, operator, b, _) = (
-        f"( {step[0]} {step[1]} {step[2]} )",
-        second_step(numbers, step, target),
-    )
-    first = a == step[3]  # whether the first step's result is the left operand
-    outer = f"{inner} {operator} {b}" if first else f"{a} {operator} {inner}"
+    """The whole expression that a first step leads to: "<answer> ( 10 / 2 ) * 6 </answer>"."""
+    a, sign, b, _ = second_step(numbers, step, target)
+    inner = "( {} {} {} )".format(*step)
+    outer = f"{inner} {sign} {b}" if a == step[3] else f"{a} {sign} {inner}"
     return f"<answer> {outer} </answer>"
 
 
 def check(numbers, target: int, rng: random.Random, go_on: float) -> tuple[list[str], Step]:
     """Check candidate first steps in cyclic order from a random one: what is said, and the choice.
 
-    Each check writes the first step, the second one and the judgement, "10 / 2 = 5 , 6 * 5 = 30 no";
-    a "yes" ends the search, and so does a draw (probability 1 - go_on), leaving the choice to chance.
+    Each check writes first step, second step and judgement: "10 / 2 = 5 , 5 * 6 = 30 no".
+    A "yes" ends the search, and so does a draw (probability 1 - go_on): then chance chooses.
     """
     steps, said = first_steps(numbers), []
     offset = rng.randrange(len(steps))
