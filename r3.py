@@ -78,9 +78,6 @@ class Conversation:
     retry: list[int] = field(default_factory=list)
     second: Verdict | None = None
 
-    def right_within_two(self) -> bool:
-        return self.first.right or (self.second is not None and self.second.right)
-
 
 # A turn's random stream is keyed by (seed, purpose, step, turn, problem, attempt, sample); a `key`
 # below is its (purpose, step).
@@ -232,12 +229,10 @@ def settings_of(args: argparse.Namespace) -> grpo.Settings:
 
 def draw_failures(failures: list, step: int, size: int, seed: int) -> list:
     """The failures of a step: every one once an epoch, in an order drawn anew for each epoch."""
-    chosen = []
-    for place in range(step * size, (step + 1) * size):
-        epoch, place = divmod(place, len(failures))
-        order = random.Random(f"{seed} {epoch}").sample(failures, len(failures))
-        chosen.append(order[place])
-    return chosen
+    places, orders = range(step * size, (step + 1) * size), {}
+    for epoch in {place // len(failures) for place in places}:
+        orders[epoch] = random.Random(f"{seed} {epoch}").sample(failures, len(failures))
+    return [orders[place // len(failures)][place % len(failures)] for place in places]
 
 
 def log_samples(path: Path, step: int, tries: list[Conversation], batch: grpo.Batch, text) -> None:
@@ -332,7 +327,7 @@ def first_right(tries: list[Conversation]) -> np.ndarray:
 
 
 def within_two(tries: list[Conversation]) -> np.ndarray:
-    return np.array([c.right_within_two() for c in tries], float)
+    return np.array([(c.second or c.first).right for c in tries], float)
 
 
 def interval(values: np.ndarray, tries: list[Conversation]) -> list[float]:
@@ -341,6 +336,8 @@ def interval(values: np.ndarray, tries: list[Conversation]) -> list[float]:
     Tries at one problem are not independent, so the variance of the mean is that of the residuals
     summed problem by problem (the cluster-robust one, normal approximation).
     """
+    if not tries:
+        return [math.nan] * 3
     _, cluster = np.unique([c.problem.id for c in tries], return_inverse=True)
     sums = np.bincount(cluster, weights=values - values.mean())
     n, mean = len(sums), float(values.mean())
@@ -380,9 +377,8 @@ def reasons(**measured: list[Conversation]) -> dict:
 
 def retried(speaker: Speaker, reflected: list[Conversation], bar: str) -> list[float]:
     """[share, low, high] of right retries by `speaker` after the given reflections."""
-    return second_right(
-        [c for some in chunks(reflected, ROWS, bar) for c in retry(speaker, some, (MEASURE, 0))]
-    )
+    some = chunks(reflected, ROWS, bar)
+    return second_right([c for chunk in some for c in retry(speaker, chunk, (MEASURE, 0))])
 
 
 def second_right(tries: list[Conversation]) -> list[float]:
@@ -502,9 +498,8 @@ def show(tables: dict[str, dict]) -> str:
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         cells = [["", *columns]]
         for name, row in rows.items():
-            cells.append(
-                [name, *(cell(row.get(c), "+" if name == "gain" else "") for c in columns)]
-            )
+            sign = "+" if name == "gain" else ""
+            cells.append([name, *(cell(row.get(column), sign) for column in columns)])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
         lines.insert(1, "|-" + "-|-".join("-" * width for width in widths) + "-|")
@@ -605,6 +600,10 @@ def train_command(args: argparse.Namespace) -> None:
         failures = read_failures(Path(args.failures), task, tokenizer)
     else:
         failures = collect(vanilla, task.load(split="train", seed=args.seed), args.responses)
+    if not failures:
+        raise ValueError(
+            "the model solved every training problem: there is no failure to learn from"
+        )
     if args.check:
         _, batch = sample_batch(vanilla, draw_failures(failures, 0, args.batch, args.seed), args, 0)
         return print_check(grpo.check(vanilla.model, batch, settings_of(args), args.seed))
@@ -653,7 +652,7 @@ def train_command(args: argparse.Namespace) -> None:
         "What the verifier said, times": reasons(vanilla=before, trained=after),
     }
     stage_done("measure trained")
-    if args.controls:
+    if args.controls and failed:
         shuffled = replace(vanilla, model=copy.deepcopy(vanilla.model))
         for _ in reinforce(shuffled, failures, args, shuffle_rewards=True):
             pass

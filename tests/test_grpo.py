@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import grpo
-from grpo import Batch, Settings, grpo_loss, group_advantages, trained_mask
+from grpo import Batch, Settings, group_advantages, grpo_loss, trained_mask
 
 
 def random_batch(model, rows=6, seed=0, beta_ref=True) -> Batch:

@@ -51,7 +51,9 @@ def test_logits_equal_transformers(tmp_path, shape):
         padded = theirs(ids, attention_mask=live.long(), position_ids=positions).logits
         close(ours(ids, live=live)[live], padded[live])
     cache = Cache.empty(ours, 3, 20)  # a block, then token by token
-    steps = [ours.hidden(ids[:, :7], cache)] + [ours.hidden(ids[:, t : t + 1], cache) for t in range(7, 20)]
+    steps = [ours.hidden(ids[:, :7], cache)] + [
+        ours.hidden(ids[:, t : t + 1], cache) for t in range(7, 20)
+    ]
     close(ours.head(torch.cat(steps, dim=1)), want)
 
 
@@ -62,7 +64,9 @@ def test_a_cache_with_holes_is_as_if_there_were_none(tmp_path):
     live = torch.ones(2, 12, dtype=torch.bool)
     live[0, 3:6] = live[1, 0] = live[1, 8] = False
     cache = Cache.empty(ours, 2, 12)
-    got = torch.cat([ours.hidden(ids[:, a:b], cache, live[:, a:b]) for a, b in ((0, 5), (5, 6), (6, 12))], 1)
+    got = torch.cat(
+        [ours.hidden(ids[:, a:b], cache, live[:, a:b]) for a, b in ((0, 5), (5, 6), (6, 12))], 1
+    )
     for row in range(2):
         alone = ours(ids[row][live[row]][None])[0]
         close(ours.head(got)[row][live[row]], alone)
@@ -95,7 +99,9 @@ def test_the_tiny_folder_is_an_ordinary_one(tiny, tmp_path):
         {"role": "user", "content": "Wrong. Reflect."},
     ]
     ids = tokenizer.prompt(chat)
-    assert tokenizer.render(chat) == tokens.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.render(chat) == tokens.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True
+    )
     assert ids == tokens(tokenizer.render(chat), add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == tokens.decode(ids, skip_special_tokens=True)
     close(model(torch.tensor([ids])), theirs(torch.tensor([ids])).logits)
@@ -144,7 +150,9 @@ def test_a_sample_does_not_depend_on_its_batch(tiny, task):
     together = generate(model, prompts, samples=4, **options).tokens
     for p, prompt in enumerate(prompts):
         assert generate(model, [prompt], samples=4, keys=[(p,)], **options).tokens[0] == together[p]
-    assert generate(model, prompts, samples=2, **options).tokens == [group[:2] for group in together]
+    assert generate(model, prompts, samples=2, **options).tokens == [
+        group[:2] for group in together
+    ]
     assert generate(model, prompts, samples=4, **{**options, "seed": 4}).tokens != together
 
 
@@ -247,7 +255,11 @@ def test_bad_folders_are_refused_by_name(tmp_path, tiny):
 
 def test_templates_run_in_a_sandbox(tiny):
     _, tokenizer = tiny
-    for template in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ raise_exception('no') }}"):
+    for template in (
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('no') }}",
+    ):
         evil = Tokenizer(tokenizer.tokenizer, {**tokenizer.settings, "chat_template": template}, {})
         with pytest.raises(ValueError, match="chat template"):
             evil.render([{"role": "user", "content": "1"}])

@@ -35,9 +35,37 @@ def test_right(answer):
 
 @pytest.mark.parametrize(
     "answer",
-    "|  |(10+6)*2=33|(10+6)*2==32|(10+6)*2=32=32|2**5|7//2|(10+6)(2)|10 6 2|10+6*|(10+6*2|10+6)*2|1_0+6|"
-    "٣+6+2|1e1+6|0x10|010+6+2|10.0+6+2|1.5*2|abs(10)|x|+10+6|(10+6)×2|(10 + 6) * 2 = 32.0|"
-    "__import__('os')|()|10+(+6)|10,6|(10+6)*2 = 0032".split("|"),
+    [
+        "",
+        "  ",
+        "(10+6)*2=33",
+        "(10+6)*2==32",
+        "(10+6)*2=32=32",
+        "2**5",
+        "7//2",
+        "(10+6)(2)",
+        "10 6 2",
+        "10+6*",
+        "(10+6*2",
+        "10+6)*2",
+        "1_0+6",
+        "٣+6+2",
+        "1e1+6",
+        "0x10",
+        "010+6+2",
+        "10.0+6+2",
+        "1.5*2",
+        "abs(10)",
+        "x",
+        "+10+6",
+        "(10+6)×2",
+        "(10 + 6) * 2 = 32.0",
+        "__import__('os')",
+        "()",
+        "10+(+6)",
+        "10,6",
+        "(10+6)*2 = 0032",
+    ],
 )
 def test_malformed(answer):
     assert reason(answer) == "malformed"
@@ -132,7 +160,7 @@ def test_large_problems_are_seeded_and_in_range():
     problems = Countdown().load(split="test", limit=50, seed=3)
     assert problems == Countdown().load(split="test", limit=50, seed=3)
     assert all(
-        len(p.numbers) in (3, 4) and 1 <= min(p.numbers) and max(p.numbers) <= 99 for p in problems
+        len(p.numbers) in (3, 4) and min(p.numbers) >= 1 and max(p.numbers) <= 99 for p in problems
     )
     train = {tuple(sorted(p.numbers)) for p in Countdown().load(split="train", limit=200)}
     assert not train & {tuple(sorted(p.numbers)) for p in problems}

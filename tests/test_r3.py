@@ -1,0 +1,311 @@
+"""The conversation, the main job shrunken to seconds, and what a user sees when input is bad."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import grpo
+import model as models
+import r3
+from tasks import Verdict
+
+SHORT = [
+    *("--steps", "3", "--batch", "4", "--group", "3", "--limit", "6"),
+    *("--samples", "2", "--responses", "1", "--max-new-tokens", "24"),
+]
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """The main job in an empty folder, with a cold start of a few steps."""
+    monkeypatch.setitem(r3.COLD, "steps", 8)
+    monkeypatch.setattr(r3, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(r3, "HELD_OUT", (5, 2))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def speaker(tiny, task):
+    return r3.Speaker(*tiny, task, max_new_tokens=12, seed=3)
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    """A verifier that an untrained model satisfies now and then: a third of what can be said."""
+
+    def verify(speaker, problem, turn):
+        right = sum(turn) % 3 == 0
+        return Verdict(right, "right" if right else "wrong_value")
+
+    monkeypatch.setattr(r3.Speaker, "verify", verify)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_conversation_is_its_turns_in_a_row(speaker, task):
+    problems = task.load(split="dev", limit=5)
+    tries = r3.attempt(speaker, problems, 2, (0, 0))
+    assert [c.problem for c in tries] == [p for p in problems for _ in range(2)]
+    done = r3.second_tries(speaker, tries, 3, (0, 0))
+    assert len(done) == 30
+    end, encode = speaker.tokenizer.stop_ids[0], speaker.tokenizer.encode
+    for number, c in enumerate(done):
+        first = tries[number // 3]
+        assert (c.problem, c.attempt, c.sample) == (first.problem, first.attempt, first.sample)
+        ended = c.attempt if c.attempt[-1] == end else [*c.attempt, end]
+        assert c.context == c.prompt + ended + encode(
+            f"<|user|> {task.reflect} <|end|> <|assistant|>"
+        )
+        assert len(c.logprobs) == len(c.reflection) <= 12
+        assert c.second == speaker.verify(c.problem, c.retry)
+    assert len({tuple(c.reflection) for c in done[:3]}) > 1  # samples of one failure differ
+
+
+def test_a_retry_from_the_cache_is_the_retry_from_the_beginning(speaker, task):
+    tries = r3.attempt(speaker, task.load(split="dev", limit=6), 1, (0, 0))
+    reflected, cache = r3.reflect(speaker, tries, 2, (0, 0))
+    assert r3.retry(speaker, reflected, (0, 0), cache) == r3.retry(speaker, reflected, (0, 0))
+
+
+def test_how_the_work_is_split_changes_nothing(speaker, task, monkeypatch):
+    problems = task.load(split="dev", limit=7)
+
+    def turns():
+        tries = r3.measure(speaker, problems, 2, "")
+        return [(c.problem, c.attempt, c.reflection, c.retry, c.second) for c in tries]
+
+    together = turns()
+    monkeypatch.setattr(r3, "ROWS", 3)
+    assert turns() == together
+
+
+def test_rewards_go_to_reflections_and_cut_ones_earn_nothing(speaker, task, lenient):
+    speaker.tokenizer.stop_ids = [0, *range(20, 30)]  # so that some turns end and some are cut
+    failures = r3.attempt(speaker, task.load(split="dev", limit=3), 1, (0, 0))
+    args = type("Args", (), {"group": 8, "no_std": False})
+    tries, batch = r3.sample_batch(speaker, failures, args, step=0)
+    ended = [c.reflection[-1] in speaker.tokenizer.stop_ids for c in tries]
+    right = [sum(c.retry) % 3 == 0 for c in tries]
+    outcomes = set(zip(ended, right, strict=True))
+    assert len(outcomes) == 4  # all of: ended or cut, right or wrong
+    want = torch.tensor([float(e and r) for e, r in zip(ended, right, strict=True)])
+    assert torch.equal(batch.rewards, want)
+    assert torch.equal(batch.advantages, grpo.group_advantages(want.view(3, 8)).flatten())
+    for c, ids, [(start, end)] in zip(tries, batch.ids, batch.spans, strict=True):
+        assert (ids[:start], ids[start:end], end) == (c.context, c.reflection, len(ids))
+    _, shuffled = r3.sample_batch(speaker, failures, args, step=0, shuffle_rewards=True)
+    assert sorted(shuffled.rewards.tolist()) == sorted(want.tolist())
+    assert shuffled.ids == batch.ids and not torch.equal(shuffled.rewards, want)
+
+
+def test_every_failure_comes_once_an_epoch():
+    failures = list(range(10))
+    drawn = [x for step in range(5) for x in r3.draw_failures(failures, step, 4, seed=0)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == failures and drawn[:10] != drawn[10:]
+
+
+def test_the_main_job_and_the_files_it_leaves(small, lenient, capsys):
+    r3.main(["train", *SHORT, "--name", "a", "--controls"])
+    printed = capsys.readouterr().out
+    run = small / "a"
+    left = {path.name for path in run.iterdir()}
+    assert left == {
+        "config.json", "failures.jsonl", "metrics.jsonl", "timings.jsonl", "samples.jsonl",
+        "checkpoints", "model", "report.json", "curves.png",
+    }  # fmt: skip
+    tables = json.loads((run / "report.json").read_text())["tables"]
+    for title, rows in tables.items():
+        assert title in printed and all(name in printed for name in rows)
+    for rows in list(tables.values())[:2]:  # gain is after minus before
+        for column in ("1st try", "within two"):
+            gain = rows["trained"][column][0] - rows["vanilla"][column][0]
+            assert rows["gain"][column][0] == pytest.approx(gain)
+    assert (
+        len([row for title, rows in tables.items() if title.startswith("Controls") for row in rows])
+        == 7
+    )
+    config = json.loads((run / "config.json").read_text())
+    assert config["seed"] == 0 and config["lr"] == 3e-4 and "torch" in config["versions"]
+    steps = lines(run / "metrics.jsonl")
+    assert [line["step"] for line in steps] == [0, 1, 2, 3] and "within two" in steps[0]
+    assert max(line.get("mismatch", 0) for line in steps) < 1e-4  # invariant 2, over a whole run
+
+    tokenizer = models.Tokenizer.from_pretrained(run / "model")
+    samples = lines(run / "samples.jsonl")
+    assert len(samples) == 3 * 4 * 3
+    for group in range(0, 36, 3):
+        rewards = torch.tensor([[s["reward"] for s in samples[group : group + 3]]])
+        got = [s["advantage"] for s in samples[group : group + 3]]
+        assert got == pytest.approx(grpo.group_advantages(rewards)[0].tolist())
+    for sample in samples:
+        start, end = sample["trained_span"]
+        ids = tokenizer.encode(f"{sample['context']} {sample['reflection']}")
+        assert ids[start:end] == tokenizer.encode(sample["reflection"]) and end == len(ids)
+        assert sample["context"].endswith("Wrong. Reflect. <|end|> <|assistant|>")
+    assert [path.name for path in (run / "checkpoints").iterdir()]
+
+    # Invariant 6: the same seed gives the same weights, the base made anew, the failures given.
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    r3.main(["train", *SHORT, "--name", "b", "--fresh"])
+    r3.main(["train", *SHORT, "--name", "c", "--failures", str(run / "failures.jsonl")])
+    assert (small / "b" / "model" / "model.safetensors").read_bytes() == weights
+    assert (small / "c" / "model" / "model.safetensors").read_bytes() == weights
+    assert len(list(small.glob("base-*"))) == 1
+    base = next(small.glob("base-*")) / "model.safetensors"
+    assert base.read_bytes() != weights  # training did change them
+    r3.main(["train", *SHORT, "--name", "d", "--seed", "1"])
+    assert (small / "d" / "model" / "model.safetensors").read_bytes() != weights
+
+    r3.main(["eval", "--model", str(run / "model"), "--limit", "5", "--max-new-tokens", "20"])
+    assert "5 dev problems, 4 samples each" in capsys.readouterr().out
+
+
+def test_check_compares_with_the_textbook(small, lenient, capsys, monkeypatch):
+    for loss in grpo.LOSSES:
+        r3.main(["train", *SHORT, "--check", "--loss", loss])
+        printed = capsys.readouterr().out
+        assert "relative difference of the gradients" in printed
+        clipped = float(printed.split("tokens, ")[1].split("%")[0])
+        assert 10 <= clipped <= 90
+    assert not list(small.glob("countdown-*"))  # nothing is left behind
+
+    exact = grpo.textbook
+    monkeypatch.setattr(grpo, "textbook", lambda *a: (exact(*a)[0], exact(*a)[1] * 1.001))
+    with pytest.raises(SystemExit, match="differs from the textbook"):
+        r3.main(["train", *SHORT, "--check"])
+
+
+def test_play(small, capsys, monkeypatch):
+    said = iter(["6 10 2 32", "nonsense", "6 10 2 99", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    r3.main(["play", "--model", "tiny", "--max-new-tokens", "12"])
+    printed = capsys.readouterr().out
+    assert "question  Make 32 from 6 10 2 ." in printed and "reflection  " in printed
+    assert "type the numbers" in printed and "knows 3 numbers" in printed
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("train --steps 0", "--steps"),
+        ("train --group 1", "--group"),
+        ("train --lr x", "--lr"),
+        ("train --lr nan", "--lr"),
+        ("train --seed -1", "--seed"),
+        ("train --split cold", "--split"),
+        ("train --temperature 0", "nothing to compare"),
+        ("eval --model nowhere", "no such folder"),
+        ("eval --model .", "tokenizer.json does not exist"),
+        ("train --failures nowhere.jsonl", "nowhere.jsonl"),
+        ("dance", "COMMAND"),
+    ],
+)
+def test_bad_input_ends_in_one_line(small, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        r3.main(flags.split())
+    said = (
+        str(stop.value)
+        if isinstance(stop.value.code, str)
+        else capsys.readouterr().err.splitlines()[-1]
+    )
+    assert message in said and stop.value.code not in (0, None) and "\n" not in said
+    assert not list(small.glob("countdown-*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: "{",
+        lambda r: json.dumps({k: v for k, v in r.items() if k != "attempt_ids"}),
+        lambda r: json.dumps({**r, "attempt_ids": [5, 99_999_999_999]}),
+        lambda r: json.dumps({**r, "attempt": "something else"}),
+        lambda r: json.dumps({**r, "problem": {"id": 1}}),
+        lambda r: "7",
+    ],
+)
+def test_a_damaged_failure_is_named_by_its_line(speaker, task, tmp_path, change):
+    failures = r3.attempt(speaker, task.load(limit=3), 1, (0, 0))
+    path = tmp_path / "failures.jsonl"
+    r3.write_failures(path, failures, speaker.tokenizer)
+    again = r3.read_failures(path, task, speaker.tokenizer)
+    assert again == [replace(c, logprobs=[]) for c in failures]
+    text = path.read_text().splitlines()
+    path.write_text("\n".join([text[0], change(json.loads(text[1])), text[2]]))
+    with pytest.raises(ValueError, match="failures.jsonl, line 2"):
+        r3.read_failures(path, task, speaker.tokenizer)
+
+
+# -- Statistics ------------------------------------------------------------------------------------
+
+
+def conversations(ids):
+    problems = [type("P", (), {"id": i}) for i in ids]
+    return [r3.Conversation(p, 0, [], [], Verdict(False, "x")) for p in problems]
+
+
+def test_interval_is_the_cluster_robust_one():
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(50), 4)
+    values = (rng.random(200) < np.repeat(rng.random(50), 4)).astype(float)
+    mean, low, high = r3.interval(values, conversations(ids))
+    means = values.reshape(50, 4).mean(
+        1
+    )  # with equal clusters: the interval of the problems' means
+    half = 1.96 * means.std(ddof=1) / math.sqrt(50)
+    assert (mean, low, high) == pytest.approx((means.mean(), mean - half, mean + half))
+
+
+def test_interval_covers_the_truth_about_95_times_of_100():
+    rng, hits = np.random.default_rng(1), 0
+    same = conversations(np.repeat(np.arange(80), 4))
+    for _ in range(1_000):
+        values = (rng.random(320) < np.repeat(rng.beta(2, 3, 80), 4)).astype(float)
+        _, low, high = r3.interval(values, same)
+        hits += low <= 0.4 <= high
+    assert 920 <= hits <= 975
+
+
+def test_wilson_is_the_published_interval():
+    assert r3.wilson(np.array([1.0] * 8 + [0.0] * 2)) == pytest.approx(
+        [0.8, 0.4902, 0.9433], abs=1e-4
+    )
+    assert r3.wilson(np.zeros(10))[1] == pytest.approx(0, abs=1e-12)
+
+
+def test_equal_tokens_is_the_chance_of_any_of_k(speaker, monkeypatch):
+    """Against brute force over all choices of k tries, between whole numbers by a straight line."""
+    right = np.array([[1] * 3 + [0] * 13, [0] * 16, [1] * 16], bool)
+    failures = [
+        replace(c, reflection=[1] * 4, retry=[1], second=Verdict(False, "x"))
+        for c in conversations(range(3))
+    ]
+    after = [
+        replace(c, reflection=[1] * 10, retry=[1] * 2, second=Verdict(True, "right"))
+        for c in failures
+    ]
+    tries = [
+        replace(failures[i // 16], second=Verdict(bool(right.flat[i]), "x")) for i in range(48)
+    ]
+    monkeypatch.setattr(
+        r3, "second_tries", lambda *_: [c for i in (2, 1, 0) for c in tries[16 * i : 16 * i + 16]]
+    )
+    [(label, row)] = r3.equal_tokens(speaker, failures, after).items()
+    assert "2.40" in label and row["trained"][0] == 1.0
+    two, three = (
+        np.mean(
+            [
+                [any(line[list(chosen)]) for chosen in itertools.combinations(range(16), k)]
+                for line in right
+            ]
+        )
+        for k in (2, 3)
+    )
+    assert row["vanilla"][0] == pytest.approx(two + 0.4 * (three - two))
