@@ -97,13 +97,15 @@ def grpo_loss(
 
     normalizer: what the sum is divided by: tokens, sequences, or sequences times longest length.
     The caller gives the whole step's, so that splitting a step into micro-batches never changes
-    its gradient; by default it is taken from `mask`.
+    its gradient; by default it is taken from `mask` (its width being the longest length).
     """
     A = advantages[:, None]  # (N, 1)
-    ratio = (logprobs - old_logprobs).exp()  # (N, T)
+    # What is not trained is taken out first: its exponential might overflow, and 0 * inf is no 0.
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # (N, T)
     per_token = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
     if beta:
-        per_token = per_token + beta * k3(logprobs, ref_logprobs)
+        difference = torch.where(mask, ref_logprobs - logprobs, 0.0)
+        per_token = per_token + beta * k3(difference)
     per_token = torch.where(mask, per_token, 0.0)
     if loss == "grpo":
         per_token = per_token / mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -112,12 +114,12 @@ def grpo_loss(
     return per_token.sum() / normalizer
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(pi || pi_ref) per token: never negative, zero where they agree.
+def k3(difference: Tensor) -> Tensor:
+    """Schulman's k3 estimate of KL(pi || pi_ref) per token, from log pi_ref - log pi.
 
-    Its *value* estimates that KL; its gradient, used as a loss, is the one of the forward KL.
+    Its *value* estimates that KL, and is never negative but for rounding; its gradient, used as a
+    loss, is the one of the forward KL.
     """
-    difference = ref_logprobs - logprobs
     return difference.exp() - difference - 1
 
 
@@ -179,7 +181,7 @@ def reflection_batch(
 
 
 def micro_batches(batch: Batch, micro_tokens: int) -> Iterator[list[int]]:
-    """Row numbers in groups of similar length, each at most `micro_tokens` tokens when padded."""
+    """Row numbers in groups of similar length, up to `micro_tokens` tokens each when padded."""
     group: list[int] = []
     for row in sorted(range(len(batch.ids)), key=lambda row: len(batch.ids[row])):
         if group and len(batch.ids[row]) * (len(group) + 1) > micro_tokens:
@@ -220,14 +222,14 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
 def gradients(model: Model, reference: Model | None, batch: Batch, s: Settings) -> dict[str, float]:
     """Add the gradient of the whole step's loss to the parameters, a micro-batch at a time.
 
-    Returns the metrics: `loss`, the number of trained `tokens`, the means of nll, kl, entropy and
-    `clipped` over them, and `mismatch`, the largest difference between a log-probability as it was
-    recorded when its token was drawn and as it is computed here.
+    Returns the metrics: `loss`; the number of trained `tokens`; the means over them of nll,
+    entropy, `clipped` and, where there is a reference, kl; and `mismatch`, the largest difference
+    between a log-probability as recorded when its token was drawn and as it is computed here.
     """
     tokens = sum(end - start for spans in batch.spans for start, end in spans)
     N = len(batch.ids)
     normalizer = {"dapo": tokens, "grpo": N, "dr_grpo": N * s.max_new_tokens}[s.loss]
-    total = dict.fromkeys(("loss", "nll", "kl", "entropy", "clipped", "mismatch"), 0.0)
+    total = dict.fromkeys(("loss", "nll", "entropy", "clipped", "mismatch"), 0.0)
     for rows in micro_batches(batch, s.micro_tokens):
         ids, mask = padded(batch, rows, model.device)
         A = batch.advantages[rows].to(model.device)
@@ -239,7 +241,7 @@ def gradients(model: Model, reference: Model | None, batch: Batch, s: Settings) 
         logprobs, entropy = token_logprobs(model, ids, mask, s.temperature)
         now = logprobs.detach()
         old = now if batch.old_logprobs is None else recorded(batch.old_logprobs)
-        ref = now
+        ref = None
         if batch.ref_logprobs is not None:
             ref = recorded(batch.ref_logprobs)
         elif s.beta:
@@ -251,7 +253,8 @@ def gradients(model: Model, reference: Model | None, batch: Batch, s: Settings) 
         beyond = ((now - old).exp() - 1) * A[:, None].sign() > s.clip  # where the clip bites
         total["loss"] += loss.item()
         total["nll"] -= now.sum().item() / tokens
-        total["kl"] += k3(now, ref).sum().item() / tokens  # zero where nothing is trained
+        if ref is not None:
+            total["kl"] = total.get("kl", 0.0) + k3(ref - now).sum().item() / tokens
         total["entropy"] += entropy.sum().item() / tokens
         total["clipped"] += beyond.sum().item() / tokens
         total["mismatch"] = max(total["mismatch"], (now - old).abs().max().item())
@@ -305,13 +308,13 @@ def check(model: Model, batch: Batch, s: Settings, seed: int = 0) -> dict[str, f
     """Compare one micro-batch's loss and gradients with `textbook`, as relative differences.
 
     On-policy, every ratio is 1 and clipping sleeps, so the old and the reference log-probabilities
-    are first moved by noise that gets a good part of the tokens clipped. A group's advantages add
-    up to zero and so nearly does the loss, of which no relative difference could then be told, so
-    they are raised by a half. Raises ValueError where no micro-batch has both signs of A.
+    are first moved by noise that gets a good part of the tokens clipped. And a group's advantages
+    add up to zero, and so nearly does the loss, of which no relative difference could then be told:
+    the positive ones are made larger. Raises ValueError where no micro-batch has both signs of A.
     """
     rng = torch.Generator().manual_seed(seed)
     for rows in micro_batches(batch, s.micro_tokens):
-        A = batch.advantages[rows] + 0.5
+        A = batch.advantages[rows]
         if A.min() < 0 < A.max():
             break
     else:
@@ -323,7 +326,7 @@ def check(model: Model, batch: Batch, s: Settings, seed: int = 0) -> dict[str, f
         return [(torch.tensor(v) + n).tolist() for v, n in zip(old, noise, strict=True)]
 
     ids, spans = [batch.ids[row] for row in rows], [batch.spans[row] for row in rows]
-    small = Batch(ids, spans, A, old_logprobs=moved(), ref_logprobs=moved())
+    small = Batch(ids, spans, A + 0.5 * A.abs(), old_logprobs=moved(), ref_logprobs=moved())
     model.zero_grad(set_to_none=True)
     metrics = gradients(model, None, small, s)
     ours = torch.cat([p.grad.flatten().double() for p in model.parameters()])

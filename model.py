@@ -17,7 +17,6 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -233,7 +232,10 @@ class Model(nn.Module):
         compute such a model, or if a tensor, which is named, is missing, left over or misshapen.
         """
         path = Path(path)
-        model = cls(read_json(path / "config.json")).to(dtype)
+        try:
+            model = cls(read_json(path / "config.json")).to(dtype)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path / 'config.json'} is incomplete: {error}") from None
         try:
             stored = safetensors.torch.load_file(path / "model.safetensors")
         except safetensors.SafetensorError as error:
@@ -267,13 +269,16 @@ class Model(nn.Module):
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file. Raises FileNotFoundError or ValueError with the path in the message."""
+    """A JSON object's file. Raises FileNotFoundError or ValueError with the path in the message."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
 
 
 def replace_file(path: str | Path, content: str | bytes) -> None:
@@ -301,12 +306,11 @@ class Tokenizer:
         )
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = raise_template_error
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         if not settings.get("chat_template"):
             raise ValueError("the tokenizer has no chat template: R3 needs an instruct model")
         try:
             self.template = environment.from_string(settings["chat_template"])
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template is no jinja2 template: {error}") from None
         ends = generation.get("eos_token_id")
         ends = [*(ends if isinstance(ends, list) else [ends])]
@@ -325,11 +329,11 @@ class Tokenizer:
         if (path / "chat_template.jinja").is_file():
             settings["chat_template"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
         generation = path / "generation_config.json"
-        return cls(
-            tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")),
-            settings,
-            read_json(generation) if generation.is_file() else {},
-        )
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises the bare class
+            raise ValueError(f"{path / 'tokenizer.json'} is damaged: {error}") from None
+        return cls(tokenizer, settings, read_json(generation) if generation.is_file() else {})
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and generation_config.json."""
@@ -363,7 +367,7 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **{name: token for name, token in special.items() if token is not None},
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program of somebody else's
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
     def prompt(self, messages: list[dict], tools: list | None = None) -> list[int]:
@@ -546,16 +550,11 @@ def generate(
         cache.length = work.length
     cache.unread = tokens[torch.arange(R, device=device), count - 1]
 
-    by_row = [
-        (ids[:n], values[:n])
-        for ids, values, n in zip(tokens.tolist(), logprobs.tolist(), count.tolist(), strict=True)
-    ]
-    groups = [by_row[p * samples : (p + 1) * samples] for p in range(P)]
-    return Generation(
-        [[ids for ids, _ in group] for group in groups],
-        [[values for _, values in group] for group in groups],
-        cache,
-    )
+    def by_prompt(values: Tensor) -> list[list[list]]:
+        rows = [row[:n] for row, n in zip(values.tolist(), count.tolist(), strict=True)]
+        return [rows[p * samples : (p + 1) * samples] for p in range(P)]
+
+    return Generation(by_prompt(tokens), by_prompt(logprobs), cache)
 
 
 def draw(
@@ -592,7 +591,7 @@ TINY_TEMPLATE = (
 
 
 def tiny(words: list[str], seed: int = 0, context: int = 512) -> tuple[Model, Tokenizer]:
-    """A Llama of 0.4 million random weights, and a tokenizer that knows `words` and no others.
+    """A Llama of 0.3 million random weights, and a tokenizer that knows `words` and no others.
 
     The embeddings of numbers start as a random projection of sin and cos of the number at several
     periods, so that near numbers begin near each other and a difference looks the same everywhere:

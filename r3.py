@@ -85,16 +85,29 @@ MEASURE, COLLECT, TRAIN, AGAIN = range(4)  # purposes
 ATTEMPT, REFLECT, RETRY = range(3)  # turns
 
 
-def attempt(speaker: Speaker, problems: list, samples: int, key: tuple) -> list[Conversation]:
+ROWS = 512  # conversations held at once
+
+
+def chunks(items: list, size: int, bar: str) -> Iterator[list]:
+    """The items, `size` at a time, under a progress bar called `bar` (none if it is empty)."""
+    size = max(1, size)
+    for start in tqdm(range(0, len(items), size), bar, disable=not bar, leave=False):
+        yield items[start : start + size]
+
+
+def attempt(
+    speaker: Speaker, problems: list, samples: int, key: tuple, bar: str = ""
+) -> list[Conversation]:
     """First tries: `samples` at each problem, problem by problem."""
-    prompts = [speaker.tokenizer.prompt(*speaker.task.messages(problem)) for problem in problems]
-    keys = [(*key, ATTEMPT, problem.id) for problem in problems]
-    drawn = speaker.speak(prompts, samples, keys).tokens
-    return [
-        Conversation(problem, sample, prompt, turn, speaker.verify(problem, turn))
-        for problem, prompt, turns in zip(problems, prompts, drawn, strict=True)
-        for sample, turn in enumerate(turns)
-    ]
+    tries = []
+    for some in chunks(problems, ROWS // samples, bar):
+        prompts = [speaker.tokenizer.prompt(*speaker.task.messages(problem)) for problem in some]
+        drawn = speaker.speak(prompts, samples, [(*key, ATTEMPT, problem.id) for problem in some])
+        for problem, prompt, turns in zip(some, prompts, drawn.tokens, strict=True):
+            for sample, turn in enumerate(turns):
+                verdict = speaker.verify(problem, turn)
+                tries.append(Conversation(problem, sample, prompt, turn, verdict))
+    return tries
 
 
 def reflect(
@@ -113,7 +126,11 @@ def reflect(
 
 
 def retry(
-    speaker: Speaker, reflected: list[Conversation], key: tuple, cache: Cache | None = None
+    speaker: Speaker,
+    reflected: list[Conversation],
+    key: tuple,
+    cache: Cache | None = None,
+    bar: str = "",
 ) -> list[Conversation]:
     """A second try after each reflection.
 
@@ -121,15 +138,17 @@ def retry(
     reflections are another model's, or a control's) each conversation is read from its beginning.
     """
     bridge = speaker.tokenizer.bridge(speaker.task.again)
-    prompts, keys, seen = [], [], Counter()
-    for c in reflected:
-        turn = speaker.tokenizer.next_turn(c.reflection, bridge)
-        prompts.append(turn[len(c.reflection) :] if cache else c.context + turn)
-        keys.append((*key, RETRY, c.problem.id, c.sample, seen[c.problem.id, c.sample]))
-        seen[c.problem.id, c.sample] += 1
-    tries = []
-    for c, (turn,) in zip(reflected, speaker.speak(prompts, 1, keys, cache).tokens, strict=True):
-        tries.append(replace(c, retry=turn, second=speaker.verify(c.problem, turn)))
+    tries, seen = [], Counter()
+    for some in chunks(reflected, len(reflected) if cache else ROWS, bar):
+        prompts, keys = [], []
+        for c in some:
+            turn = speaker.tokenizer.next_turn(c.reflection, bridge)
+            prompts.append(turn[len(c.reflection) :] if cache else c.context + turn)
+            keys.append((*key, RETRY, c.problem.id, c.sample, seen[c.problem.id, c.sample]))
+            seen[c.problem.id, c.sample] += 1
+        drawn = speaker.speak(prompts, 1, keys, cache)
+        for c, (turn,) in zip(some, drawn.tokens, strict=True):
+            tries.append(replace(c, retry=turn, second=speaker.verify(c.problem, turn)))
     return tries
 
 
@@ -144,27 +163,14 @@ def second_tries(
     return done
 
 
-ROWS = 512  # conversations held at once
-
-
-def chunks(items: list, size: int, bar: str) -> Iterator[list]:
-    """The items, `size` at a time, under a progress bar called `bar` (none if it is empty)."""
-    size = max(1, size)
-    for start in tqdm(range(0, len(items), size), bar, disable=not bar, leave=False):
-        yield items[start : start + size]
-
-
 # -- Training --------------------------------------------------------------------------------------
 
 
 def collect(speaker: Speaker, problems: list, responses: int) -> list[Conversation]:
     """A dataset of failures: each problem got wrong in `responses` tries, its first wrong try."""
-    failures = {}
-    for some in chunks(problems, ROWS // responses, "failures"):
-        for c in attempt(speaker, some, responses, (COLLECT, 0)):
-            if not c.first.right:
-                failures.setdefault(c.problem.id, c)
-    return list(failures.values())
+    tries = attempt(speaker, problems, responses, (COLLECT, 0), "failures")
+    first_wrong = {c.problem.id: c for c in reversed(tries) if not c.first.right}
+    return [c for c in tries if first_wrong.get(c.problem.id) is c]
 
 
 def sample_batch(
@@ -228,11 +234,18 @@ def settings_of(args: argparse.Namespace) -> grpo.Settings:
 
 
 def draw_failures(failures: list, step: int, size: int, seed: int) -> list:
-    """The failures of a step: every one once an epoch, in an order drawn anew for each epoch."""
-    places, orders = range(step * size, (step + 1) * size), {}
-    for epoch in {place // len(failures) for place in places}:
-        orders[epoch] = random.Random(f"{seed} {epoch}").sample(failures, len(failures))
-    return [orders[place // len(failures)][place % len(failures)] for place in places]
+    """The failures of a step: every one once an epoch, in an order drawn anew for each epoch.
+
+    Where two epochs meet in a step, or the dataset is smaller than a step, none comes twice.
+    """
+    chosen, orders = {}, {}
+    for place in range(step * size, (step + 1) * size):
+        epoch, place = divmod(place, len(failures))
+        if epoch not in orders:
+            orders[epoch] = random.Random(f"{seed} {epoch}").sample(failures, len(failures))
+        failure = orders[epoch][place]
+        chosen[failure.problem.id, failure.sample] = failure
+    return list(chosen.values())
 
 
 def log_samples(path: Path, step: int, tries: list[Conversation], batch: grpo.Batch, text) -> None:
@@ -314,9 +327,7 @@ def base_model(task, seed: int, fresh: bool) -> Path:
 
 def measure(speaker: Speaker, problems: list, samples: int, bar: str) -> list[Conversation]:
     """Attempt every problem `samples` times; reflect on each failure once, and retry once."""
-    tries = []
-    for some in chunks(problems, ROWS // samples, f"{bar}: first tries"):
-        tries += attempt(speaker, some, samples, (MEASURE, 0))
+    tries = attempt(speaker, problems, samples, (MEASURE, 0), f"{bar}: first tries")
     failures = [c for c in tries if not c.first.right]
     second = iter(second_tries(speaker, failures, 1, (MEASURE, 0), f"{bar}: second tries"))
     return [c if c.first.right else next(second) for c in tries]
@@ -349,7 +360,8 @@ def wilson(values: np.ndarray) -> list[float]:
     """[share, low, high]: Wilson's 95% interval, for one try at each problem."""
     n, p, z = len(values), float(values.mean()), 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return [p, max(0.0, low), min(1.0, high)]
 
 
 def accuracy(**measured: list[Conversation]) -> dict:
@@ -375,12 +387,6 @@ def reasons(**measured: list[Conversation]) -> dict:
     return {kind: {name: count[kind] for name, count in columns.items()} for kind in kinds}
 
 
-def retried(speaker: Speaker, reflected: list[Conversation], bar: str) -> list[float]:
-    """[share, low, high] of right retries by `speaker` after the given reflections."""
-    some = chunks(reflected, ROWS, bar)
-    return second_right([c for chunk in some for c in retry(speaker, chunk, (MEASURE, 0))])
-
-
 def second_right(tries: list[Conversation]) -> list[float]:
     return interval(np.array([c.second.right for c in tries], float), tries)
 
@@ -399,29 +405,35 @@ def controls(speakers: dict[str, Speaker], tries: dict[str, list[Conversation]])
     generic = tokenizer.encode(task.generic_reflection) + end
     rows: dict[str, dict] = {}
     for name, own in tries.items():
-        speaker, half = speakers[name], len(own) // 2
+        speaker = speakers[name]
         given = {
             "an empty reflection": [end] * len(own),
             "a fixed generic reflection": [generic] * len(own),
-            # That of the failure half-way round, which is one of another problem.
-            "another problem's reflection": [c.reflection for c in own[half:] + own[:half]],
+            "another problem's reflection": [elsewhere(own, i) for i in range(len(own))],
         }
         rows.setdefault("its own reflection", {})[name] = second_right(own)
         for label, reflections in given.items():
             swapped = [replace(c, reflection=r) for c, r in zip(own, reflections, strict=True)]
-            rows.setdefault(label, {})[name] = retried(speaker, swapped, f"{name}, {label}")
+            rows.setdefault(label, {})[name] = second_right(
+                retry(speaker, swapped, (MEASURE, 0), bar=f"{name}, {label}")
+            )
         problems = list({c.problem.id: c.problem for c in own}.values())
-        fresh, samples = {}, 1 + max(c.sample for c in own)
-        for some in chunks(problems, ROWS // samples, f"{name}, a second attempt"):
-            tried = attempt(speaker, some, samples, (AGAIN, 0))
-            fresh |= {(c.problem.id, c.sample): c for c in tried}
-        again = [fresh[c.problem.id, c.sample] for c in own]
-        label = "no failure in view: a second attempt"
+        label, samples = "no failure in view: a second attempt", 1 + max(c.sample for c in own)
+        fresh = attempt(speaker, problems, samples, (AGAIN, 0), f"{name}, {label}")
+        found = {(c.problem.id, c.sample): c for c in fresh}
+        again = [found[c.problem.id, c.sample] for c in own]
         rows.setdefault(label, {})[name] = interval(first_right(again), again)
     bar = "trained on shuffled rewards"
     shuffled = second_tries(speakers["shuffled"], tries["vanilla"], 1, (MEASURE, 0), bar)
     rows["its own, trained on shuffled rewards"] = {"trained": second_right(shuffled)}
     return rows | equal_tokens(speakers["vanilla"], tries["vanilla"], tries["trained"])
+
+
+def elsewhere(tries: list[Conversation], number: int) -> list[int]:
+    """The reflection on another problem: on the next such failure from half-way round."""
+    start = (number + len(tries) // 2) % len(tries)
+    others = (c for c in tries[start:] + tries[:start] if c.problem.id != tries[number].problem.id)
+    return next(others, tries[number]).reflection
 
 
 def equal_tokens(vanilla: Speaker, before: list[Conversation], after: list[Conversation]) -> dict:
@@ -472,12 +484,14 @@ def read_failures(path: Path, task, tokenizer: Tokenizer) -> list[Conversation]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
-            problem, ids = task.problem(record["problem"]), record["attempt_ids"]
+            problem, ids = task.problem(record["problem"]), list(map(int, record["attempt_ids"]))
+            if not all(0 <= token < tokenizer.tokenizer.get_vocab_size() for token in ids):
+                raise ValueError("token ids beyond the vocabulary")
             prompt = tokenizer.prompt(*task.messages(problem))
             verdict = task.verify(problem, tokenizer.decode(ids))
             if verdict.right or tokenizer.decode(ids) != record["attempt"]:
                 raise ValueError("no failed attempt in this model's tokens")
-            failures.append(Conversation(problem, record["sample"], prompt, ids, verdict))
+            failures.append(Conversation(problem, int(record["sample"]), prompt, ids, verdict))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}, line {number} is no failure: {error!r}") from None
     if not failures:
@@ -531,10 +545,11 @@ def draw_curves(folder: Path) -> None:
         "equal_groups": "share of groups with equal rewards",
     }.items(), strict=True):  # fmt: skip
         points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), color="#0072B2")
+        axis.plot([x for x, _ in points], [y for _, y in points], color="#0072B2")
         axis.set(title=title)
     for axis in axes.flat:
         axis.set_ylim(bottom=0)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
@@ -563,7 +578,13 @@ def load_speaker(args: argparse.Namespace) -> Speaker:
 
     A checkpoint that was taught a task's short texts says so, in its tokenizer_config.json.
     """
-    path = Path(args.model)
+    path, failures = Path(args.model), getattr(args, "failures", None)
+    if failures and not Path(failures).is_file():
+        raise ValueError(f"--failures {failures}: no such file")
+    try:
+        torch.empty(0, device=args.device or "cpu")
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {args.device}: torch finds no such device here") from None
     if args.model == "tiny":
         path = base_model(TASKS[args.task](tiny=True), args.seed, getattr(args, "fresh", False))
     elif not path.is_dir():
@@ -601,9 +622,7 @@ def train_command(args: argparse.Namespace) -> None:
     else:
         failures = collect(vanilla, task.load(split="train", seed=args.seed), args.responses)
     if not failures:
-        raise ValueError(
-            "the model solved every training problem: there is no failure to learn from"
-        )
+        raise ValueError("no training problem was got wrong: there is nothing to learn from")
     if args.check:
         _, batch = sample_batch(vanilla, draw_failures(failures, 0, args.batch, args.seed), args, 0)
         return print_check(grpo.check(vanilla.model, batch, settings_of(args), args.seed))
@@ -641,7 +660,10 @@ def train_command(args: argparse.Namespace) -> None:
     on = f"{len(problems)} {args.split} problems"
     fixed = f"the vanilla model's {len(failed)} failures: % of retries right [95%]"
     way = f"{args.samples} samples each, temperature {args.temperature:g}"
-    crossed = retried(trained, failed, "2x2"), retried(vanilla, own, "2x2")
+    crossed = [
+        second_right(retry(retrier, reflected, (MEASURE, 0), bar="2x2"))
+        for retrier, reflected in ((trained, failed), (vanilla, own))
+    ]
     tables = {
         f"{on}, {way}: % right [95%]": accuracy(vanilla=before, trained=after),
         f"{on}, greedy: % right [95%]": accuracy(vanilla=greedy, trained=greedy_after),
@@ -664,11 +686,11 @@ def train_command(args: argparse.Namespace) -> None:
     weights = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
     report = {"tables": tables, "reflection tokens": lengths, "weights sha256": weights}
     models.replace_file(folder / "report.json", json.dumps(report, indent=2))
-    draw_curves(folder)
     print("\n" + show(tables))
     print(
         "Tokens in a reflection on these failures: vanilla {:.0f}, trained {:.0f}".format(*lengths)
     )
+    draw_curves(folder)
     print(f"{(time.time() - begun) / 60:.1f} minutes; weights {weights[:16]}; all in {folder}/")
 
 
@@ -713,9 +735,8 @@ def play_command(args: argparse.Namespace) -> None:
         print(f"  {who:>10}  {speaker.tokenizer.decode(ids)}{judged}")
 
     print(f"This is {args.model}. Type {speaker.task.how_to_type}; an empty line ends.")
-    key = (AGAIN, 0)
-    while line := read_line():
-        key = (AGAIN, key[1] + 1)  # asked again, it may answer otherwise
+    for number, line in enumerate(iter(lambda: input("> ").strip(), "")):
+        key = (AGAIN, number)  # asked again, it may answer otherwise
         try:
             [c] = attempt(speaker, [speaker.task.parse(line)], 1, key)
         except ValueError as error:
@@ -728,13 +749,6 @@ def play_command(args: argparse.Namespace) -> None:
             [c] = retry(speaker, reflected, key, cache)
             say("reflection", c.reflection)
             say("retry", c.retry, c.second)
-
-
-def read_line() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -791,6 +805,8 @@ def main(argv: list[str] | None = None) -> None:
         args.function(args)
     except (ValueError, OSError) as error:
         sys.exit(f"r3.py: {error}")
+    except EOFError:
+        print()
     except KeyboardInterrupt:
         sys.exit("r3.py: interrupted")
 
@@ -804,7 +820,7 @@ def at_least(kind: type, least: float):
             raise ValueError
         return value
 
-    parse.__name__ = f"number (at least {least}):"  # argparse: "invalid number (at least 1): '0'"
+    parse.__name__ = f"number (at least {least})"  # argparse says: invalid NAME value: '0'
     return parse
 
 

@@ -6,7 +6,10 @@ R3 needs nothing from a task but these three things, so a task is one class with
     messages(problem) -> (messages, tools)         the question, as a chat
     verify(problem, completion) -> Verdict         right or wrong, and which kind of wrong
 
-and two texts: `reflect`, said to the model after a failure, and `again`, said after its reflection.
+and three texts: `reflect`, said to the model after a failure, `again`, said after its reflection,
+and `generic_reflection`, a control. `problem` reads one back from a file, `parse` reads what a
+person typed. A problem is a dataclass with a whole number `id`.
+
 This file is plain Python. It knows nothing of models, tokens or training, and it never lets the
 model's text near `eval`: a verifier is attacked by its student (a policy finds every answer that is
 rewarded without being right), so Countdown parses and computes for itself, exactly.
@@ -112,9 +115,6 @@ class Numbers:
 class Countdown:
     """The numbers game, as in TinyZero and in the paper. `tiny=True` is the small one."""
 
-    name = "countdown"
-    reasons = ("right", "no_answer", "malformed", "wrong_numbers", "wrong_value")
-
     def __init__(self, tiny: bool = False):
         self.tiny = tiny
         if tiny:
@@ -165,15 +165,17 @@ class Countdown:
             while len(values) > 1:
                 rng.shuffle(values)
                 a, b, sign = values.pop(), values.pop(), rng.choice("+-*/")
-                values.append(Fraction(-1) if sign == "/" and b == 0 else SIGNS[sign](a, b))
-            reached = values[0].denominator == 1 and 1 <= values[0] <= 99
+                if sign == "/" and b == 0:
+                    break
+                values.append(SIGNS[sign](a, b))
+            reached = len(values) == 1 and values[0] in range(1, 100)
             if reached and split_of(sorted(numbers)) == split:
                 problems[tuple(numbers), int(values[0])] = None
         return [Numbers(i, n, t) for i, (n, t) in enumerate(problems)]
 
     def problem(self, record: dict) -> Numbers:
         """A problem from its JSON record, the inverse of `dataclasses.asdict`."""
-        return Numbers(record["id"], tuple(record["numbers"]), record["target"])
+        return Numbers(int(record["id"]), tuple(map(int, record["numbers"])), int(record["target"]))
 
     how_to_type = "the numbers and then the target, such as 6 10 2 32"
 

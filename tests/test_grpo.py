@@ -11,8 +11,8 @@ import grpo
 from grpo import Batch, Settings, group_advantages, grpo_loss, trained_mask
 
 
-def random_batch(model, rows=6, seed=0, beta_ref=True) -> Batch:
-    """Rows of unequal lengths with spans inside, and log-probabilities that get some ratios clipped."""
+def random_batch(model, rows=6, seed=0, beta_ref=True, temperature=1.0) -> Batch:
+    """Rows of unequal lengths, with log-probabilities that get some ratios clipped."""
     rng = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
@@ -23,7 +23,7 @@ def random_batch(model, rows=6, seed=0, beta_ref=True) -> Batch:
         context, length = draw(3, 12), draw(1, 9)
         row = torch.randint(0, model.config.vocab_size, (context + length,), generator=rng).tolist()
         with torch.no_grad():
-            log_p = model(torch.tensor([row]))[0].log_softmax(-1)
+            log_p = (model(torch.tensor([row]))[0] / temperature).log_softmax(-1)
         now = [log_p[t - 1, row[t]].item() for t in range(context, context + length)]
         ids.append(row)
         spans.append([(context, context + length)])
@@ -62,11 +62,13 @@ def test_mask_is_by_position():
 
 
 @pytest.mark.parametrize("loss", grpo.LOSSES)
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_step_equals_the_textbook_in_float64(tiny, loss, beta):
+@pytest.mark.parametrize("beta, temperature", [(0.0, 1.0), (0.3, 1.0), (0.3, 0.7)])
+def test_step_equals_the_textbook_in_float64(tiny, loss, beta, temperature):
     model, _ = tiny
-    settings = Settings(loss=loss, beta=beta, max_new_tokens=20, micro_tokens=40)
-    batch = random_batch(model)
+    settings = Settings(
+        loss=loss, beta=beta, temperature=temperature, max_new_tokens=20, micro_tokens=40
+    )
+    batch = random_batch(model, temperature=temperature)
     metrics, ours = gradient_of(model, batch, settings)
     value, exact = grpo.textbook(model, batch, settings)
     assert 0.1 < metrics["clipped"] < 0.9
@@ -89,7 +91,7 @@ def test_micro_batches_never_change_the_gradient(tiny, loss):
 
 
 def test_clip_takes_the_worse_of_both_for_both_signs():
-    """min(ratio A, clip(ratio) A): a good token stops being pushed up, a bad one stops being pushed down."""
+    """min(ratio A, clip(ratio) A): good tokens stop being pushed up, bad ones down."""
     for A, ratio, flows in ((1, 1.5, False), (1, 0.5, True), (-1, 0.5, False), (-1, 1.5, True)):
         logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
         old = torch.zeros(1, 1)
@@ -113,8 +115,11 @@ def test_nothing_but_the_reflection_is_trained(tiny):
         value = grpo_loss(free, old, ref, A, mask, loss=loss)
         value.backward()
         assert (free.grad[~mask] == 0).all() and (free.grad[mask] != 0).any()
-        moved = torch.where(mask, logprobs, torch.randn(3, 7, generator=rng) * 50)
-        assert grpo_loss(moved, old, ref, A, mask, loss=loss).item() == value.item()
+        wild = torch.where(mask, logprobs, torch.randn(3, 7, generator=rng) * 500)
+        wild.requires_grad_(True)
+        again = grpo_loss(wild, old, ref, A, mask, loss=loss)
+        again.backward()
+        assert again.item() == value.item() and torch.equal(wild.grad, free.grad)
     inside = logprobs.clone()
     inside[0, 2] += 0.1
     assert grpo_loss(inside, old, ref, A, mask) != grpo_loss(logprobs, old, ref, A, mask)
@@ -149,6 +154,45 @@ def test_advantage_of_one_is_the_gradient_of_the_likelihood(tiny):
     exact = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert metrics["nll"] == pytest.approx((total / count).item(), rel=1e-5)
     assert ((ours - exact).norm() / exact.norm()).item() < 1e-5
+
+
+def test_the_loop_clips_schedules_and_starts_every_step_afresh(tiny):
+    """Two steps of SGD are the two clipped gradients, each times its own learning rate."""
+    model, _ = tiny
+    settings = Settings(steps=2, lr=0.1, warmup=0.5, beta=0.0, max_grad_norm=0.01)
+    batch, expected = random_batch(model, beta_ref=False), copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]
+    for _, metrics in grpo.train(model, lambda step: batch, settings, optimizers):
+        assert metrics["grad_norm"] > 0.01
+        _, gradient = gradient_of(expected, batch, settings)
+        gradient *= 0.01 / gradient.norm()
+        with torch.no_grad():
+            for p, g in zip(
+                expected.parameters(),
+                gradient.split([p.numel() for p in expected.parameters()]),
+                strict=True,
+            ):
+                p -= metrics["lr"] * g.view_as(p)
+        for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+            assert torch.allclose(one, other, atol=1e-7)
+    assert metrics["lr"] == pytest.approx(0.1 * grpo.lr_share(1, 2, 0.5))
+
+
+def test_check_tells_right_from_wrong_on_sparse_rewards(tiny, monkeypatch):
+    """One right retry of eight, scaled or not; then a step that is slightly off."""
+    model, _ = tiny
+    batch = random_batch(model, rows=8)
+    for scale in (True, False):
+        rewards = torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, 0]])
+        batch.advantages = group_advantages(rewards, scale=scale).flatten()
+        found = grpo.check(model, batch, Settings(beta=0.1))
+        assert max(found["loss_error"], found["gradient_error"]) < 1e-5
+        assert 0.1 < found["clipped"] < 0.9
+    monkeypatch.setattr(grpo, "k3", lambda d: 1.01 * (d.exp() - d - 1))
+    assert grpo.check(model, batch, Settings(beta=0.1))["gradient_error"] > 1e-5
+    batch.advantages = torch.zeros(8)
+    with pytest.raises(ValueError, match="nothing to check"):
+        grpo.check(model, batch, Settings())
 
 
 def test_groups_of_equal_rewards_give_no_gradient_without_kl(tiny):

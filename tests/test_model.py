@@ -116,7 +116,7 @@ def prompts_of(tiny, task, n=5):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_what_the_sampler_records_the_trainer_computes(tiny, task, temperature):
-    """Invariant 2, over two turns, with rows of different lengths that finish at different times."""
+    """Invariant 2, over two turns, with rows that finish at different times."""
     model, tokenizer = tiny
     prompts = prompts_of(tiny, task)
     options = dict(max_new_tokens=12, temperature=temperature, stop=range(40))
@@ -241,13 +241,27 @@ def test_bad_folders_are_refused_by_name(tmp_path, tiny):
     with pytest.raises(ValueError, match="damaged"):
         Model.from_pretrained(tmp_path)
     for change in (
-        {"model_type": "gpt2"}, {"hidden_act": "gelu"}, {"attention_bias": True}, {"quantization_config": {}},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, {"rope_parameters": {"partial_rotary_factor": 0.5}},
-    ):  # fmt: skip
+        {"model_type": "gpt2"},
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+        {"quantization_config": {}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+    ):
         (tmp_path / "config.json").write_text(json.dumps({**model.config_dict, **change}))
         with pytest.raises(ValueError, match="not supported"):
             Model.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no tokens for|cannot read"):
+    for content, message in (("[1]", "no JSON object"), ('{"model_type": "llama"}', "incomplete")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            Model.from_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="damaged"):
+        Tokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no jinja2 template"):
+        Tokenizer(tokenizer.tokenizer, {**tokenizer.settings, "chat_template": ["a"]}, {})
+    with pytest.raises(ValueError, match="cannot read"):
         tokenizer.encode("abracadabra")
     with pytest.raises(ValueError, match="no chat template"):
         Tokenizer(tokenizer.tokenizer, {}, {})

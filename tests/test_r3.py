@@ -106,10 +106,85 @@ def test_rewards_go_to_reflections_and_cut_ones_earn_nothing(speaker, task, leni
     assert shuffled.ids == batch.ids and not torch.equal(shuffled.rewards, want)
 
 
-def test_every_failure_comes_once_an_epoch():
-    failures = list(range(10))
-    drawn = [x for step in range(5) for x in r3.draw_failures(failures, step, 4, seed=0)]
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == failures and drawn[:10] != drawn[10:]
+def test_every_failure_comes_once_an_epoch_and_never_twice_a_step():
+    failures = conversations(range(10))
+    drawn = [
+        [c.problem.id for c in r3.draw_failures(failures, step, 5, seed=0)] for step in range(4)
+    ]
+    assert sorted(drawn[0] + drawn[1]) == sorted(drawn[2] + drawn[3]) == list(range(10))
+    assert drawn[:2] != drawn[2:]
+    for step in range(9):
+        ids = [c.problem.id for c in r3.draw_failures(failures, step, 7, seed=0)]
+        assert len(ids) == len(set(ids))
+    assert len(r3.draw_failures(failures, 0, 25, seed=0)) == 10
+
+
+def test_a_dataset_of_failures_holds_first_wrong_tries(speaker, task, lenient):
+    problems = task.load(split="train", limit=20)
+    tries = r3.attempt(speaker, problems, 4, (r3.COLLECT, 0))
+    assert 0 < sum(c.first.right for c in tries) < 80
+    failures = r3.collect(speaker, problems, 4)
+    for problem in problems:
+        wrong = [c for c in tries if c.problem == problem and not c.first.right]
+        got = [c for c in failures if c.problem == problem]
+        assert [(c.sample, c.attempt) for c in got] == [(c.sample, c.attempt) for c in wrong[:1]]
+
+
+def test_every_step_samples_anew(speaker, task):
+    failures = r3.attempt(speaker, task.load(limit=2), 1, (0, 0))
+    args = type("Args", (), {"group": 2, "no_std": False})
+    one, two = (r3.sample_batch(speaker, failures, args, step)[1].ids for step in (0, 1))
+    assert one != two
+
+
+def test_the_numbers_are_those_of_the_conversations(speaker, task, lenient):
+    tries = r3.measure(speaker, task.load(split="dev", limit=30), 2, "")
+    first = [c.first.right for c in tries]
+    two = [c.first.right or c.second.right for c in tries]
+    assert 0 < sum(first) < sum(two) < 60
+    rows = r3.accuracy(model=tries)["model"]
+    assert rows["1st try"][0] == pytest.approx(np.mean(first))
+    assert rows["within two"][0] == pytest.approx(np.mean(two))
+    assert rows["1st try"] == r3.interval(np.array(first, float), tries)
+    once = tries[::2]  # one try a problem: Wilson's
+    assert r3.accuracy(model=once)["model"]["1st try"] == r3.wilson(r3.first_right(once))
+    counts = r3.reasons(model=tries)
+    assert counts["right"] == {"model, 1st": sum(first), "model, retry": sum(two) - sum(first)}
+
+
+def test_controls_change_what_they_say_and_nothing_else(speaker, task, lenient, monkeypatch):
+    """Which speaker retries after which reflections, and on which random numbers."""
+    vanilla, trained = speaker, replace(speaker, seed=speaker.seed)
+    failures = [
+        c for c in r3.measure(speaker, task.load(split="dev", limit=6), 2, "") if not c.first.right
+    ]
+    own = [replace(c, reflection=[9, *c.reflection]) for c in failures]
+    seen, fresh = [], []
+    retry, attempt = r3.retry, r3.attempt
+    monkeypatch.setattr(r3, "equal_tokens", lambda *_: {})
+    monkeypatch.setattr(
+        r3, "retry", lambda s, c, *a, **k: seen.append((s, c)) or retry(s, c, *a, **k)
+    )
+    monkeypatch.setattr(
+        r3, "attempt", lambda s, p, n, key, bar: fresh.append((s, key)) or attempt(s, p, n, key)
+    )
+    speakers = {"vanilla": vanilla, "trained": trained, "shuffled": vanilla}
+    rows = r3.controls(speakers, {"vanilla": failures, "trained": own})
+    end = speaker.tokenizer.stop_ids
+    generic = speaker.tokenizer.encode(task.generic_reflection) + end
+    for number, (who, mine) in enumerate(((vanilla, failures), (trained, own))):
+        empty, fixed, others = seen[3 * number : 3 * number + 3]
+        assert empty[0] is fixed[0] is others[0] is who
+        assert all(c.reflection == end for c in empty[1])
+        assert all(c.reflection == generic for c in fixed[1])
+        for c, swapped in zip(mine, others[1], strict=True):
+            origin = [o for o in mine if o.reflection == swapped.reflection]
+            assert swapped.context == c.context
+            assert origin and all(o.problem.id != c.problem.id for o in origin)
+        assert fresh[number] == (who, (r3.AGAIN, 0))  # other numbers than the failed attempt's
+    assert len(rows) == 6 and rows["its own reflection"]["trained"] == r3.second_right(own)
+    label = "no failure in view: a second attempt"
+    assert rows[label]["vanilla"][0] > 0  # not the failed attempts again
 
 
 def test_the_main_job_and_the_files_it_leaves(small, lenient, capsys):
@@ -137,6 +212,10 @@ def test_the_main_job_and_the_files_it_leaves(small, lenient, capsys):
     steps = lines(run / "metrics.jsonl")
     assert [line["step"] for line in steps] == [0, 1, 2, 3] and "within two" in steps[0]
     assert max(line.get("mismatch", 0) for line in steps) < 1e-4  # invariant 2, over a whole run
+    # The reference is the model as it was, not as it is: no divergence at first, and then some.
+    assert abs(steps[1]["kl"]) < 1e-6 < steps[2]["kl"] < steps[3]["kl"]
+    for record in lines(run / "failures.jsonl"):
+        assert record["reason"] == "wrong_value" and record["attempt_ids"]
 
     tokenizer = models.Tokenizer.from_pretrained(run / "model")
     samples = lines(run / "samples.jsonl")
@@ -154,8 +233,10 @@ def test_the_main_job_and_the_files_it_leaves(small, lenient, capsys):
 
     # Invariant 6: the same seed gives the same weights, the base made anew, the failures given.
     weights = (run / "model" / "model.safetensors").read_bytes()
-    r3.main(["train", *SHORT, "--name", "b", "--fresh"])
+    r3.main(["train", *SHORT, "--name", "b", "--fresh", "--controls"])
     r3.main(["train", *SHORT, "--name", "c", "--failures", str(run / "failures.jsonl")])
+    for name in ("failures.jsonl", "metrics.jsonl", "samples.jsonl", "report.json"):
+        assert (small / "b" / name).read_text() == (run / name).read_text()
     assert (small / "b" / "model" / "model.safetensors").read_bytes() == weights
     assert (small / "c" / "model" / "model.safetensors").read_bytes() == weights
     assert len(list(small.glob("base-*"))) == 1
@@ -205,6 +286,7 @@ def test_play(small, capsys, monkeypatch):
         ("eval --model nowhere", "no such folder"),
         ("eval --model .", "tokenizer.json does not exist"),
         ("train --failures nowhere.jsonl", "nowhere.jsonl"),
+        ("train --device banana", "no such device"),
         ("dance", "COMMAND"),
     ],
 )
@@ -227,7 +309,9 @@ def test_bad_input_ends_in_one_line(small, capsys, flags, message):
         lambda r: json.dumps({k: v for k, v in r.items() if k != "attempt_ids"}),
         lambda r: json.dumps({**r, "attempt_ids": [5, 99_999_999_999]}),
         lambda r: json.dumps({**r, "attempt": "something else"}),
+        lambda r: json.dumps({**r, "attempt_ids": r["attempt_ids"] + [5000]}),
         lambda r: json.dumps({**r, "problem": {"id": 1}}),
+        lambda r: json.dumps({**r, "sample": "a"}),
         lambda r: "7",
     ],
 )

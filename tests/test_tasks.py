@@ -1,6 +1,9 @@
 """Invariant 5: the verifier cannot be fooled, and never raises."""
 
+import doctest
+import itertools
 import random
+import re
 import time
 from fractions import Fraction
 
@@ -81,6 +84,11 @@ def test_not_the_given_numbers(answer):
     assert reason("1.5*2", Numbers(0, (1, 5, 2), 3)) == "malformed"
 
 
+def test_worked_examples_in_docstrings():
+    result = doctest.testmod(tasks)
+    assert result.failed == 0 and result.attempted >= 2
+
+
 def test_wrong_value_is_exact():
     assert reason("10*6/2") == "wrong_value"
     assert reason("10/(6-6)", Numbers(0, (10, 6, 6), 5)) == "wrong_value"  # divides by zero
@@ -100,9 +108,12 @@ def test_no_answer_and_the_last_answer_counts():
 
 @pytest.mark.parametrize(
     "answer",
-    ["95**97**99", "9" * 100_000, "(" * 10_000 + "1" + ")" * 10_000, "-" * 999 + "1", "(" * 400 + "1" + ")" * 400,
-     "9" * 900 + "*" + "9" * 90, "1/0/0", "=" * 1000, "1" + "+1" * 499],
-)  # fmt: skip
+    [
+        *("95**97**99", "9" * 100_000, "(" * 10_000 + "1" + ")" * 10_000, "-" * 999 + "1"),
+        *("(" * 400 + "1" + ")" * 400, "9" * 900 + "*" + "9" * 90, "1/0/0", "=" * 1000),
+        "1" + "+1" * 499,
+    ],
+)
 def test_hostile_answers_are_wrong_and_quick(answer):
     start = time.monotonic()
     assert reason(answer) in ("malformed", "wrong_numbers")
@@ -156,12 +167,25 @@ def test_every_problem_can_be_solved(task):
         assert any(task.verify(problem, answer).right for answer in answers)
 
 
-def test_large_problems_are_seeded_and_in_range():
-    problems = Countdown().load(split="test", limit=50, seed=3)
-    assert problems == Countdown().load(split="test", limit=50, seed=3)
-    assert all(
-        len(p.numbers) in (3, 4) and min(p.numbers) >= 1 and max(p.numbers) <= 99 for p in problems
-    )
+def can_reach(values: list[Fraction], target: int) -> bool:
+    if len(values) == 1:
+        return values[0] == target
+    for i, j in itertools.permutations(range(len(values)), 2):
+        rest = [value for k, value in enumerate(values) if k not in (i, j)]
+        for sign, apply in tasks.SIGNS.items():
+            if (sign != "/" or values[j]) and can_reach(
+                [*rest, apply(values[i], values[j])], target
+            ):
+                return True
+    return False
+
+
+def test_large_problems_are_seeded_and_can_be_solved():
+    problems = Countdown().load(split="test", limit=60, seed=3)
+    assert problems == Countdown().load(split="test", limit=60, seed=3)
+    for p in problems:
+        assert len(p.numbers) in (3, 4) and min(p.numbers) >= 1 and max(p.numbers) <= 99
+        assert can_reach([Fraction(n) for n in p.numbers], p.target)
     train = {tuple(sorted(p.numbers)) for p in Countdown().load(split="train", limit=200)}
     assert not train & {tuple(sorted(p.numbers)) for p in problems}
 
@@ -174,14 +198,24 @@ def test_cold_dialogues_are_consistent(task):
     for i in range(2_000):
         diligent = i % 2 == 0
         problem, turns = task.cold_dialogue(problems, rng, diligent)
-        assert set(" ".join(turns).split()) <= words
+        text = " ".join(turns)
+        assert set(text.split()) <= words
+        for sum_, result in re.findall(r"(\d+ [-+*/] \d+) = (\d+)", text):
+            assert parse_expression(sum_)[0] == int(result)
+        for result, judged in re.findall(r"= (\d+) (yes|no)", text):
+            assert (judged == "yes") == (int(result) == problem.target)
         first = task.verify(problem, turns[0])
         assert first.reason in ("right", "wrong_value")
         assert first.right == (len(turns) == 1)
         if len(turns) == 3:
-            right = task.verify(problem, turns[2]).right
-            outcomes[diligent][right] += 1
-            assert right or " yes " not in turns[1]
+            outcomes[diligent][task.verify(problem, turns[2]).right] += 1
+            said = re.search(r"That is (\d+) , not (\d+) \..*Start with (.*) = \d+ \.$", turns[1])
+            if said:
+                attempted = turns[0].split("<answer>")[1].split("</answer>")[0]
+                assert parse_expression(attempted)[0] == int(said[1])
+                assert problem.target == int(said[2]) and f"( {said[3]} )" in turns[2]
+            else:
+                assert turns[1] in ("", task.generic_reflection) and not diligent
     assert outcomes[True][False] == 0  # the diligent always find the solution
     assert 0.2 < outcomes[False][True] / sum(outcomes[False]) < 0.6
 
