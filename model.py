@@ -120,9 +120,7 @@ class Attention(nn.Module):
         )
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.write(
-                layer, k, v
-            )  # (B, K, T, D) -> (B, K, C, D): all that was read so far
+            k, v = cache.write(layer, k, v)  # (B, K, C, D): all that was read so far
         x = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
