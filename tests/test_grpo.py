@@ -52,8 +52,9 @@ def test_advantages_are_the_formula_and_exactly_zero_in_equal_groups():
     assert A[0, 0].item() == pytest.approx((1 - 1 / 8) / (math.sqrt(1 / 8) + 1e-4), rel=1e-6)
     assert (A[1:] == 0).all()
     assert group_advantages(rewards, scale=False)[0, 0].item() == 0.875
-    thirds = torch.full((1, 3), 0.1)  # whose mean is not 0.1 in binary
-    assert (group_advantages(thirds) == 0).all()
+    for size, reward in ((3, 0.9), (6, 0.3), (7, 0.1)):  # whose mean is not quite the reward
+        equal = torch.full((1, size), reward)
+        assert equal.mean() != reward and (group_advantages(equal) == 0).all()
 
 
 def test_mask_is_by_position():
