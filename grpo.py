@@ -381,7 +381,7 @@ def save_checkpoint(
     final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    replace_file(temporary / "state.safetensors", safetensors.torch.save(tensors))
+    replace_file(temporary / "state.safetensors", tensors)
     replace_file(temporary / "state.json", json.dumps({"step": step, "param_groups": groups}))
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)

@@ -1,7 +1,7 @@
 """A decoder-only language model, from scratch: weights, tokens, chat template, and a sampler.
 
-    Model        the Llama architecture as a plain torch module; its parameters have the names that
-                 they have in checkpoints, so a folder of safetensors loads by name
+    Model        Llama, Mistral, Qwen2, Qwen3 and Phi-3 as one plain torch module; its parameters
+                 have the names that they have in checkpoints: safetensors load by name
     Tokenizer    text to token ids and back; a chat to text, through the checkpoint's own template
     generate     the sampler: reads every prompt once, draws many samples from it, and keeps what
                  it read for the next turn
@@ -13,13 +13,16 @@ Shapes: B sequences, T tokens, E the width, H query heads, K key and value heads
 V words in the vocabulary; R rows of the sampler (prompts times samples), C columns of its cache.
 """
 
+import datetime
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
+import huggingface_hub
 import jinja2
 import jinja2.sandbox
 import numpy as np
@@ -31,6 +34,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # -- The decoder -----------------------------------------------------------------------------------
+
+
+# The supported values of model_type, and how each differs from Llama where config.json is silent.
+ARCHITECTURES = {
+    "llama": {"sliding_window": None},
+    "mistral": {},  # the window is 4096 tokens unless config.json says otherwise
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "phi3": {"fused": True},
+}
 
 
 @dataclass(frozen=True)
@@ -46,30 +59,87 @@ class Config:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
     tie_word_embeddings: bool = False
+    attention_bias: bool = False  # on q, k, v and o
+    mlp_bias: bool = False
+    qkv_bias: bool = False  # Qwen2: on q, k and v alone
+    qk_norm: bool = False  # Qwen3: RMSNorm on the heads' queries and keys
+    fused: bool = False  # Phi-3: one matrix for q, k, v, and one for gate and up
+    sliding_window: int | None = None  # how far back attention reaches; None: to the beginning
+    # Rotary positions, and how they are stretched beyond the context of pretraining
+    rope_theta: float = 10_000.0
+    rope_type: str = "default"  # or llama3, longrope
+    factor: float | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    attention_factor: float | None = None
 
     @classmethod
     def from_dict(cls, config: dict) -> "Config":
         """Read a config.json. Raises ValueError, by name, for what is not computed here."""
-        if config.get("model_type") != "llama":
-            kind = config.get("model_type")
-            raise ValueError(f"model_type {kind!r} is not supported; supported: llama")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        for where, name, wanted in (
-            (rope, "rope_type", "default"), (rope, "type", "default"),
-            (rope, "partial_rotary_factor", 1), (config, "hidden_act", "silu"),
-            (config, "attention_bias", False), (config, "mlp_bias", False),
-            (config, "quantization_config", None),
-        ):  # fmt: skip
-            if where.get(name, wanted) != wanted:
-                raise ValueError(f"{name} = {where[name]!r} in config.json is not supported")
-        heads = config["num_attention_heads"]
-        known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
-        known["num_key_value_heads"] = config.get("num_key_value_heads") or heads
-        known["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-        known["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta", 10_000.0)
-        return cls(**known)
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope.setdefault("rope_type", rope.get("type", "default"))
+        kind = config.get("model_type")
+        for name, value, supported in (
+            ("model_type", kind, list(ARCHITECTURES)),
+            ("rope_type", rope["rope_type"], ["default", "llama3", "longrope"]),
+            ("partial_rotary_factor", {**config, **rope}.get("partial_rotary_factor", 1), [1]),
+            ("hidden_act", config.get("hidden_act", "silu"), ["silu"]),
+            ("quantization_config", config.get("quantization_config"), [None]),
+        ):
+            if value not in supported:
+                known = ", ".join(map(str, supported))
+                raise ValueError(f"{name} {value!r} is not supported; supported: {known}")
+        given = {"head_dim": None, "sliding_window": 4096, **config, **ARCHITECTURES[kind], **rope}
+        if (
+            kind == "phi3"
+            and "sliding_window" not in config
+            or (kind.startswith("qwen") and not config.get("use_sliding_window"))
+        ):
+            given["sliding_window"] = None
+        heads, longest = config["num_attention_heads"], config["max_position_embeddings"]
+        given["num_key_value_heads"] = given.get("num_key_value_heads") or heads
+        usual = 128 if kind == "qwen3" else config["hidden_size"] // heads
+        given["head_dim"] = given["head_dim"] or usual
+        given["original_max_position_embeddings"] = (
+            given.get("original_max_position_embeddings") or longest
+        )
+        for name in ("short_factor", "long_factor"):
+            given[name] = tuple(given.get(name) or ())
+        fields = (name for name in cls.__dataclass_fields__ if name in given)
+        return cls(**{name: given[name] for name in fields})
+
+    @property
+    def context(self) -> int:
+        """The longest conversation, in tokens."""
+        return min(self.max_position_embeddings, self.sliding_window or math.inf)
+
+
+@lru_cache(maxsize=8)
+def frequencies(c: Config, device: torch.device) -> tuple[Tensor, float]:
+    """(1, D/2) radians a position by which the pairs of a head turn, and a scale of cos and sin.
+
+    llama3 slows down the pairs that turn so slowly that pretraining never saw them come round.
+    longrope (Ding et al., 2024, arXiv 2402.13753) has two rows of divisors, (2, D/2): the first for
+    conversations within the context of pretraining, the second for those beyond it.
+    """
+    pair = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32)
+    turns = (c.rope_theta ** (-pair / c.head_dim))[None]
+    original = c.original_max_position_embeddings
+    if c.rope_type == "llama3":
+        low, high = c.low_freq_factor, c.high_freq_factor
+        rounds = original * turns / (2 * math.pi)  # that a pair made within the original context
+        share = ((rounds - low) / (high - low)).clamp(0, 1)
+        return turns * share + turns / c.factor * (1 - share), 1.0
+    if c.rope_type == "longrope":
+        factor = c.factor or c.max_position_embeddings / original
+        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        divisors = torch.tensor([c.short_factor, c.long_factor], device=device)
+        return turns / divisors, c.attention_factor or scale
+    return turns, 1.0
 
 
 class RMSNorm(nn.Module):
@@ -105,19 +175,33 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        queries, shared = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.widths = (queries, shared, shared)
+        bias = c.attention_bias or c.qkv_bias
+        if c.fused:
+            self.qkv_proj = nn.Linear(c.hidden_size, sum(self.widths), bias=bias)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (
+                nn.Linear(c.hidden_size, width, bias=bias) for width in self.widths
+            )
+        self.o_proj = nn.Linear(queries, c.hidden_size, bias=c.attention_bias)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.fused, self.qk_norm = c.fused, c.qk_norm
 
     def forward(
         self, x: Tensor, rope, mask: Tensor | None, cache: "Cache | None", layer: int
     ) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (  # (B, heads, T, D)
-            project(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        if self.fused:
+            parts = self.qkv_proj(x).split(self.widths, dim=-1)
+        else:
+            parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        # (B, heads, T, D)
+        q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in parts)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.write(layer, k, v)  # (B, K, C, D): all that was read so far
@@ -132,12 +216,21 @@ class MLP(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        E, inner = c.hidden_size, c.intermediate_size
+        self.fused = c.fused
+        if c.fused:
+            self.gate_up_proj = nn.Linear(E, 2 * inner, bias=c.mlp_bias)
+        else:
+            self.gate_proj = nn.Linear(E, inner, bias=c.mlp_bias)
+            self.up_proj = nn.Linear(E, inner, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(inner, E, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.fused:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -170,6 +263,10 @@ class Model(nn.Module):
         self.config_dict, self.config = config, Config.from_dict(config)
         self.model = Decoder(self.config)
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.words = self.config.vocab_size  # may be lowered to what the tokenizer knows
+        self.tie()
+
+    def tie(self) -> None:
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -185,8 +282,12 @@ class Model(nn.Module):
         return self.head(self.hidden(ids, live=live))
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(..., E) -> (..., V) logits in float32 (or better)."""
-        return at_least_float32(self.lm_head(hidden))
+        """(..., E) -> (..., V) logits in float32 (or better), V being `self.words`.
+
+        Some heads are padded with rows that are no token's; they would take probability, so they
+        are cut off here, for sampler and trainer alike.
+        """
+        return at_least_float32(self.lm_head(hidden)[..., : self.words])
 
     def hidden(
         self, ids: Tensor, cache: "Cache | None" = None, live: Tensor | None = None
@@ -195,75 +296,176 @@ class Model(nn.Module):
 
         With a cache, the ids continue what its rows have read, and are added to it. A token that
         is not `live` is a hole: no other token sees it, and positions count live tokens only.
+        Raises ValueError where a row outgrows the model's sliding window.
         """
-        B, T = ids.shape
+        T, c = ids.shape[1], self.config
         if cache is None and live is None:  # nothing padded: plain causal attention
             positions, mask = torch.arange(T, device=ids.device)[None], None  # (1, T)
+            lengths, columns = torch.tensor([T], device=ids.device), T
         else:
             live = torch.ones_like(ids, dtype=torch.bool) if live is None else live
+            if cache and cache.crosses(live, c):
+                return self.reread(ids, cache, live)
             start = cache.length if cache else 0
-            read = torch.cat([cache.add(live), live], dim=1) if cache else live  # (B, C)
-            positions = (read.sum(1, keepdim=True) - live.sum(1, keepdim=True)) + live.cumsum(1) - 1
+            read = torch.cat([cache.add(ids, live), live], dim=1) if cache else live  # (B, C)
+            lengths, columns = read.sum(1), start + T
+            positions = (lengths - live.sum(1))[:, None] + live.cumsum(1) - 1  # (B, T)
             positions = positions.clamp(min=0)  # a hole before the first token: any number will do
-            row = torch.arange(start, start + T, device=ids.device)[:, None]  # (T, 1)
-            column = torch.arange(start + T, device=ids.device)  # (C,)
+            row = torch.arange(start, columns, device=ids.device)[:, None]  # (T, 1)
+            column = torch.arange(columns, device=ids.device)  # (C,)
             # A token sees the live ones up to itself; a hole sees itself: its softmax must exist.
             mask = ((column <= row) & read[:, None] | (column == row))[:, None]  # (B, 1, T, C)
-        c = self.config
-        pair = torch.arange(0, c.head_dim, 2, device=ids.device, dtype=torch.float32)
-        angle = positions[..., None] * c.rope_theta ** (-pair / c.head_dim)  # (B, T, D/2)
+        if columns > (c.sliding_window or math.inf) and int(lengths.max()) > c.sliding_window:
+            raise ValueError(
+                f"{int(lengths.max())} tokens: longer than the model's sliding window of "
+                f"{c.sliding_window}, beyond which its attention is not computed here"
+            )
+        turns, scale = frequencies(c, ids.device)
+        if len(turns) == 2:  # longrope: each row by its length
+            turns = turns[(lengths > c.original_max_position_embeddings).long()][:, None]
+        angle = positions[..., None] * turns  # (B, T, D/2)
         x = self.model.embed_tokens(ids)
-        rope = (angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None])
+        rope = [(f(angle) * scale).to(x.dtype)[:, None] for f in (torch.cos, torch.sin)]
         for layer, block in enumerate(self.model.layers):
             x = block(x, rope, mask, cache, layer)
         return self.model.norm(x)
+
+    def reread(self, ids: Tensor, cache: "Cache", live: Tensor) -> Tensor:
+        """`hidden` where longrope changes its frequencies: the cached tokens are read again."""
+        ids = torch.cat([cache.ids[:, : cache.length], ids], dim=1)
+        live, new = torch.cat([cache.live[:, : cache.length], live], dim=1), live.shape[1]
+        cache.length = 0
+        return self.hidden(ids, cache, live)[:, -new:]
 
     # -- Files ------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+        cls,
+        path_or_id: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        revision: str | None = None,
     ) -> "Model":
-        """Load a Hugging Face folder: config.json and model.safetensors.
+        """Load a Hugging Face folder or hub id: config.json, and safetensors, sharded or not.
 
-        Raises FileNotFoundError where a file is absent, and ValueError if this decoder does not
-        compute such a model, or if a tensor, which is named, is missing, left over or misshapen.
+        Tensors go from the mapped file into the model one at a time, so that the memory taken is
+        one copy of the model and one tensor. Raises FileNotFoundError where a file is absent, and
+        ValueError if this decoder does not compute such a model, or if a tensor, which is named, is
+        missing, left over or misshapen.
         """
-        path = Path(path)
+        path = model_folder(path_or_id, revision)
         try:
-            model = cls(read_json(path / "config.json")).to(dtype)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path / 'config.json'} is incomplete: {error}") from None
-        try:
-            stored = safetensors.torch.load_file(path / "model.safetensors")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path / 'model.safetensors'} is damaged: {error}") from None
-        own = model.tensors()
-        if model.config.tie_word_embeddings:
-            stored.pop("lm_head.weight", None)  # saved all the same by some
-        for name in sorted(own.keys() ^ stored.keys()):
-            what = "is missing" if name in own else "is none of this architecture's"
-            raise ValueError(f"{path}: the tensor {name} {what}")
-        for name, tensor in own.items():
-            if tensor.shape != stored[name].shape:
-                shapes = f"{tuple(stored[name].shape)} instead of {tuple(tensor.shape)}"
-                raise ValueError(f"{path}: the tensor {name} has the shape {shapes}")
-            tensor.data.copy_(stored[name])
-        return model.to(device)
+            with torch.device("meta"):  # shapes without memory
+                model = cls(read_json(path / "config.json")).to(dtype)
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"{path / 'config.json'} is incomplete: {error!r}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        model.to_empty(device=device).tie()
+        own, seen = model.tensors(), set()
+        for shard in shards(path):
+            try:
+                with safetensors.safe_open(shard, framework="pt") as stored:
+                    for name in stored.keys():  # noqa: SIM118 (it is no dict)
+                        if name in own:
+                            load_tensor(own[name], stored, name, shard)
+                            seen.add(name)
+                        elif name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+                            # (a tied head, and constants, are saved all the same by some)
+                            raise ValueError(
+                                f"{shard}: the tensor {name} is none of this architecture's"
+                            )
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"{shard} is damaged: {error}") from None
+        for name in own.keys() - seen:
+            raise ValueError(f"{path}: the tensor {name} is missing")
+        return model
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by name, a tied head left out: what a checkpoint holds."""
         return dict(self.named_parameters())
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors, each file replaced at once or not at all."""
+    def save_pretrained(self, path: str | Path, shard_bytes: int = 5_000_000_000) -> None:
+        """Write config.json and the weights, each file replaced at once or not at all.
+
+        More than `shard_bytes` are split over several files and an index, as transformers does.
+        """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self.tensors().items()}
-        replace_file(path / "config.json", json.dumps(self.config_dict, indent=2))
-        replace_file(
-            path / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"})
+        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        replace_file(path / "config.json", to_json({**self.config_dict, "torch_dtype": dtype}))
+        parts, room = [], 0
+        for name, p in self.tensors().items():
+            if not parts or p.nbytes > room:
+                parts.append({})
+                room = shard_bytes
+            parts[-1][name] = p.detach()
+            room -= p.nbytes
+        files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+        files = files if len(parts) > 1 else ["model.safetensors"]
+        for file, part in zip(files, parts, strict=True):
+            replace_file(path / file, {name: p.cpu().contiguous() for name, p in part.items()})
+        if len(parts) > 1:
+            place = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+            total = sum(p.nbytes for p in self.tensors().values())
+            index = {"metadata": {"total_size": total}, "weight_map": place}
+            replace_file(path / INDEX, to_json(index))
+            files.append(INDEX)
+        for old in path.glob("model*.safetensors*"):  # of a model that was split otherwise
+            if old.name not in files:
+                old.unlink()
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def load_tensor(parameter: Tensor, stored, name: str, shard: Path) -> None:
+    shape = tuple(stored.get_slice(name).get_shape())
+    if shape != tuple(parameter.shape):
+        expected = f"{shape} instead of {tuple(parameter.shape)}"
+        raise ValueError(f"{shard}: the tensor {name} has the shape {expected}")
+    parameter.data.copy_(stored.get_tensor(name))
+
+
+def shards(path: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or those that its index names."""
+    names = ["model.safetensors"]
+    if not (path / names[0]).is_file() and (path / INDEX).is_file():
+        places = read_json(path / INDEX).get("weight_map")
+        names = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(f"{path / INDEX} does not name files of its own folder")
+    for name in names:
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path / name} does not exist (weights must be safetensors)")
+    return [path / name for name in names]
+
+
+def model_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """A folder as it is; a hub id (org/name) as the folder that the hub's files are cached in.
+
+    Raises FileNotFoundError where there is neither.
+    """
+    if Path(path_or_id).is_dir():
+        return Path(path_or_id)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_id)):
+        raise FileNotFoundError(f"{path_or_id}: no such folder, and no hub id (org/name) either")
+    needed = ["*config.json", "tokenizer.json", "chat_template.jinja", "model*.safetensors*"]
+    try:
+        found = huggingface_hub.snapshot_download(
+            str(path_or_id), revision=revision, allow_patterns=needed
         )
+    except Exception as error:  # of many kinds: offline, no such id, not allowed, a full disk
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"{path_or_id}: no such folder, nor was it had from the hub: {reason}"
+        ) from None
+    return Path(found)
+
+
+def to_json(content: dict) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False)
 
 
 def read_json(path: Path) -> dict:
@@ -279,13 +481,15 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def replace_file(path: str | Path, content: str | bytes) -> None:
-    """Write a file under a temporary name, then rename it: others see the old or the new one."""
+def replace_file(path: str | Path, content: str | dict[str, Tensor]) -> None:
+    """Write text, or tensors, under a temporary name, then rename: the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
+    if isinstance(content, dict):
+        safetensors.torch.save_file(content, temporary, metadata={"format": "pt"})
+    else:
+        temporary.write_bytes(content.encode())
+    with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -299,16 +503,24 @@ class Tokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, settings: dict, generation: dict):
         """settings: tokenizer_config.json, with the template; generation: generation_config.json"""
         self.tokenizer, self.settings, self.generation = tokenizer, settings, generation
+        self.date = datetime.date.today()  # for templates that print it; one date a run
+        self.words = 1 + max(tokenizer.get_vocab().values(), default=0)  # ids from here on: padding
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = raise_template_error
-        if not settings.get("chat_template"):
+        environment.globals["strftime_now"] = lambda form: self.date.strftime(form)
+        templates = settings.get("chat_template")
+        if not templates:
             raise ValueError("the tokenizer has no chat template: R3 needs an instruct model")
         try:
-            self.template = environment.from_string(settings["chat_template"])
-        except (jinja2.TemplateError, TypeError) as error:
+            if not isinstance(templates, str):  # several: [{"name": …, "template": …}, …]
+                templates = {t["name"]: t["template"] for t in templates}
+            else:
+                templates = {"default": templates}
+            self.templates = {k: environment.from_string(t) for k, t in templates.items()}
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise ValueError(f"the chat template is no jinja2 template: {error}") from None
         ends = generation.get("eos_token_id")
         ends = [*(ends if isinstance(ends, list) else [ends])]
@@ -318,9 +530,9 @@ class Tokenizer:
             raise ValueError("neither generation_config.json nor the tokenizer ends a turn")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """Load tokenizer.json and its settings from a Hugging Face folder."""
-        path = Path(path)
+    def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "Tokenizer":
+        """Load tokenizer.json and its settings from a Hugging Face folder or hub id."""
+        path = model_folder(path_or_id, revision)
         if not (path / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{path / 'tokenizer.json'} does not exist")
         settings = read_json(path / "tokenizer_config.json")
@@ -338,8 +550,8 @@ class Tokenizer:
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         replace_file(path / "tokenizer.json", self.tokenizer.to_str(pretty=True))
-        replace_file(path / "tokenizer_config.json", json.dumps(self.settings, indent=2))
-        replace_file(path / "generation_config.json", json.dumps(self.generation, indent=2))
+        replace_file(path / "tokenizer_config.json", to_json(self.settings))
+        replace_file(path / "generation_config.json", to_json(self.generation))
 
     def encode(self, text: str) -> list[int]:
         """Text to token ids, none added. Raises ValueError for text that it has no tokens for."""
@@ -358,8 +570,9 @@ class Tokenizer:
         """A chat as the text that the model was trained on, by the checkpoint's own template."""
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         special = {name: special_token(self.settings, name) for name in names}
+        named = "tool_use" if tools and "tool_use" in self.templates else "default"
         try:
-            return self.template.render(
+            return self.templates[named].render(
                 messages=messages,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
@@ -368,6 +581,10 @@ class Tokenizer:
         except Exception as error:  # a template is a program of somebody else's
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
+    def shows(self, messages: list[dict], tools: list) -> bool:
+        """Whether the template puts the tools into what the model reads; some ignore them."""
+        return self.render(messages, tools) != self.render(messages)
+
     def prompt(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """A chat as token ids, up to where the assistant's turn begins."""
         return self.encode(self.render(messages, tools))
@@ -375,23 +592,36 @@ class Tokenizer:
     def next_turn(self, turn: list[int], bridge: list[int]) -> list[int]:
         """A sampled turn with what the template puts after it (`bridge`), ready for the next turn.
 
-        A turn that was cut before its end gets the end that the template would have written.
+        The bridge begins with the template's own end of a turn. That is written after a turn that
+        was cut, and in place of another end-of-turn token that the model may have chosen.
         """
-        return turn + (bridge[1:] if turn and turn[-1] in self.stop_ids else bridge)
+        return (turn[:-1] if turn and turn[-1] in self.stop_ids else turn) + bridge
 
     def bridge(self, instruction: str) -> list[int]:
         """What the template puts between an assistant's words and the assistant's next ones.
 
         The end-of-turn token, a user's turn that says `instruction`, and the next turn's opening:
-        cut out of a whole rendering, since a piece of text by itself may tokenise differently.
+        the end that two whole renderings, different in the assistant's words, have in common. (A
+        piece of text by itself may tokenise differently.)
         """
-        turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-        before = self.encode(self.render(turns, add_generation_prompt=False))
-        after = self.prompt([*turns, {"role": "user", "content": instruction}])
-        ends = [i for i, token in enumerate(before) if token in self.stop_ids]
-        if not ends or after[: ends[-1] + 1] != before[: ends[-1] + 1]:
+        one, two = (
+            self.prompt(
+                [
+                    {"role": "user", "content": "1"},
+                    {"role": "assistant", "content": words},
+                    {"role": "user", "content": instruction},
+                ]
+            )
+            for words in ("2", "3")
+        )
+        same = 0
+        while same < min(len(one), len(two)) and one[-1 - same] == two[-1 - same]:
+            same += 1
+        after = one[len(one) - same :]
+        end = next((i for i, token in enumerate(after) if token in self.stop_ids), 0)
+        if not after or after[end] not in self.stop_ids or self.decode(after[:end]).strip():
             raise ValueError("the chat template does not end an assistant's turn on an end token")
-        return after[ends[-1] :]
+        return after[end:]
 
 
 def special_token(settings: dict, name: str) -> str | None:
@@ -413,11 +643,10 @@ class Cache:
     block was shorter than its neighbour's), the column is a hole: `live` is False there.
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], live: Tensor, length: int = 0):
+    def __init__(self, keys: list[Tensor], values: list[Tensor], ids: Tensor, live: Tensor):
         self.keys, self.values = keys, values  # a layer each: (R, K, capacity, D)
-        self.live = live  # (R, capacity) bool
-        self.length = length  # C, the columns in use
-        self.unread = None  # (R,) the token sampled last, which no row has read yet
+        self.ids, self.live = ids, live  # (R, capacity) int64 and bool
+        self.length = 0  # C, the columns in use
 
     @classmethod
     def empty(cls, model: Model, rows: int, capacity: int) -> "Cache":
@@ -425,16 +654,23 @@ class Cache:
         shape = (rows, c.num_key_value_heads, capacity, c.head_dim)
         keys = [weight.new_empty(shape) for _ in range(c.num_hidden_layers)]
         values = [weight.new_empty(shape) for _ in range(c.num_hidden_layers)]
-        return cls(
-            keys, values, torch.zeros(rows, capacity, dtype=torch.bool, device=weight.device)
-        )
+        ids = torch.zeros(rows, capacity, dtype=torch.long, device=weight.device)
+        return cls(keys, values, ids, torch.zeros_like(ids, dtype=torch.bool))
 
-    def add(self, live: Tensor) -> Tensor:
-        """Open columns for a block of tokens, (R, T) bool; returns `live` of those before."""
-        before = self.live[:, : self.length]
-        self.live[:, self.length : self.length + live.shape[1]] = live
-        self.length += live.shape[1]
+    def add(self, ids: Tensor, live: Tensor) -> Tensor:
+        """Open columns for a block of tokens, (R, T); returns `live` of those before."""
+        before, new = self.live[:, : self.length], slice(self.length, self.length + ids.shape[1])
+        self.ids[:, new], self.live[:, new] = ids, live
+        self.length = new.stop
         return before
+
+    def crosses(self, live: Tensor, c: Config) -> bool:
+        """Whether a row that has been read within longrope's original context now leaves it."""
+        original = c.original_max_position_embeddings
+        if c.rope_type != "longrope" or not self.length or self.length + live.shape[1] <= original:
+            return False
+        before = self.live[:, : self.length].sum(1)
+        return bool(((before <= original) & (before + live.sum(1) > original)).any())
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put a layer's keys and values, (R, K, T, D), into the newest columns; returns all."""
@@ -448,14 +684,17 @@ class Cache:
             [F.pad(t[rows, :, : self.length], (0, 0, 0, extra)) for t in tensors]
             for tensors in (self.keys, self.values)
         )
-        return Cache(keys, values, F.pad(self.live[rows, : self.length], (0, extra)), self.length)
+        ids, live = (F.pad(t[rows, : self.length], (0, extra)) for t in (self.ids, self.live))
+        picked = Cache(keys, values, ids, live)
+        picked.length = self.length
+        return picked
 
     def put_back(self, rows: Tensor, part: "Cache", start: int) -> None:
         """Copy what the working copy `part` of these rows has read from column `start` on."""
         new = slice(start, part.length)
         for own, theirs in zip(self.keys + self.values, part.keys + part.values, strict=True):
             own[rows, :, new] = theirs[:, :, new]
-        self.live[rows, new] = part.live[:, new]
+        self.ids[rows, new], self.live[rows, new] = part.ids[:, new], part.live[:, new]
 
 
 @dataclass
@@ -480,48 +719,50 @@ def generate(
     seed: int = 0,
     keys: list[tuple[int, ...]] | None = None,
     cache: Cache | None = None,
+    first: int = 0,
 ) -> Generation:
     """Draw `samples` continuations of each prompt, each up to a token of `stop` (which is kept).
 
     Every prompt is read once, however many samples are drawn from it. Rows that are finished leave
-    the batch. With a `cache` (of the turn before), prompt r is appended to what row r has read.
+    the batch. With a `cache` (of the turn before), prompt r is appended to what row r has read,
+    which is everything but the last token that was drawn: the prompt begins in that one's place.
 
     A row's randomness is its own: token t of sample s of prompt p is decided by number t of a
     stream keyed by (seed, *keys[p], s), so a sample does not depend on what else is in the batch
     (but for a draw that falls between two roundings of a probability). `keys` holds non-negative
-    integers and is (p,) by default; with a cache, p counts rows.
+    integers and is (p,) by default; with a cache, p counts rows; s counts from `first`.
 
     temperature 0 takes the likeliest token. `logprobs` are those of the distribution at the given
     temperature (at 0: at 1) before top_k and top_p cut it, as the trainer computes them. Raises
     ValueError for an empty prompt, or a conversation that might outgrow the model's context.
     """
-    if not prompts or not all(prompts) and cache is None:
+    if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and every prompt at least one token")
     P, R, device = len(prompts), len(prompts) * samples, model.device
     keys = [(p,) for p in range(P)] if keys is None else keys
-    streams = ([seed, *key, s] for key in keys for s in range(samples))
+    streams = ([seed, *key, s] for key in keys for s in range(first, first + samples))
     uniform = [np.random.default_rng(key).random(max_new_tokens, np.float32) for key in streams]
     uniform = torch.tensor(np.array(uniform), device=device)  # (R, max_new_tokens)
     stops = torch.tensor(list(stop), dtype=torch.long, device=device)
 
     # Read the prompts, padded on the right with holes; keep the output at each one's last token.
-    if cache is not None:
-        prompts = [[token, *p] for token, p in zip(cache.unread.tolist(), prompts, strict=True)]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     width = int(lengths.max())
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)  # (P, width)
     live = torch.arange(width, device=device) < lengths[:, None]
     rows = torch.arange(P, device=device)
     cache = cache.pick(rows, extra=width) if cache else Cache.empty(model, P, width)
-    longest = int(cache.live.sum(1).max()) + width + max_new_tokens
-    if longest > model.config.max_position_embeddings:
-        context = model.config.max_position_embeddings
+    longest, context = (
+        int((cache.live.sum(1) + lengths).max()) + max_new_tokens,
+        model.config.context,
+    )
+    if longest > context:
         raise ValueError(f"up to {longest} tokens do not fit the model's context of {context}")
     hidden = model.hidden(ids, cache, live)[rows, lengths - 1]  # (P, E)
     rows = torch.arange(R, device=device)  # the rows still in the batch
     hidden = hidden[rows // samples]  # (R, E): each sample starts from its prompt
     cache = cache.pick(rows // samples, extra=max_new_tokens)
-    start = cache.length
+    start = 0 if model.config.rope_type == "longrope" else cache.length  # it may read anew
 
     tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(R, max_new_tokens, device=device)
@@ -546,7 +787,6 @@ def generate(
     if work is not cache:
         cache.put_back(rows, work, start)
         cache.length = work.length
-    cache.unread = tokens[torch.arange(R, device=device), count - 1]
 
     def by_prompt(values: Tensor) -> list[list[list]]:
         rows = [row[:n] for row, n in zip(values.tolist(), count.tolist(), strict=True)]

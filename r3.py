@@ -143,7 +143,8 @@ def retry(
         prompts, keys = [], []
         for c in some:
             turn = speaker.tokenizer.next_turn(c.reflection, bridge)
-            prompts.append(turn[len(c.reflection) :] if cache else c.context + turn)
+            # The cache has read all of a reflection but its last token.
+            prompts.append(turn[len(c.reflection) - 1 :] if cache else c.context + turn)
             keys.append((*key, RETRY, c.problem.id, c.sample, seen[c.problem.id, c.sample]))
             seen[c.problem.id, c.sample] += 1
         drawn = speaker.speak(prompts, 1, keys, cache)

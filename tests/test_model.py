@@ -124,7 +124,8 @@ def test_what_the_sampler_records_the_trainer_computes(tiny, task, temperature):
     turns = [turn for group in first.tokens for turn in group]
     assert len({len(turn) for turn in turns}) > 3  # they do finish at different times
     bridges = [[5, 6, 7, 8][: 1 + i % 4] for i in range(15)]
-    second = generate(model, bridges, cache=first.cache, seed=1, **options)
+    told = [turn[-1:] + bridge for turn, bridge in zip(turns, bridges, strict=True)]
+    second = generate(model, told, cache=first.cache, seed=1, **options)
     for i in range(15):
         prompt, reply = prompts[i // 3] + turns[i] + bridges[i], second.tokens[i][0]
         for context, sampled, recorded in (
@@ -163,7 +164,7 @@ def test_the_next_turn_on_a_cache_is_the_conversation_read_anew(tiny, task):
     bridge = tokenizer.bridge("Again.")
     turns = [turn for group in first.tokens for turn in group]
     keys = [(7, i) for i in range(8)]
-    told = [tokenizer.next_turn(turn, bridge)[len(turn) :] for turn in turns]
+    told = [tokenizer.next_turn(turn, bridge)[len(turn) - 1 :] for turn in turns]
     onward = generate(model, told, max_new_tokens=9, stop=range(30), keys=keys, cache=first.cache)
     whole = [prompts[i // 2] + tokenizer.next_turn(turns[i], bridge) for i in range(8)]
     anew = generate(model, whole, max_new_tokens=9, stop=range(30), keys=keys)
@@ -243,7 +244,7 @@ def test_bad_folders_are_refused_by_name(tmp_path, tiny):
     for change in (
         {"model_type": "gpt2"},
         {"hidden_act": "gelu"},
-        {"attention_bias": True},
+        {"partial_rotary_factor": 0.75},
         {"quantization_config": {}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
         {"rope_parameters": {"partial_rotary_factor": 0.5}},
