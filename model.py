@@ -449,19 +449,27 @@ def model_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     """
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_id)):
+    if not is_hub_id(path_or_id):
         raise FileNotFoundError(f"{path_or_id}: no such folder, and no hub id (org/name) either")
     needed = ["*config.json", "tokenizer.json", "chat_template.jinja", "model*.safetensors*"]
+    return from_hub(str(path_or_id), needed, "model", revision)
+
+
+def is_hub_id(text: str | Path) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(text)) is not None
+
+
+def from_hub(name: str, files: list[str], kind: str, revision: str | None = None) -> Path:
+    """The folder where the hub's files, or those of them that are cached here, are to be found."""
     try:
-        found = huggingface_hub.snapshot_download(
-            str(path_or_id), revision=revision, allow_patterns=needed
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, repo_type=kind, revision=revision, allow_patterns=files
+            )
         )
     except Exception as error:  # of many kinds: offline, no such id, not allowed, a full disk
         reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"{path_or_id}: no such folder, nor was it had from the hub: {reason}"
-        ) from None
-    return Path(found)
+        raise FileNotFoundError(f"{name} is not here, nor had from the hub: {reason}") from None
 
 
 def to_json(content: dict) -> str:

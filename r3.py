@@ -10,6 +10,7 @@ The method is three functions, `attempt`, `reflect` and `retry`, and the loop in
 calls them. The rest of this file makes an experiment of it:
 
     python r3.py train     make or load a model, measure it, collect failures, train, measure again
+    python r3.py failures  collect a dataset of failures, to train on later
     python r3.py eval      measure a model
     python r3.py play      watch a model attempt, reflect and retry on a problem of yours
 
@@ -19,6 +20,7 @@ again: what is trained is what was sampled.
 
 import argparse
 import copy
+import datetime
 import hashlib
 import json
 import math
@@ -37,7 +39,7 @@ from tqdm import tqdm
 import grpo
 import model as models
 from model import Cache, Model, Tokenizer, generate
-from tasks import TASKS, Verdict
+from tasks import TASKS, Verdict, tools_in_words
 
 # -- The conversation ------------------------------------------------------------------------------
 
@@ -52,12 +54,18 @@ class Speaker:
     max_new_tokens: int  # the longest turn
     temperature: float = 1.0
     seed: int = 0
+    rows: int = 512  # conversations held at once
 
-    def speak(self, prompts, samples, keys, cache=None) -> models.Generation:
+    def question(self, problem) -> list[int]:
+        """The prompt. Tools that the chat template has no place for go into the text."""
+        messages, tools = self.task.messages(problem)
+        if tools and not self.tokenizer.shows(messages, tools):
+            messages, tools = tools_in_words(messages, tools), None
+        return self.tokenizer.prompt(messages, tools)
+
+    def speak(self, prompts, samples, keys, **rest) -> models.Generation:
         limits, stop = (samples, self.max_new_tokens, self.temperature), self.tokenizer.stop_ids
-        return generate(
-            self.model, prompts, *limits, stop=stop, seed=self.seed, keys=keys, cache=cache
-        )
+        return generate(self.model, prompts, *limits, stop=stop, seed=self.seed, keys=keys, **rest)
 
     def verify(self, problem, turn: list[int]) -> Verdict:
         return self.task.verify(problem, self.tokenizer.decode(turn))
@@ -85,9 +93,6 @@ MEASURE, COLLECT, TRAIN, AGAIN = range(4)  # purposes
 ATTEMPT, REFLECT, RETRY = range(3)  # turns
 
 
-ROWS = 512  # conversations held at once
-
-
 def chunks(items: list, size: int, bar: str) -> Iterator[list]:
     """The items, `size` at a time, under a progress bar called `bar` (none if it is empty)."""
     size = max(1, size)
@@ -96,15 +101,16 @@ def chunks(items: list, size: int, bar: str) -> Iterator[list]:
 
 
 def attempt(
-    speaker: Speaker, problems: list, samples: int, key: tuple, bar: str = ""
+    speaker: Speaker, problems: list, samples: int, key: tuple, bar: str = "", first: int = 0
 ) -> list[Conversation]:
-    """First tries: `samples` at each problem, problem by problem."""
+    """First tries: `samples` at each problem, problem by problem, numbered from `first`."""
     tries = []
-    for some in chunks(problems, ROWS // samples, bar):
-        prompts = [speaker.tokenizer.prompt(*speaker.task.messages(problem)) for problem in some]
-        drawn = speaker.speak(prompts, samples, [(*key, ATTEMPT, problem.id) for problem in some])
+    for some in chunks(problems, speaker.rows // samples, bar):
+        prompts = [speaker.question(problem) for problem in some]
+        keys = [(*key, ATTEMPT, problem.id) for problem in some]
+        drawn = speaker.speak(prompts, samples, keys, first=first)
         for problem, prompt, turns in zip(some, prompts, drawn.tokens, strict=True):
-            for sample, turn in enumerate(turns):
+            for sample, turn in enumerate(turns, first):
                 verdict = speaker.verify(problem, turn)
                 tries.append(Conversation(problem, sample, prompt, turn, verdict))
     return tries
@@ -139,7 +145,7 @@ def retry(
     """
     bridge = speaker.tokenizer.bridge(speaker.task.again)
     tries, seen = [], Counter()
-    for some in chunks(reflected, len(reflected) if cache else ROWS, bar):
+    for some in chunks(reflected, len(reflected) if cache else speaker.rows, bar):
         prompts, keys = [], []
         for c in some:
             turn = speaker.tokenizer.next_turn(c.reflection, bridge)
@@ -147,7 +153,7 @@ def retry(
             prompts.append(turn[len(c.reflection) - 1 :] if cache else c.context + turn)
             keys.append((*key, RETRY, c.problem.id, c.sample, seen[c.problem.id, c.sample]))
             seen[c.problem.id, c.sample] += 1
-        drawn = speaker.speak(prompts, 1, keys, cache)
+        drawn = speaker.speak(prompts, 1, keys, cache=cache)
         for c, (turn,) in zip(some, drawn.tokens, strict=True):
             tries.append(replace(c, retry=turn, second=speaker.verify(c.problem, turn)))
     return tries
@@ -158,20 +164,67 @@ def second_tries(
 ) -> list[Conversation]:
     """Reflect `samples` times on each failure, and retry after each reflection."""
     done = []
-    for some in chunks(failures, ROWS // samples, bar):
+    for some in chunks(failures, speaker.rows // samples, bar):
         reflected, cache = reflect(speaker, some, samples, key)
         done += retry(speaker, reflected, key, cache)
     return done
 
 
+def room(speaker: Speaker) -> int:
+    """The longest prompt whose conversation, with every turn at its longest, fits the context."""
+    task, bridge = speaker.task, speaker.tokenizer.bridge
+    between = len(bridge(task.reflect)) + len(bridge(task.again))
+    return speaker.model.config.context - between - 3 * speaker.max_new_tokens
+
+
+def fitting(speaker: Speaker, problems: list) -> list:
+    """The problems whose conversations cannot outgrow the context. Says how many are dropped.
+
+    They are dropped before they begin, so that what is compared is measured on the same problems.
+    """
+    longest = room(speaker)
+    kept = [problem for problem in problems if len(speaker.question(problem)) <= longest]
+    if len(kept) < len(problems):
+        print(
+            f"{len(problems) - len(kept)} of {len(problems)} problems dropped: with turns of "
+            f"{speaker.max_new_tokens} tokens they might outgrow the model's context"
+        )
+    if not kept:
+        raise ValueError("no problem fits the model's context: lower --max-new-tokens")
+    return kept
+
+
 # -- Training --------------------------------------------------------------------------------------
 
 
-def collect(speaker: Speaker, problems: list, responses: int) -> list[Conversation]:
-    """A dataset of failures: each problem got wrong in `responses` tries, its first wrong try."""
-    tries = attempt(speaker, problems, responses, (COLLECT, 0), "failures")
-    first_wrong = {c.problem.id: c for c in reversed(tries) if not c.first.right}
-    return [c for c in tries if first_wrong.get(c.problem.id) is c]
+def find_failures(
+    speaker: Speaker, problems: list, responses: int, keep: str = "any"
+) -> Iterator[tuple[int, list[Conversation]]]:
+    """A dataset of failures: one wrong try at each problem that the model gets wrong.
+
+    keep says which these are: "any" keeps a problem if any of up to `responses` tries is wrong, and
+    stops trying at the first that is; "all" keeps it if all are, and stops at the first that is
+    right. Yields (problems done, their failures) a bunch of problems at a time, in their order.
+    """
+    kept = 0
+    with tqdm(total=len(problems), desc="failures", leave=False) as bar:
+        for some in chunks(problems, speaker.rows, ""):
+            wrong: dict[int, Conversation] = {}
+            undecided = some
+            for number in range(responses):
+                tries = attempt(speaker, undecided, 1, (COLLECT, 0), first=number)
+                for c in tries:
+                    if not c.first.right:
+                        wrong.setdefault(c.problem.id, c)
+                    elif keep == "all":
+                        wrong.pop(c.problem.id, None)
+                undecided = [c.problem for c in tries if c.first.right == (keep == "any")]
+                if not undecided:
+                    break
+            kept += len(wrong)
+            bar.update(len(some))
+            bar.set_postfix_str(f"{kept / bar.n:.0%} of the problems failed")
+            yield bar.n, [wrong[problem.id] for problem in some if problem.id in wrong]
 
 
 def sample_batch(
@@ -471,6 +524,14 @@ def log(path: Path, record: dict) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def transcript(c: Conversation, tokenizer: Tokenizer) -> dict:
+    """A conversation as text."""
+    turns = {"prompt": c.prompt, "attempt": c.attempt, "reflection": c.reflection, "retry": c.retry}
+    said = {name: tokenizer.tokenizer.decode(ids, False) for name, ids in turns.items() if ids}
+    verdicts = {"first": c.first.reason, "second": c.second.reason if c.second else None}
+    return {"problem": asdict(c.problem), "sample": c.sample, **said, **verdicts}
+
+
 def write_failures(path: Path, failures: list[Conversation], tokenizer: Tokenizer) -> None:
     """A line a failure: the problem, the failed attempt as text and as token ids, the reason."""
     for c in failures:
@@ -479,16 +540,16 @@ def write_failures(path: Path, failures: list[Conversation], tokenizer: Tokenize
         log(path, {"problem": asdict(c.problem), **said, **rest})
 
 
-def read_failures(path: Path, task, tokenizer: Tokenizer) -> list[Conversation]:
+def read_failures(path: Path, speaker: Speaker) -> list[Conversation]:
     """A run's dataset of failures. Raises ValueError, with the line, for one that does not fit."""
-    failures = []
+    failures, task, tokenizer = [], speaker.task, speaker.tokenizer
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
             problem, ids = task.problem(record["problem"]), list(map(int, record["attempt_ids"]))
-            if not all(0 <= token < tokenizer.tokenizer.get_vocab_size() for token in ids):
-                raise ValueError("token ids beyond the vocabulary")
-            prompt = tokenizer.prompt(*task.messages(problem))
+            if not ids or not all(0 <= token < speaker.model.words for token in ids):
+                raise ValueError("no token ids of this model's vocabulary")
+            prompt = speaker.question(problem)
             verdict = task.verify(problem, tokenizer.decode(ids))
             if verdict.right or tokenizer.decode(ids) != record["attempt"]:
                 raise ValueError("no failed attempt in this model's tokens")
@@ -570,6 +631,7 @@ DEFAULTS = {
     "max_new_tokens": (134, 512),
     "samples": (4, 1),
     "responses": (4, 64),
+    "rows": (512, 64),
     "device": ("cpu", "cuda" if torch.cuda.is_available() else "cpu"),
 }
 
@@ -579,24 +641,64 @@ def load_speaker(args: argparse.Namespace) -> Speaker:
 
     A checkpoint that was taught a task's short texts says so, in its tokenizer_config.json.
     """
-    path, failures = Path(args.model), getattr(args, "failures", None)
-    if failures and not Path(failures).is_file():
-        raise ValueError(f"--failures {failures}: no such file")
+    for name in ("failures", "data"):
+        given = getattr(args, name, None)
+        if given and not Path(given).exists():
+            if name == "failures" or not models.is_hub_id(given):
+                raise ValueError(f"--{name} {given}: no such file")
+            args.data = str(models.from_hub(given, ["*.json", "*.jsonl", "*.parquet"], "dataset"))
     try:
+        args.date = args.date or datetime.date.today().isoformat()
+        date = datetime.date.fromisoformat(args.date)
         torch.empty(0, device=args.device or "cpu")
+    except ValueError:
+        raise ValueError(f"--date {args.date}: write it as 2025-05-30") from None
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {args.device}: torch finds no such device here") from None
-    if args.model == "tiny":
+    path, revision = args.model, getattr(args, "revision", None)
+    if path == "tiny":
         path = base_model(TASKS[args.task](tiny=True), args.seed, getattr(args, "fresh", False))
-    elif not path.is_dir():
-        raise ValueError(f"--model {path}: no such folder (nor is it the word tiny)")
-    tokenizer = Tokenizer.from_pretrained(path)
+    tokenizer = Tokenizer.from_pretrained(path, revision)
+    tokenizer.date = date
     tiny = tokenizer.settings.get("texts") == "tiny"
-    for name, (for_tiny, for_real) in DEFAULTS.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, for_tiny if tiny else for_real)
-    model, task = Model.from_pretrained(path, device=args.device), TASKS[args.task](tiny=tiny)
-    return Speaker(model, tokenizer, task, args.max_new_tokens, args.temperature, args.seed)
+    if tiny and getattr(args, "data", None):
+        raise ValueError("--data: the tiny model plays its own small game; give --model a folder")
+    for name, defaults in DEFAULTS.items():
+        if getattr(args, name, "absent") is None:
+            setattr(args, name, defaults[0 if tiny else 1])
+    if getattr(args, "split", "") is None:
+        args.split = "test" if args.data else "dev"
+    settings = {k: v for k, v in vars(args).items() if k in {*DEFAULTS, "beta", "clip", "loss"}}
+    whose = "the tiny model's" if tiny else "the paper's"
+    print(f"Settings ({whose} where not given):", *(f"{k} {v}," for k, v in settings.items()))
+    model = Model.from_pretrained(path, device=args.device, revision=revision)
+    model.words = min(model.words, tokenizer.words)
+    limits = args.max_new_tokens, args.temperature, args.seed, args.rows
+    return Speaker(model, tokenizer, TASKS[args.task](tiny=tiny), *limits)
+
+
+def load_problems(args, speaker: Speaker, split: str, limit: int | None = None) -> list:
+    """Problems of a split, from --data if that is given, those that fit the context."""
+    extra = {k: getattr(args, k) for k in ("skip_bad", "train_size", "test_size")}
+    extra = {name: value for name, value in extra.items() if value}
+    return fitting(speaker, speaker.task.load(args.data, split, limit, args.seed, **extra))
+
+
+def run_folder(args, kind: str) -> Path:
+    """Where a command leaves its files, by default named for what it did."""
+    name = Path(args.model).name if Path(args.model).name != "model" else Path(args.model).parts[-2]
+    stamp = "" if kind == "failures" else time.strftime("-%Y%m%d-%H%M%S")
+    kind = "" if kind == "train" else f"{kind}-"
+    return RUNS / (args.name or f"{kind}{args.task}-{name}-seed{args.seed}{stamp}")
+
+
+def write_config(folder: Path, args: argparse.Namespace) -> None:
+    """config.json: every flag, and what computed with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    flags = {name: value for name, value in vars(args).items() if name != "function"}
+    config = {**flags, "versions": versions, "threads": torch.get_num_threads()}
+    models.replace_file(folder / "config.json", json.dumps(config, indent=2))
 
 
 def train_command(args: argparse.Namespace) -> None:
@@ -604,8 +706,7 @@ def train_command(args: argparse.Namespace) -> None:
     if not args.temperature:
         raise ValueError("--temperature 0 draws equal reflections: there is nothing to compare")
     begun = clock = time.time()
-    name = f"{args.task}-{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = RUNS / (args.name or name)
+    folder = run_folder(args, "train")
     if folder.exists():
         raise ValueError(f"{folder} exists; choose another --name")
 
@@ -615,23 +716,21 @@ def train_command(args: argparse.Namespace) -> None:
         clock = time.time()
 
     vanilla = load_speaker(args)
-    task, tokenizer = vanilla.task, vanilla.tokenizer
-    problems = task.load(split=args.split, limit=args.limit, seed=args.seed)
-    held_out = task.load(split="dev", limit=HELD_OUT[0], seed=args.seed)
+    tokenizer = vanilla.tokenizer
+    problems = load_problems(args, vanilla, args.split, args.limit)
+    held_out = load_problems(args, vanilla, args.split if args.data else "dev", HELD_OUT[0])
     if args.failures:
-        failures = read_failures(Path(args.failures), task, tokenizer)
+        failures = read_failures(Path(args.failures), vanilla)
     else:
-        failures = collect(vanilla, task.load(split="train", seed=args.seed), args.responses)
+        training = load_problems(args, vanilla, "train", args.problems)
+        found = find_failures(vanilla, training, args.responses, args.keep)
+        failures = [failure for _, some in found for failure in some]
     if not failures:
         raise ValueError("no training problem was got wrong: there is nothing to learn from")
     if args.check:
         _, batch = sample_batch(vanilla, draw_failures(failures, 0, args.batch, args.seed), args, 0)
         return print_check(grpo.check(vanilla.model, batch, settings_of(args), args.seed))
-    folder.mkdir(parents=True)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    flags = {name: value for name, value in vars(args).items() if name != "function"}
-    config = {**flags, "versions": versions, "threads": torch.get_num_threads()}
-    models.replace_file(folder / "config.json", json.dumps(config, indent=2))
+    write_config(folder, args)
     write_failures(folder / "failures.jsonl", failures, tokenizer)
     stage_done("base model and failures")
 
@@ -710,10 +809,40 @@ def print_check(found: dict[str, float]) -> None:
         raise ValueError("the step differs from the textbook by more than 1e-5")
 
 
+def failures_command(args: argparse.Namespace) -> None:
+    """Collect a dataset of failures; the same command again goes on where it was stopped."""
+    folder = run_folder(args, "failures")
+    path, progress = folder / "failures.jsonl", folder / "progress.json"
+    begun = models.read_json(folder / "config.json") if folder.exists() else {}
+    args.date = args.date or begun.get("date")  # it may have been begun on another day
+    speaker = load_speaker(args)
+    free = ("function", "device", "rows", "skip_bad")  # what may change when it is continued
+    for name, value in vars(args).items():
+        if begun and name not in free and begun.get(name) != value:
+            was = f"{begun.get(name)}, not {value}"
+            raise ValueError(f"{folder} was begun with {name} {was}; choose another --name")
+    problems = load_problems(args, speaker, args.split, args.limit)
+    write_config(folder, args)
+    done = {"problems": 0, "failures": 0, "bytes": 0}
+    done |= models.read_json(progress) if progress.exists() else {}
+    path.touch()
+    with open(path, "r+b") as file:
+        file.truncate(done["bytes"])  # what was written after the last report is found again
+    left, before, kept = problems[done["problems"] :], done["problems"], done["failures"]
+    for number, some in find_failures(speaker, left, args.responses, args.keep):
+        write_failures(path, some, speaker.tokenizer)
+        kept += len(some)
+        done = {"problems": before + number, "failures": kept, "bytes": path.stat().st_size}
+        models.replace_file(progress, json.dumps(done))
+    print(f"{kept} failures on {len(problems)} {args.split} problems, in {path}")
+
+
 def eval_command(args: argparse.Namespace) -> None:
     """Measure a model: right at the first try, and within two."""
-    speaker = load_speaker(args)
-    problems = speaker.task.load(split=args.split, limit=args.limit, seed=args.seed)
+    speaker, folder = load_speaker(args), run_folder(args, "eval")
+    if folder.exists():
+        raise ValueError(f"{folder} exists; choose another --name")
+    problems = load_problems(args, speaker, args.split, args.limit)
     samples = args.samples if args.temperature else 1
     tries = measure(speaker, problems, samples, "eval")
     title = f"{len(problems)} {args.split} problems, {samples} samples each, temperature"
@@ -721,7 +850,11 @@ def eval_command(args: argparse.Namespace) -> None:
         f"{title} {args.temperature:g}: % right [95%]": accuracy(model=tries),
         "What the verifier said, times": reasons(model=tries),
     }
-    print(show(tables))
+    write_config(folder, args)
+    for c in tries:
+        log(folder / "conversations.jsonl", transcript(c, speaker.tokenizer))
+    models.replace_file(folder / "report.json", json.dumps({"tables": tables}, indent=2))
+    print("\n" + show(tables) + f"\nThe conversations are in {folder}/")
 
 
 def play_command(args: argparse.Namespace) -> None:
@@ -760,6 +893,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, function, about in (
         ("train", train_command, "Measure a model, train it by R3, measure it again. "
          "Without flags: the whole experiment with a tiny model, from nothing, on a laptop."),
+        ("failures", failures_command, "Collect problems that a model gets wrong, with a wrong "
+         "answer each, for train --failures. Run again, it goes on where it was stopped."),
         ("eval", eval_command, "Measure a model: right at the first try, and within two."),
         ("play", play_command, "Watch a model attempt, reflect and retry on a problem you type."),
     ):  # fmt: skip
@@ -777,22 +912,37 @@ def main(argv: list[str] | None = None) -> None:
             subs[command].add_argument(name, help=about, **kind)
 
     whole, positive, real = at_least(int, 0), at_least(int, 1), at_least(float, 0)
-    flag("play", "--model", "a Hugging Face folder, or tiny (default: the model trained last)")
-    flag("train eval", "--model", "a Hugging Face folder, or tiny: made here", default="tiny")
-    flag("train eval play", "--task", "what to solve", choices=TASKS, default="countdown")
-    flag("train eval play", "--seed", "of everything random", type=whole, default=0)
-    flag("train eval play", "--device", "cpu, cuda or mps")
-    flag("train eval play", "--temperature", "of sampling; 0: greedy", type=real, default=1.0)
-    flag("train eval play", "--max-new-tokens", "the longest turn", type=positive)
-    flag("train eval", "--split", "what to measure on", choices=("dev", "test"), default="dev")
+    every, most = "train failures eval play", "train failures eval"
+    flag("play", "--model", "as for train (default: the model trained last)")
+    flag(most, "--model", "a Hugging Face folder or hub id, or tiny: made here", default="tiny")
+    flag(every, "--revision", "of a hub id: a branch, tag or commit")
+    flag(every, "--task", "what to solve", choices=TASKS, default="countdown")
+    flag(every, "--seed", "of everything random", type=whole, default=0)
+    flag(every, "--date", "for chat templates that print it, as 2025-05-30 (default: today)")
+    flag(every, "--device", "cpu, cuda or mps")
+    flag(every, "--temperature", "of sampling; 0: greedy", type=real, default=1.0)
+    flag(every, "--max-new-tokens", "the longest turn", type=positive)
+    flag(every, "--rows", "conversations held at once; fewer need less memory", type=positive)
+    flag(most, "--data", "a JSON, JSONL or parquet file of problems, or a dataset's hub id")
+    flag(most, "--skip-bad", "go on without bad records of --data", action="store_true")
+    flag(most, "--train-size", "problems of --data to train on", type=positive)
+    flag(most, "--test-size", "problems of --data to test on (default: a fifth)", type=positive)
+    flag("train eval", "--split", "what to measure on; all: the whole of --data (default: test "
+         "with --data, else dev)", choices=("dev", "test", "all"))  # fmt: skip
+    flag("failures", "--split", "where to look", choices=("train", "all"), default="train")
     flag("train eval", "--limit", "measure on so many problems", type=at_least(int, 2))
+    flag("failures", "--limit", "look at so many problems", type=positive)
     flag("train eval", "--samples", "first tries at each of them", type=positive)
-    flag("train", "--name", "the run's folder in runs/ (default: task, model, seed and time)")
+    flag(most, "--name", "the folder in runs/ (default: task, model, seed, and time)")
+    flag("train", "--problems", "look for failures in so many problems", type=positive)
+    flag("train failures", "--responses", "tries at most at a problem", type=positive)
+    flag("train failures", "--keep", "keep a problem if any of its tries fails, stopping at the "
+         "first that does: few tries, and it can be solved at times; or if all fail: only the "
+         "hardest are left", choices=("any", "all"), default="any")  # fmt: skip
     flag("train", "--fresh", "make the tiny base model anew", action="store_true")
     flag("train", "--controls", "measure what else could explain the gain", action="store_true")
     flag("train", "--check", "only compare a step with the textbook", action="store_true")
     flag("train", "--failures", "reuse this failures.jsonl of another run", metavar="FILE")
-    flag("train", "--responses", "tries at finding a failure, per problem", type=positive)
     flag("train", "--steps", "optimiser steps", type=positive)
     flag("train", "--batch", "failures a step", type=positive)
     flag("train", "--group", "G, reflections a failure", type=at_least(int, 2))

@@ -83,7 +83,7 @@ def test_how_the_work_is_split_changes_nothing(speaker, task, monkeypatch):
         return [(c.problem, c.attempt, c.reflection, c.retry, c.second) for c in tries]
 
     together = turns()
-    monkeypatch.setattr(r3, "ROWS", 3)
+    speaker.rows = 3
     assert turns() == together
 
 
@@ -123,11 +123,19 @@ def test_a_dataset_of_failures_holds_first_wrong_tries(speaker, task, lenient):
     problems = task.load(split="train", limit=20)
     tries = r3.attempt(speaker, problems, 4, (r3.COLLECT, 0))
     assert 0 < sum(c.first.right for c in tries) < 80
-    failures = r3.collect(speaker, problems, 4)
-    for problem in problems:
-        wrong = [c for c in tries if c.problem == problem and not c.first.right]
-        got = [c for c in failures if c.problem == problem]
-        assert [(c.sample, c.attempt) for c in got] == [(c.sample, c.attempt) for c in wrong[:1]]
+    small = replace(speaker, rows=7)  # the work is split, the samples are the same
+    kept = {}
+    for keep in ("any", "all"):
+        found = list(r3.find_failures(small, problems, 4, keep))
+        assert [done for done, _ in found] == [7, 14, 20]
+        failures = [failure for _, some in found for failure in some]
+        kept[keep] = [failure.problem.id for failure in failures]
+        for problem in problems:
+            wrong = [c for c in tries if c.problem == problem and not c.first.right]
+            got = [c for c in failures if c.problem == problem]
+            wanted = wrong[:1] if keep == "any" or len(wrong) == 4 else []
+            assert [(c.sample, c.attempt) for c in got] == [(c.sample, c.attempt) for c in wanted]
+    assert 0 < len(kept["all"]) < len(kept["any"])
 
 
 def test_every_step_samples_anew(speaker, task):
@@ -285,6 +293,10 @@ def test_play(small, capsys, monkeypatch):
         ("train --temperature 0", "nothing to compare"),
         ("eval --model nowhere", "no such folder"),
         ("eval --model .", "tokenizer.json does not exist"),
+        ("eval --data nowhere.json", "nowhere.json: no such file"),
+        ("eval --date yesterday", "--date yesterday"),
+        ("eval --task apigen", "give --model a folder"),
+        ("eval --split all", "no split 'all'"),
         ("train --failures nowhere.jsonl", "nowhere.jsonl"),
         ("train --device banana", "no such device"),
         ("dance", "COMMAND"),
@@ -319,12 +331,12 @@ def test_a_damaged_failure_is_named_by_its_line(speaker, task, tmp_path, change)
     failures = r3.attempt(speaker, task.load(limit=3), 1, (0, 0))
     path = tmp_path / "failures.jsonl"
     r3.write_failures(path, failures, speaker.tokenizer)
-    again = r3.read_failures(path, task, speaker.tokenizer)
+    again = r3.read_failures(path, speaker)
     assert again == [replace(c, logprobs=[]) for c in failures]
     text = path.read_text().splitlines()
     path.write_text("\n".join([text[0], change(json.loads(text[1])), text[2]]))
     with pytest.raises(ValueError, match="failures.jsonl, line 2"):
-        r3.read_failures(path, task, speaker.tokenizer)
+        r3.read_failures(path, speaker)
 
 
 # -- Statistics ------------------------------------------------------------------------------------
