@@ -570,12 +570,15 @@ class APIGen(Task):
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("query, answers and tools must be strings")
         request = Request(int(record["id"]), *texts)
-        calls, tools = (json_list(name, getattr(request, name)) for name in ("answers", "tools"))
-        for call in calls:
+        for call in json_list("answers", request.answers):
             read_call(call)
-        for tool in tools:
-            if not isinstance(tool["name"], str) or not isinstance(tool["parameters"], dict):
-                raise TypeError("a tool needs a name and parameters")
+        for tool in json_list("tools", request.tools):
+            given = tool["parameters"].values()
+            if not isinstance(tool["name"], str) or not all(
+                isinstance(value, dict) and isinstance(value.get("type", ""), str)
+                for value in given
+            ):
+                raise TypeError("a tool needs a name, and parameters with types")
             function_schema(tool)
         return request
 

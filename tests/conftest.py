@@ -1,4 +1,5 @@
 import pytest
+import tokenizers
 import torch
 
 import model as models
@@ -18,3 +19,34 @@ def tiny(task):
         for parameter in model.parameters():
             parameter.mul_(1.5)
     return model, tokenizer
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An untrained model that reads any text, byte by byte: a Hugging Face folder."""
+    bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = {word: i for i, word in enumerate([*bytes_, "<|im_start|>", "<|im_end|>"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(words, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(words)[-2:])
+    settings = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config = dict(
+        architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=300, hidden_size=16,
+        intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=8192, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = models.Model(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[257] *= 3  # turns end now and then
+    model.save_pretrained(tmp_path / "letters")
+    models.Tokenizer(tokenizer, settings, {}).save_pretrained(tmp_path / "letters")
+    return tmp_path / "letters"

@@ -1,17 +1,25 @@
 """The conversation, the main job shrunken to seconds, and what a user sees when input is bad."""
 
+import datetime
 import itertools
 import json
 import math
-from dataclasses import replace
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import grpo
 import model as models
 import r3
+import tasks
 from tasks import Verdict
 
 SHORT = [
@@ -337,6 +345,139 @@ def test_a_damaged_failure_is_named_by_its_line(speaker, task, tmp_path, change)
     path.write_text("\n".join([text[0], change(json.loads(text[1])), text[2]]))
     with pytest.raises(ValueError, match="failures.jsonl, line 2"):
         r3.read_failures(path, speaker)
+
+
+# -- Real checkpoints ------------------------------------------------------------------------------
+
+
+def test_a_folder_with_apigen_from_a_file(small, folder, capsys, tmp_path):
+    """Every flag's default is the paper's; eval prints its tables and leaves the conversations."""
+    problems = tasks.APIGen().load(split="train", limit=10)
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(asdict(problem)) for problem in problems) + "\n{")
+    flags = ["--model", str(folder), "--task", "apigen", "--data", str(data)]
+    with pytest.raises(SystemExit, match=r"data.jsonl, line 11: no JSON"):
+        r3.main(["eval", *flags])
+    r3.main(
+        ["eval", *flags, "--skip-bad", "--split", "all", "--max-new-tokens", "9", "--name", "e"]
+    )
+    printed = capsys.readouterr().out
+    assert "skipped 1 bad records of 11" in printed and "10 all problems, 1 samples" in printed
+    assert "no_answer" in printed and "paper's where not given" in printed
+    told = lines(small / "e" / "conversations.jsonl")
+    assert sorted(c["problem"]["id"] for c in told) == list(range(10))
+    for c in told:
+        # The template has no place for tools: they are in the text.
+        assert c["problem"]["tools"].split('"name": "')[1].split('"')[0] in c["prompt"]
+        assert c["first"] != "right" and c["retry"] and c["second"]
+    rows = json.loads((small / "e" / "report.json").read_text())["tables"]
+    assert next(iter(rows.values()))["model"]["within two"][0] == 0
+
+
+def test_the_papers_settings_are_a_folders_defaults(small, folder, lenient, capsys):
+    flags = ["--model", str(folder), "--task", "apigen", "--max-new-tokens", "8", "--limit", "4"]
+    few = ["--problems", "6", "--steps", "2", "--batch", "3", "--name", "f", "--responses", "2"]
+    r3.main(["train", *flags, *few, "--lr", "0.01"])
+    config = json.loads((small / "f" / "config.json").read_text())
+    assert config["group"] == 8 and config["beta"] == 0.001 and config["samples"] == 1
+    assert config["date"] == datetime.date.today().isoformat()
+    assert r3.DEFAULTS["lr"][1] == 5e-7 and r3.DEFAULTS["batch"][1] == 256
+    assert r3.DEFAULTS["steps"][1] == 1750 and grpo.Settings().warmup == 0.03
+    printed = capsys.readouterr().out
+    assert "lr 0.01" in printed and "group 8" in printed
+    trained = transformers.AutoModelForCausalLM.from_pretrained(small / "f" / "model")
+    before = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.randint(0, 257, (1, 9))
+    assert not torch.allclose(trained(ids).logits, before(ids).logits, atol=1e-4)
+    ours = models.Model.from_pretrained(small / "f" / "model")
+    assert torch.allclose(ours(ids), trained(ids).logits, atol=1e-4)
+    assert max(s.get("mismatch", 0) for s in lines(small / "f" / "metrics.jsonl")) < 1e-4
+
+
+def test_a_dataset_of_failures_goes_on_where_it_was_killed(small, lenient, monkeypatch, capsys):
+    command = ["failures", "--model", "tiny", "--limit", "30", "--rows", "8", "--responses", "3"]
+    command += ["--max-new-tokens", "12", "--name"]
+    r3.main([*command, "whole"])
+    write, calls = r3.write_failures, []
+
+    def dies(*args):
+        write(*args)
+        calls.append(args)
+        if len(calls) == 2:  # the lines are written, the report of them is not
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(r3, "write_failures", dies)
+    with pytest.raises(SystemExit, match="interrupted"):
+        r3.main([*command, "killed"])
+    whole = (small / "whole" / "failures.jsonl").read_text()
+    killed = (small / "killed" / "failures.jsonl").read_text()
+    assert whole.startswith(killed) and 0 < len(killed) < len(whole)
+    for _ in range(2):  # the second time there is nothing left to do
+        r3.main([*command, "killed"])
+        assert (small / "killed" / "failures.jsonl").read_text() == whole
+        count = len(whole.splitlines())
+        assert f"{count} failures on 30 train problems" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="begun with keep any, not all; choose another --name"):
+        r3.main([*command, "killed", "--keep", "all"])
+    r3.main(["train", *SHORT, "--failures", str(small / "killed" / "failures.jsonl")])
+    r3.main([*command, "hard", "--keep", "all"])
+    assert 0 < len(lines(small / "hard" / "failures.jsonl")) < count
+
+
+def test_problems_that_might_outgrow_the_context_are_dropped_and_counted(
+    speaker, task, capsys, monkeypatch
+):
+    problems = task.load(split="dev", limit=8)
+    speaker.max_new_tokens = 160
+    assert r3.fitting(speaker, problems) == problems and capsys.readouterr().out == ""
+    question = r3.Speaker.question
+    monkeypatch.setattr(
+        r3.Speaker, "question", lambda s, p: question(s, p) + [9] * (5 * p.id)
+    )  # the longest of them just do not fit
+    longest = max(
+        p.id for p in problems if len(question(speaker, p)) + 5 * p.id <= r3.room(speaker)
+    )
+    assert 0 < longest < 7
+    kept = r3.fitting(speaker, problems)
+    assert kept == problems[: longest + 1]
+    assert f"{7 - longest} of 8 problems dropped" in capsys.readouterr().out
+    [c] = r3.second_tries(speaker, r3.attempt(speaker, kept[-1:], 1, (0, 0)), 1, (0, 0))
+    assert len(c.context) + len(c.reflection) + len(c.retry) < 512
+    speaker.max_new_tokens = 200
+    with pytest.raises(ValueError, match="lower --max-new-tokens"):
+        r3.fitting(speaker, problems)
+
+
+def test_padded_rows_of_the_head_are_neither_sampled_nor_trained(folder):
+    args = r3.argparse.Namespace(
+        model=str(folder), task="countdown", seed=0, device=None, temperature=1.0, date=None,
+        max_new_tokens=40, rows=None,
+    )  # fmt: skip
+    speaker = r3.load_speaker(args)
+    assert speaker.model.words == 258 < speaker.model.config.vocab_size == 300
+    with torch.no_grad():
+        speaker.model.model.embed_tokens.weight[258:] = speaker.model.model.embed_tokens.weight[65]
+    tries = r3.attempt(speaker, tasks.Countdown().load(limit=3), 4, (0, 0))
+    assert max(token for c in tries for token in c.attempt) < 258
+
+
+def test_the_readmes_task_runs(folder, tmp_path):
+    """README's third task, as it stands there, in a file of its own."""
+    root = Path(r3.__file__).parent
+    readme = (root / "README.md").read_text()
+    [code] = [c for c in re.findall("```python\n(.*?)```", readme, re.DOTALL) if "(Task)" in c]
+    assert len(code.splitlines()) < 50
+    (tmp_path / "mine.py").write_text(code)
+    name = re.search(r'TASKS\["(\w+)"\]', code)[1]
+    flags = f"train --model {folder} --task {name} --steps 1 --batch 2 --group 2 --limit 3"
+    flags += " --problems 4 --responses 1 --max-new-tokens 6 --name r"
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    ran = subprocess.run(
+        [sys.executable, "mine.py", *flags.split()],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "within two" in ran.stdout and (tmp_path / "runs" / "r" / "model").is_dir()
 
 
 # -- Statistics ------------------------------------------------------------------------------------

@@ -1,0 +1,363 @@
+"""APIGen: what the verifier takes, how it is attacked, and where problems come from."""
+
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import tasks
+from tasks import APIGen, Countdown, Request, json_schema, tools_in_words
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+task = APIGen()
+TOOLS = [
+    {"name": "add", "description": "Add.", "parameters": {"a": {"type": "float"}}},
+    {"name": "find", "description": "", "parameters": {"type": {"type": "str, optional"}}},
+]
+
+
+def request(*calls):
+    return Request(0, "?", json.dumps(list(calls)), json.dumps(TOOLS))
+
+
+def call(name, **arguments):
+    return {"name": name, "arguments": arguments}
+
+
+def ways(calls):
+    """The labelled calls as the families of models write them."""
+    llama = [{"name": c["name"], "parameters": c["arguments"]} for c in calls]
+    yield "\n".join(f"<tool_call>\n{json.dumps(c)}\n</tool_call>" for c in calls)
+    yield f"<think>maybe [{{}}] or\n{json.dumps(calls[:1])}</think>\n\n{json.dumps(calls)}"
+    yield json.dumps(calls[::-1])  # their order does not matter
+    yield f"Sure [1], here {{it}} is:\n```json\n{json.dumps(llama, indent=2)}\n```\nDone."
+    if len(calls) == 1:
+        yield json.dumps(llama[0])
+        yield f"<|python_tag|>{json.dumps(llama[0], ensure_ascii=False)}"
+        yield json.dumps({"type": "function", **calls[0]})
+
+
+def spoilt(value):
+    """Another value, of another kind where one exists that a lax comparison takes for the same."""
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, int | float):
+        return str(value)
+    return [value]
+
+
+def check_both_ways(problem):
+    calls = json.loads(problem.answers)
+    for text in ways(calls):
+        assert task.verify(problem, text).right, text
+    for number, one in enumerate(calls):
+        for name, value in one["arguments"].items():
+            changed = json.loads(problem.answers)
+            changed[number]["arguments"][name] = spoilt(value)
+            for text in ways(changed):
+                assert task.verify(problem, text).reason == "wrong_arguments", text
+        changed = json.loads(problem.answers)
+        changed[number]["name"] += "_"
+        assert task.verify(problem, json.dumps(changed)).reason == "wrong_tool"
+        changed = json.loads(problem.answers)
+        changed[number]["arguments"]["besides"] = 1
+        assert task.verify(problem, json.dumps(changed)).reason == "wrong_arguments"
+        fewer = calls[:number] + calls[number + 1 :]
+        assert task.verify(problem, json.dumps(fewer)).reason == "wrong_count"
+    assert task.verify(problem, json.dumps(calls + calls[:1])).reason == "wrong_count"
+
+
+def test_drawn_problems_can_be_answered_in_every_familys_way():
+    problems = task.load(split="train", limit=150)
+    assert {len(json.loads(p.answers)) for p in problems} == {1, 2, 3}
+    for problem in problems:
+        check_both_ways(problem)
+        offered = [tool["name"] for tool in json.loads(problem.tools)]
+        asked = {c["name"] for c in json.loads(problem.answers)}
+        assert asked < set(offered) and len(set(offered)) == len(offered)  # distractors, no doubles
+        messages, tools = task.messages(problem)
+        assert messages == [{"role": "user", "content": problem.query}]
+        assert [tool["function"]["name"] for tool in tools] == offered
+        said = tools_in_words(messages, tools)[0]["content"]
+        assert said.endswith(problem.query) and all(name in said for name in offered)
+    again = task.load(split="train", limit=150)
+    assert again == problems != task.load(split="train", limit=150, seed=1)
+    queries = {split: {p.query for p in task.load(split=split)} for split in tasks.SPLITS}
+    assert sum(map(len, queries.values())) == len(set.union(*queries.values()))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real records are not here")
+def test_every_real_record_loads_and_its_labels_verify():
+    problems = task.load(str(SHARED / "apigen_bfcl.json"), split="all")
+    assert len(problems) == 1000
+    for problem in problems:
+        check_both_ways(problem)
+    for problem in problems[:50]:
+        assert task.problem(asdict(problem)) == problem
+
+
+@pytest.mark.parametrize(
+    "label, said, right",
+    [
+        (5, "5.0", True), (5.0, "5", True), (1e20, "100000000000000000000", True),
+        (5, '"5"', False), (1, "true", False), (True, "1", False), (0, "false", False),
+        (0, "-0.0", True), (None, "null", True), (None, '""', False), (0.1, "0.10", True),
+        (2**53 + 1, str(2.0**53), False), ([1, 2], "[1.0, 2]", True), ([1, 2], "[2, 1]", False),
+        ({"a": 1, "b": [True]}, '{"b": [true], "a": 1.0}', True), ("é", '"\\u00e9"', True),
+        ({"a": 1}, '{"a": 1, "b": null}', False), ("x", '"x "', False), ([], "{}", False),
+    ],
+)  # fmt: skip
+def test_json_equality(label, said, right):
+    text = f'[{{"name": "add", "arguments": {{"a": {said}}}}}]'
+    assert task.verify(request(call("add", a=label)), text).right is right
+
+
+ONE = json.dumps([call("add", a=1)])
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "no_answer"),
+        ("I cannot do that {sorry} [1].", "no_answer"),
+        ("add(a=1)", "no_answer"),
+        (f"<think>{ONE}", "no_answer"),
+        ('{"a": 1}', "no_answer"),
+        ("[]", "wrong_count"),
+        (f"{ONE} or rather {ONE}", "malformed"),
+        (ONE[1:-1] + "; " + ONE[1:-1], "malformed"),
+        (f"<tool_call>{ONE[1:-1]}</tool_call>{ONE}", "malformed"),
+        (f"<tool_call>{ONE[1:-1]}", "malformed"),
+        (f"<tool_call>{ONE[1:-1]}</tool_call></tool_call>", "malformed"),
+        ("<tool_call>add</tool_call>", "malformed"),
+        (f"<tool_call>{ONE}</tool_call>", "malformed"),
+        (ONE[:-1], "malformed"),
+        (ONE[:-1] + ", 5]", "malformed"),
+        (ONE[:-1] + ", {'name': 'add'}]", "malformed"),
+        ('{"name": "add"}', "malformed"),
+        ('{"name": "add", "arguments": "a"}', "malformed"),
+        ('{"name": ["add"], "arguments": {}}', "malformed"),
+        ('{"name": "add", "arguments": {"a": 1}, "parameters": {"a": 2}}', "malformed"),
+        ('[{"name": "add", "name": "find", "arguments": {"a": 1}}]', "malformed"),
+        ('[{"name": "add", "arguments": {"a": 2, "a": 1}}]', "malformed"),
+        ('[{"name": "add", "arguments": {"a": NaN}}]', "malformed"),
+        ('[{"name": "add", "arguments": {"a": -Infinity}}]', "malformed"),
+        ('[{"name": "add", "arguments": {"a": 1e999}}]', "malformed"),
+        ('[{"name": "add", "arguments": {"a": ' + "1" * 5_000 + "}}]", "malformed"),
+        ('[{"name": "add", "arguments": {"a": ' + "[" * 200 + "]" * 200 + "}}]", "malformed"),
+        ('[{"name": "add", "arguments": {"a": ' + "[" * 9_000 + "]" * 9_000 + "}}]", "malformed"),
+        (" " * 20_001 + ONE, "malformed"),
+    ],
+)
+def test_what_is_no_answer(text, reason):
+    assert task.verify(request(call("add", a=1)), text).reason == reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    [sign * 19_999 for sign in "[{\"<'"] + ["[1," * 6_000, '["a",[' * 3_000, "<tool_call>" * 1_800,
+     '{"a":' * 3_900, "[1]" * 6_000, "{'a'" * 4_000, "</think>[" * 2_000],
+)  # fmt: skip
+def test_hostile_text_is_wrong_and_quick(text):
+    begun = time.perf_counter()
+    assert not task.verify(request(call("add", a=1)), text).right
+    assert time.perf_counter() - begun < 1
+
+
+def test_random_text_never_raises_and_never_wins():
+    rng = random.Random(0)
+    pieces = [*'[]{}":,', '"name"', '"arguments"', '"add"', '{"a": 2}', "true", "1e5", "é", "\\",
+              "<tool_call>", "</tool_call>", "<think>", "</think>", '{"name": "add", ',
+              '[{"name": "add", "arguments": {"a": 2}}]']  # fmt: skip
+    seen = Counter()
+    for _ in range(20_000):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 25)))
+        seen[task.verify(request(call("add", a=1)), text).reason] += 1
+    assert seen["right"] == 0 and len(seen) >= 4
+
+
+@pytest.mark.parametrize(
+    "kind, schema",
+    [
+        ("str", {"type": "string"}), ("int, optional", {"type": "integer"}),
+        ("List[float]", {"type": "array", "items": {"type": "number"}}), ("set", {"type": "array"}),
+        ("Dict[str, bool]", {"type": "object", "additionalProperties": {"type": "boolean"}}),
+        ("Optional[str]", {"type": "string"}), ("Callable[[int], int]", {}),
+        ("Union[int, List[str]]",
+         {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "string"}}]}),
+        ("Tuple[Dict[str, List[int]], str], optional",
+         {"type": "array", "prefixItems": [json_schema("Dict[str, List[int]]"),
+                                           {"type": "string"}]}),
+    ],
+)  # fmt: skip
+def test_types_become_schemas(kind, schema):
+    assert json_schema(kind) == schema
+
+
+def test_a_tool_as_a_schema():
+    """A parameter may be called "type"; optional ones and those with a default are not required."""
+    parameters = {
+        "type": {"type": "str", "description": "Kind."},
+        "n": {"type": "int, optional", "description": ""},
+        "m": {"type": "int", "description": "", "default": 3},
+    }
+    tool = {"name": "f", "description": "Does.", "parameters": parameters}
+    function = tasks.function_schema(tool)["function"]
+    assert function["name"] == "f" and function["description"] == "Does."
+    assert function["parameters"] == {
+        "type": "object",
+        "properties": {
+            "type": {"type": "string", "description": "Kind."},
+            "n": {"type": "integer", "description": ""},
+            "m": {"type": "integer", "description": "", "default": 3},
+        },
+        "required": ["type"],
+    }
+
+
+# -- Data files ------------------------------------------------------------------------------------
+
+
+def records(n):
+    return [
+        {"id": 7, "query": f"add {i}", "answers": json.dumps([call("add", a=i)]),
+         "tools": json.dumps(TOOLS)} for i in range(n)
+    ]  # fmt: skip
+
+
+def written(path, some, kind):
+    if kind == "jsonl":
+        text = "\n".join(map(json.dumps, some)) + "\n"
+    elif kind == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        import pyarrow
+
+        parquet.write_table(pyarrow.Table.from_pylist(some), path / "d.parquet")
+        return str(path / "d.parquet")
+    else:
+        text = json.dumps(some, indent={"lines": 0, "pretty": 2, "dense": None}[kind])
+    file = path / ("d.jsonl" if kind == "jsonl" else "d.json")
+    file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "lines", "pretty", "dense", "parquet"])
+def test_files_of_all_kinds_are_read_and_split(tmp_path, kind):
+    path = written(tmp_path, records(50), kind)
+    whole = task.load(path, split="all")
+    assert sorted(p.id for p in whole) == list(range(50))
+    assert all(p.query == f"add {p.id}" for p in whole)
+    train, test = task.load(path, split="train"), task.load(path, split="test")
+    assert (len(train), len(test)) == (40, 10)  # a fifth, as the paper's 12,000 of 60,000
+    assert {p.id for p in train} | {p.id for p in test} == set(range(50))
+    again = APIGen().load(path, split="test", seed=9)
+    assert again != test and {p.id for p in again} == {p.id for p in test}  # the split is fixed
+    sizes = {"train_size": 20, "test_size": 5}
+    parts = {s: task.load(path, split=s, **sizes) for s in ("train", "test", "dev")}
+    assert [len(part) for part in parts.values()] == [20, 5, 25]
+    assert len({p.id for part in parts.values() for p in part}) == 50
+    assert task.load(path, split="all", limit=3) == whole[:3]
+    for split, sizes, message in (
+        ("dev", {}, "no problems for the split 'dev'"),
+        ("cold", {}, "no problems"),
+        ("test", {"test_size": 51, "train_size": 1}, "has 50 problems"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            task.load(path, split=split, **sizes)
+
+
+def test_the_papers_split(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(f'{{"nums": [1, 2, {i}], "target": 3}}\n' for i in range(80_000)))
+    assert len(Countdown().load(str(path), split="test")) == 15_000
+    assert len(Countdown().load(str(path), split="train")) == 65_000
+    assert APIGen.test_size == 12_000 == 60_000 // 5
+
+
+def test_problems_that_are_alike_stay_on_one_side(tmp_path):
+    path = written(tmp_path, records(30) * 3, "jsonl")
+    train, test = task.load(path, split="train"), task.load(path, split="test")
+    assert len(train) + len(test) == 90 and len(test) == 18
+    assert not {p.query for p in train} & {p.query for p in test}
+
+
+DAMAGE = {
+    "cut in half": lambda line: line[: len(line) // 2],
+    "a key is missing": lambda line: line.replace('"tools"', '"stools"'),
+    "answers are no JSON": lambda line: line.replace('"[{\\"name', '"[{\\"na\\"me'),
+    "answers are no calls": lambda line: line.replace("arguments", "argument"),
+    "answers are a list": lambda line: json.dumps({**json.loads(line), "answers": [1]}),
+    "a tool without a name": lambda line: line.replace('\\"name\\": \\"find\\", ', ""),
+    "a type is a number": lambda line: line.replace('\\"float\\"', "5"),
+    "no object": lambda line: "17",
+    "no UTF-8": lambda line: line.replace("add", "\udcff"),
+    "too deep": lambda line: '{"a":' + "[" * 9_000,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("kind", ["jsonl", "list"])
+def test_a_bad_record_is_named_by_file_and_line_or_skipped(tmp_path, capsys, damage, kind):
+    lines = [json.dumps(record) for record in records(20)]
+    assert damage(lines[6]) != lines[6]
+    lines[6] = damage(lines[6])
+    ends = (",\n", "[\n", "\n]") if kind == "list" else ("\n", "", "\n")
+    path = tmp_path / "d.json"
+    text = ends[1] + ends[0].join(lines) + ends[2]
+    path.write_bytes(text.encode("utf-8", errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"d.json, line {8 if kind == 'list' else 7}: \w+") as e:
+        APIGen().load(str(path))
+    assert "\n" not in str(e.value) and len(str(e.value)) < 300
+    kept = APIGen().load(str(path), split="all", skip_bad=True)
+    assert sorted(p.id for p in kept) == [*range(6), *range(7, 20)]
+    assert "skipped 1 bad records of 20" in capsys.readouterr().out
+
+
+def test_a_list_that_was_cut_between_two_records_is_noticed(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text("[\n" + ",\n".join(map(json.dumps, records(5))) + ",\n")
+    with pytest.raises(ValueError, match="d.json, line 6: the list does not end"):
+        APIGen().load(str(path))
+    with pytest.raises((OSError, ValueError)):
+        APIGen().load(str(tmp_path / "nowhere.json"))
+    (tmp_path / "d.json").write_text("")
+    with pytest.raises(ValueError, match="no problems"):
+        APIGen().load(str(path))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"nums": [30, 100, 93], "target": 23},
+        {"input": "30,100,93", "output": "23"},
+        {"id": 0, "numbers": [30, 100, 93], "target": 23},
+    ],
+)
+def test_countdown_reads_three_forms(tmp_path, record):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(record))
+    [problem] = Countdown().load(str(path), split="all")
+    assert (problem.id, problem.numbers, problem.target) == (0, (30, 100, 93), 23)
+    assert Countdown().verify(problem, "<answer>30 - (100 - 93)</answer>").right
+    for wrong in ({"nums": [], "target": 1}, {"nums": [1], "target": "x"}, {"input": "a,b"}, {}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="d.jsonl, line 1"):
+            Countdown().load(str(path), split="all")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real records are not here")
+def test_real_countdown_records():
+    path = str(SHARED / "countdown_cd3_test.jsonl")
+    assert len(Countdown().load(path, split="all")) == 256
+    train, test = (Countdown().load(path, split=split) for split in ("train", "test"))
+    assert not {tuple(sorted(p.numbers)) for p in train} & {tuple(sorted(p.numbers)) for p in test}
+
+
+def test_the_tiny_model_is_refused():
+    with pytest.raises(ValueError, match="give --model a folder"):
+        APIGen(tiny=True)
