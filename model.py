@@ -19,8 +19,9 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import jinja2
@@ -36,108 +37,72 @@ from torch import Tensor, nn
 # -- The decoder -----------------------------------------------------------------------------------
 
 
-# The supported values of model_type, and how each differs from Llama where config.json is silent.
+# What holds where a config.json is silent, by model_type: first of any, then its own.
+SILENT = dict(
+    head_dim=None, num_key_value_heads=None, rms_norm_eps=1e-6, tie_word_embeddings=False,
+    attention_bias=False, mlp_bias=False, sliding_window=None, rope_theta=10_000.0,
+    factor=None, attention_factor=None, original_max_position_embeddings=None,
+    qkv_bias=False, qk_norm=False, fused=False,
+)  # fmt: skip
 ARCHITECTURES = {
-    "llama": {"sliding_window": None},
-    "mistral": {},  # the window is 4096 tokens unless config.json says otherwise
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-    "phi3": {"fused": True},
+    "llama": {},
+    "mistral": {"sliding_window": 4096},
+    "qwen2": {"qkv_bias": True},  # a bias on q, k and v, none on o
+    "qwen3": {"qk_norm": True, "head_dim": 128},  # RMSNorm on each head's query and key
+    "phi3": {"fused": True},  # one matrix for q, k and v, and one for gate and up
+}
+SUPPORTED = {  # the rest is refused, by name
+    "model_type": list(ARCHITECTURES),
+    "hidden_act": ["silu"],
+    "rope_type": ["default", "llama3", "longrope"],
+    "partial_rotary_factor": [1],
+    "quantization_config": [],
 }
 
 
-@dataclass(frozen=True)
-class Config:
-    """What the decoder needs to know of a config.json, under the names that it has there."""
+def read_config(config: dict) -> SimpleNamespace:
+    """A config.json completed, every entry an attribute under its own name, `rope_…` among them.
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False  # on q, k, v and o
-    mlp_bias: bool = False
-    qkv_bias: bool = False  # Qwen2: on q, k and v alone
-    qk_norm: bool = False  # Qwen3: RMSNorm on the heads' queries and keys
-    fused: bool = False  # Phi-3: one matrix for q, k, v, and one for gate and up
-    sliding_window: int | None = None  # how far back attention reaches; None: to the beginning
-    # Rotary positions, and how they are stretched beyond the context of pretraining
-    rope_theta: float = 10_000.0
-    rope_type: str = "default"  # or llama3, longrope
-    factor: float | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int | None = None
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-    attention_factor: float | None = None
-
-    @classmethod
-    def from_dict(cls, config: dict) -> "Config":
-        """Read a config.json. Raises ValueError, by name, for what is not computed here."""
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        rope.setdefault("rope_type", rope.get("type", "default"))
-        kind = config.get("model_type")
-        for name, value, supported in (
-            ("model_type", kind, list(ARCHITECTURES)),
-            ("rope_type", rope["rope_type"], ["default", "llama3", "longrope"]),
-            ("partial_rotary_factor", {**config, **rope}.get("partial_rotary_factor", 1), [1]),
-            ("hidden_act", config.get("hidden_act", "silu"), ["silu"]),
-            ("quantization_config", config.get("quantization_config"), [None]),
-        ):
-            if value not in supported:
-                known = ", ".join(map(str, supported))
-                raise ValueError(f"{name} {value!r} is not supported; supported: {known}")
-        given = {"head_dim": None, "sliding_window": 4096, **config, **ARCHITECTURES[kind], **rope}
-        if (
-            kind == "phi3"
-            and "sliding_window" not in config
-            or (kind.startswith("qwen") and not config.get("use_sliding_window"))
-        ):
-            given["sliding_window"] = None
-        heads, longest = config["num_attention_heads"], config["max_position_embeddings"]
-        given["num_key_value_heads"] = given.get("num_key_value_heads") or heads
-        usual = 128 if kind == "qwen3" else config["hidden_size"] // heads
-        given["head_dim"] = given["head_dim"] or usual
-        given["original_max_position_embeddings"] = (
-            given.get("original_max_position_embeddings") or longest
-        )
-        for name in ("short_factor", "long_factor"):
-            given[name] = tuple(given.get(name) or ())
-        fields = (name for name in cls.__dataclass_fields__ if name in given)
-        return cls(**{name: given[name] for name in fields})
-
-    @property
-    def context(self) -> int:
-        """The longest conversation, in tokens."""
-        return min(self.max_position_embeddings, self.sliding_window or math.inf)
+    Adds `context`, the longest conversation in tokens. Raises ValueError, by name, for what is not
+    computed here, and KeyError or TypeError for what is missing or of a wrong kind.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = config.get("model_type") or "none"
+    rope = {"rope_type": rope.get("type"), **rope}
+    c = {**SILENT, **ARCHITECTURES.get(kind, {}), **config, "model_type": kind, **rope}
+    for name, values in SUPPORTED.items():
+        if c.get(name) is not None and c[name] not in values:
+            known = ", ".join(map(str, values)) or "none"
+            raise ValueError(f"{name} {c[name]!r} is not supported; supported: {known}")
+    c["rope_type"] = c["rope_type"] or "default"
+    if kind == "llama" or kind.startswith("qwen") and not c.get("use_sliding_window"):
+        c["sliding_window"] = None
+    longest, heads = c["max_position_embeddings"], c["num_attention_heads"]
+    c["num_key_value_heads"] = c["num_key_value_heads"] or heads
+    c["head_dim"] = c["head_dim"] or c["hidden_size"] // heads
+    c["original_max_position_embeddings"] = c["original_max_position_embeddings"] or longest
+    return SimpleNamespace(**c, context=min(longest, c["sliding_window"] or longest))
 
 
-@lru_cache(maxsize=8)
-def frequencies(c: Config, device: torch.device) -> tuple[Tensor, float]:
+def frequencies(c: SimpleNamespace) -> tuple[Tensor, float]:
     """(1, D/2) radians a position by which the pairs of a head turn, and a scale of cos and sin.
 
     llama3 slows down the pairs that turn so slowly that pretraining never saw them come round.
     longrope (Ding et al., 2024, arXiv 2402.13753) has two rows of divisors, (2, D/2): the first for
     conversations within the context of pretraining, the second for those beyond it.
     """
-    pair = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32)
+    pair = torch.arange(0, c.head_dim, 2, device="cpu", dtype=torch.float32)
     turns = (c.rope_theta ** (-pair / c.head_dim))[None]
     original = c.original_max_position_embeddings
     if c.rope_type == "llama3":
-        low, high = c.low_freq_factor, c.high_freq_factor
         rounds = original * turns / (2 * math.pi)  # that a pair made within the original context
-        share = ((rounds - low) / (high - low)).clamp(0, 1)
-        return turns * share + turns / c.factor * (1 - share), 1.0
+        share = (rounds - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
+        share = share.clamp(0, 1)
+        return turns * (share + (1 - share) / c.factor), 1.0
     if c.rope_type == "longrope":
         factor = c.factor or c.max_position_embeddings / original
         scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        divisors = torch.tensor([c.short_factor, c.long_factor], device=device)
+        divisors = torch.tensor([c.short_factor, c.long_factor], device="cpu")
         return turns / divisors, c.attention_factor or scale
     return turns, 1.0
 
@@ -172,7 +137,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share K heads of keys and values."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: SimpleNamespace):
         super().__init__()
         self.head_dim = c.head_dim
         queries, shared = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -214,7 +179,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: one projection decides how much of the other passes."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: SimpleNamespace):
         super().__init__()
         E, inner = c.hidden_size, c.intermediate_size
         self.fused = c.fused
@@ -234,7 +199,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: Config):
+    def __init__(self, c: SimpleNamespace):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
@@ -247,7 +212,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, c: Config):
+    def __init__(self, c: SimpleNamespace):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
@@ -260,7 +225,8 @@ class Model(nn.Module):
     def __init__(self, config: dict):
         """config: the contents of a config.json. Weights are random until loaded."""
         super().__init__()
-        self.config_dict, self.config = config, Config.from_dict(config)
+        self.config_dict, self.config = config, read_config(config)
+        self.turns, self.turn_scale = frequencies(self.config)
         self.model = Decoder(self.config)
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.words = self.config.vocab_size  # may be lowered to what the tokenizer knows
@@ -320,12 +286,12 @@ class Model(nn.Module):
                 f"{int(lengths.max())} tokens: longer than the model's sliding window of "
                 f"{c.sliding_window}, beyond which its attention is not computed here"
             )
-        turns, scale = frequencies(c, ids.device)
+        turns = self.turns.to(ids.device)
         if len(turns) == 2:  # longrope: each row by its length
             turns = turns[(lengths > c.original_max_position_embeddings).long()][:, None]
         angle = positions[..., None] * turns  # (B, T, D/2)
         x = self.model.embed_tokens(ids)
-        rope = [(f(angle) * scale).to(x.dtype)[:, None] for f in (torch.cos, torch.sin)]
+        rope = [(f(angle) * self.turn_scale).to(x.dtype)[:, None] for f in (torch.cos, torch.sin)]
         for layer, block in enumerate(self.model.layers):
             x = block(x, rope, mask, cache, layer)
         return self.model.norm(x)
@@ -358,7 +324,7 @@ class Model(nn.Module):
         try:
             with torch.device("meta"):  # shapes without memory
                 model = cls(read_json(path / "config.json")).to(dtype)
-        except (KeyError, TypeError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{path / 'config.json'} is incomplete: {error!r}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -391,29 +357,22 @@ class Model(nn.Module):
 
         More than `shard_bytes` are split over several files and an index, as transformers does.
         """
-        path = Path(path)
+        path, tensors = Path(path), self.tensors()
         path.mkdir(parents=True, exist_ok=True)
         dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
-        replace_file(path / "config.json", to_json({**self.config_dict, "torch_dtype": dtype}))
-        parts, room = [], 0
-        for name, p in self.tensors().items():
-            if not parts or p.nbytes > room:
-                parts.append({})
-                room = shard_bytes
-            parts[-1][name] = p.detach()
-            room -= p.nbytes
-        files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
-        files = files if len(parts) > 1 else ["model.safetensors"]
-        for file, part in zip(files, parts, strict=True):
-            replace_file(path / file, {name: p.cpu().contiguous() for name, p in part.items()})
-        if len(parts) > 1:
-            place = {name: file for file, part in zip(files, parts, strict=True) for name in part}
-            total = sum(p.nbytes for p in self.tensors().values())
-            index = {"metadata": {"total_size": total}, "weight_map": place}
+        config = {**self.config_dict, "dtype": dtype, "torch_dtype": dtype}  # the new name, the old
+        replace_file(path / "config.json", to_json(config))
+        plan = huggingface_hub.split_torch_state_dict_into_shards(
+            tensors, max_shard_size=shard_bytes
+        )
+        for file, names in plan.filename_to_tensors.items():
+            part = {name: tensors[name].detach().cpu().contiguous() for name in names}
+            replace_file(path / file, part)
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             replace_file(path / INDEX, to_json(index))
-            files.append(INDEX)
         for old in path.glob("model*.safetensors*"):  # of a model that was split otherwise
-            if old.name not in files:
+            if old.name not in {*plan.filename_to_tensors, INDEX if plan.is_sharded else ""}:
                 old.unlink()
 
 
@@ -672,7 +631,7 @@ class Cache:
         self.length = new.stop
         return before
 
-    def crosses(self, live: Tensor, c: Config) -> bool:
+    def crosses(self, live: Tensor, c: SimpleNamespace) -> bool:
         """Whether a row that has been read within longrope's original context now leaves it."""
         original = c.original_max_position_embeddings
         if c.rope_type != "longrope" or not self.length or self.length + live.shape[1] <= original:

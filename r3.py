@@ -170,20 +170,16 @@ def second_tries(
     return done
 
 
-def room(speaker: Speaker) -> int:
-    """The longest prompt whose conversation, with every turn at its longest, fits the context."""
-    task, bridge = speaker.task, speaker.tokenizer.bridge
-    between = len(bridge(task.reflect)) + len(bridge(task.again))
-    return speaker.model.config.context - between - 3 * speaker.max_new_tokens
-
-
 def fitting(speaker: Speaker, problems: list) -> list:
     """The problems whose conversations cannot outgrow the context. Says how many are dropped.
 
     They are dropped before they begin, so that what is compared is measured on the same problems.
     """
-    longest = room(speaker)
-    kept = [problem for problem in problems if len(speaker.question(problem)) <= longest]
+    bridges = [
+        speaker.tokenizer.bridge(text) for text in (speaker.task.reflect, speaker.task.again)
+    ]
+    room = speaker.model.config.context - 3 * speaker.max_new_tokens - sum(map(len, bridges))
+    kept = [problem for problem in problems if len(speaker.question(problem)) <= room]
     if len(kept) < len(problems):
         print(
             f"{len(problems) - len(kept)} of {len(problems)} problems dropped: with turns of "
@@ -670,7 +666,8 @@ def load_speaker(args: argparse.Namespace) -> Speaker:
         args.split = "test" if args.data else "dev"
     settings = {k: v for k, v in vars(args).items() if k in {*DEFAULTS, "beta", "clip", "loss"}}
     whose = "the tiny model's" if tiny else "the paper's"
-    print(f"Settings ({whose} where not given):", *(f"{k} {v}," for k, v in settings.items()))
+    said = ", ".join(f"{name} {value}" for name, value in settings.items())
+    print(f"Settings ({whose} where not given): {said}")
     model = Model.from_pretrained(path, device=args.device, revision=revision)
     model.words = min(model.words, tokenizer.words)
     limits = args.max_new_tokens, args.temperature, args.seed, args.rows
@@ -686,7 +683,8 @@ def load_problems(args, speaker: Speaker, split: str, limit: int | None = None) 
 
 def run_folder(args, kind: str) -> Path:
     """Where a command leaves its files, by default named for what it did."""
-    name = Path(args.model).name if Path(args.model).name != "model" else Path(args.model).parts[-2]
+    path = Path(args.model).resolve()
+    name = path.parent.name if path.name == "model" else path.name
     stamp = "" if kind == "failures" else time.strftime("-%Y%m%d-%H%M%S")
     kind = "" if kind == "train" else f"{kind}-"
     return RUNS / (args.name or f"{kind}{args.task}-{name}-seed{args.seed}{stamp}")
@@ -718,7 +716,8 @@ def train_command(args: argparse.Namespace) -> None:
     vanilla = load_speaker(args)
     tokenizer = vanilla.tokenizer
     problems = load_problems(args, vanilla, args.split, args.limit)
-    held_out = load_problems(args, vanilla, args.split if args.data else "dev", HELD_OUT[0])
+    points = min(HELD_OUT[0], args.limit or HELD_OUT[0])
+    held_out = load_problems(args, vanilla, args.split if args.data else "dev", points)
     if args.failures:
         failures = read_failures(Path(args.failures), vanilla)
     else:
@@ -783,7 +782,8 @@ def train_command(args: argparse.Namespace) -> None:
         tables[f"Controls, on {fixed}, after …"] = rows
         stage_done("controls")
     lengths = [float(np.mean([len(c.reflection) for c in tries])) for tries in (failed, own)]
-    weights = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+    files = (file.read_bytes() for file in models.shards(folder / "model"))
+    weights = hashlib.sha256(b"".join(files)).hexdigest()
     report = {"tables": tables, "reflection tokens": lengths, "weights sha256": weights}
     models.replace_file(folder / "report.json", json.dumps(report, indent=2))
     print("\n" + show(tables))
@@ -927,8 +927,9 @@ def main(argv: list[str] | None = None) -> None:
     flag(most, "--skip-bad", "go on without bad records of --data", action="store_true")
     flag(most, "--train-size", "problems of --data to train on", type=positive)
     flag(most, "--test-size", "problems of --data to test on (default: a fifth)", type=positive)
-    flag("train eval", "--split", "what to measure on; all: the whole of --data (default: test "
-         "with --data, else dev)", choices=("dev", "test", "all"))  # fmt: skip
+    held_out = "what to measure on (default: test with --data, else dev)"
+    flag("train", "--split", held_out, choices=("dev", "test"))
+    flag("eval", "--split", held_out + "; all: the whole of --data", choices=("dev", "test", "all"))
     flag("failures", "--split", "where to look", choices=("train", "all"), default="train")
     flag("train eval", "--limit", "measure on so many problems", type=at_least(int, 2))
     flag("failures", "--limit", "look at so many problems", type=positive)

@@ -431,12 +431,10 @@ def test_problems_that_might_outgrow_the_context_are_dropped_and_counted(
     speaker.max_new_tokens = 160
     assert r3.fitting(speaker, problems) == problems and capsys.readouterr().out == ""
     question = r3.Speaker.question
-    monkeypatch.setattr(
-        r3.Speaker, "question", lambda s, p: question(s, p) + [9] * (5 * p.id)
-    )  # the longest of them just do not fit
-    longest = max(
-        p.id for p in problems if len(question(speaker, p)) + 5 * p.id <= r3.room(speaker)
-    )
+    bridges = speaker.tokenizer.bridge(task.reflect) + speaker.tokenizer.bridge(task.again)
+    room = 512 - 3 * 160 - len(bridges)
+    monkeypatch.setattr(r3.Speaker, "question", lambda s, p: question(s, p) + [9] * (3 * p.id))
+    longest = max(p.id for p in problems if len(question(speaker, p)) + 3 * p.id <= room)
     assert 0 < longest < 7
     kept = r3.fitting(speaker, problems)
     assert kept == problems[: longest + 1]
