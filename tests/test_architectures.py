@@ -1,0 +1,295 @@
+"""Invariants 1 and 7 for every architecture: what transformers computes, we compute, and back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from grpo import token_logprobs
+from model import INDEX, Cache, Model, Tokenizer, generate
+
+SHORT, LONG = [1.0, 1.2, 1.7, 2.5], [1.5, 3.0, 4.5, 6.0]
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=10_000.0, short_factor=SHORT, long_factor=LONG,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+KINDS = {
+    "llama, tied": ("Llama", dict(tie_word_embeddings=True)),
+    "llama, biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "llama, llama3": ("Llama", dict(rope_parameters=LLAMA3)),
+    "llama, longrope": ("Llama", dict(rope_parameters=LONGROPE)),
+    "mistral": ("Mistral", dict(head_dim=12, sliding_window=None)),
+    "mistral, window": ("Mistral", dict(sliding_window=48)),
+    "qwen2": ("Qwen2", dict(sliding_window=8)),  # not used, so it limits nothing
+    "qwen3": ("Qwen3", dict(head_dim=12)),
+    "qwen3, biases": ("Qwen3", dict(head_dim=12, attention_bias=True)),
+    "phi3": ("Phi3", {}),
+    "phi3, longrope": (
+        "Phi3", dict(rope_parameters=LONGROPE, original_max_position_embeddings=16)
+    ),
+}  # fmt: skip
+T = 40  # beyond the original context of the scaled ones
+
+
+def made(kind, path, **more):
+    """A random model of transformers, saved; and ours, loaded from there."""
+    name, options = KINDS[kind]
+    config = getattr(transformers, f"{name}Config")(
+        **dict(
+            vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+            rms_norm_eps=1e-5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ) | options | more
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # biases and norms too leave their beginnings
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(path)
+    return theirs, Model.from_pretrained(path)
+
+
+def close(ours, theirs):
+    assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_logits_equal_transformers(kind, tmp_path):
+    """Prefill, padding on either side (row by row, as longrope goes), and cached decoding."""
+    theirs, ours = made(kind, tmp_path)
+    ids = torch.randint(0, 61, (3, T))
+    close(ours(ids), theirs(ids).logits)
+    close(ours(ids[:, :10]), theirs(ids[:, :10]).logits)
+    for side in (slice(0, 13), slice(27, T)):
+        live = torch.ones(3, T, dtype=torch.bool)
+        live[1, side], live[2, slice(0, 30) if side.start == 0 else slice(10, T)] = False, False
+        got = ours(ids, live=live)
+        for row in range(3):
+            close(got[row][live[row]], theirs(ids[row][live[row]][None]).logits[0])
+    cache = Cache.empty(ours, 3, T)
+    for start, end in ((0, 7), *((t, t + 1) for t in range(7, T))):
+        got = ours.head(ours.hidden(ids[:, start:end], cache))[:, -1]
+        close(got, theirs(ids[:, :end]).logits[:, -1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_what_we_save_transformers_opens(kind, tmp_path):
+    theirs, ours = made(kind, tmp_path / "a")
+    ids = torch.randint(0, 61, (2, T))
+    for parameter in ours.parameters():
+        parameter.mul_(1.1)
+    want = ours(ids)
+    assert (want - theirs(ids).logits).abs().max() > 0.1
+    b = tmp_path / "b"
+    for size in (30_000, 5_000_000_000):  # sharded, then in one file over it
+        ours.save_pretrained(b, shard_bytes=size)
+        close(transformers.AutoModelForCausalLM.from_pretrained(b)(ids).logits, want)
+        close(Model.from_pretrained(b)(ids), want)
+        names = set(theirs.state_dict()) - ({"lm_head.weight"} if "tied" in kind else set())
+        assert set(ours.tensors()) == names  # the original ones, Phi's fused ones too
+        assert ((b / INDEX).exists(), len(list(b.glob("*.safetensors"))) > 1) == (
+            (True, True) if size == 30_000 else (False, False)
+        )
+    half = Model.from_pretrained(b, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert opened.dtype == torch.bfloat16
+    Model.from_pretrained(tmp_path / "half").save_pretrained(tmp_path / "half")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert opened.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["llama, longrope", "phi3, longrope", "mistral, window"])
+@torch.no_grad()
+def test_a_sampled_conversation_that_leaves_the_original_context(kind, tmp_path):
+    """Two greedy turns whose rows cross it at different times: each token is the full pass's."""
+    _, ours = made(kind, tmp_path)
+    ids = torch.randint(12, 61, (6, 24)).tolist()
+    prompts = [ids[row][:length] for row, length in enumerate((3, 9, 12, 14, 15, 20))]
+    options = dict(temperature=0, stop=range(3))
+    one = generate(ours, prompts, max_new_tokens=14, **options)
+    told = [turn[-1:] + [30, 31, 32] for [turn] in one.tokens]
+    two = generate(ours, told, max_new_tokens=8, cache=one.cache, **options)
+    seen = 0
+    for prompt, [turn], bridge, [reply] in zip(prompts, one.tokens, told, two.tokens, strict=True):
+        for context, said in ((prompt, turn), (prompt + turn[:-1] + bridge, reply)):
+            for i, token in enumerate(said):
+                logits = ours(torch.tensor([context + said[:i]]))[0, -1]
+                assert logits.max() - logits[token] < 1e-4
+                seen += len(context) + i == 16
+    assert seen >= 3  # rows did cross
+
+
+@pytest.mark.parametrize("kind", ["llama, llama3", "llama, longrope", "phi3, longrope"])
+@torch.no_grad()
+def test_the_old_form_of_the_scaling_is_the_new_one(kind, tmp_path):
+    theirs, ours = made(kind, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    if "phi3" in kind:
+        rope["type"] = rope.pop("rope_type")
+        original = rope.pop("original_max_position_embeddings")
+        config["original_max_position_embeddings"] = original
+    config["rope_scaling"] = rope
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = torch.randint(0, 61, (1, T))
+    close(Model.from_pretrained(tmp_path)(ids), theirs(ids).logits)
+    for other in ("yarn", "linear", "dynamic"):
+        config["rope_scaling"] = {"type": other, "factor": 2.0}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        message = f"rope_type '{other}' is not supported; supported: default, llama3, longrope"
+        with pytest.raises(ValueError, match=message):
+            Model.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind, more", [("mistral", dict(sliding_window=16)),
+                   ("qwen2", dict(sliding_window=16, use_sliding_window=True, max_window_layers=0))]
+)  # fmt: skip
+@torch.no_grad()
+def test_beyond_a_sliding_window_is_refused(kind, more, tmp_path):
+    theirs, ours = made(kind, tmp_path, **more)
+    ids = torch.randint(0, 61, (1, 17))
+    close(ours(ids[:, :16]), theirs(ids[:, :16]).logits)
+    with pytest.raises(ValueError, match="17 tokens: longer than the model's sliding window of 16"):
+        ours(ids)
+    with pytest.raises(ValueError, match="do not fit"):
+        generate(ours, [[5] * 10], max_new_tokens=7)
+
+
+def test_shards_and_strangers(tmp_path):
+    _, ours = made("llama, tied", tmp_path)
+    ours.save_pretrained(tmp_path, shard_bytes=30_000)
+    index = json.loads((tmp_path / INDEX).read_text())
+    first = sorted(tmp_path.glob("*.safetensors"))[0]
+    for evil in ("../evil.safetensors", "/etc/passwd", str(first)):
+        places = {**index["weight_map"], "model.norm.weight": evil}
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": places}))
+        with pytest.raises(ValueError, match="does not name files of its own folder"):
+            Model.from_pretrained(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    content = first.read_bytes()
+    first.write_bytes(content[:-9])
+    with pytest.raises(ValueError, match=f"{first.name} is damaged"):
+        Model.from_pretrained(tmp_path)
+    first.unlink()
+    with pytest.raises(FileNotFoundError, match=first.name):
+        Model.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_what_old_checkpoints_hold_besides(tmp_path):
+    """A tied head stored all the same, and rotary constants: read over, as by transformers."""
+    from safetensors.torch import load_file, save_file
+
+    theirs, _ = made("llama, tied", tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(stored, tmp_path / "model.safetensors")
+    ids = torch.randint(0, 61, (1, 9))
+    close(Model.from_pretrained(tmp_path)(ids), theirs(ids).logits)
+
+
+@torch.no_grad()
+def test_rows_of_the_head_beyond_the_tokenizer(tmp_path):
+    """Never sampled, and what the sampler records is what the trainer computes without them."""
+    _, ours = made("qwen2", tmp_path)
+    prompt = [5, 6, 7]
+    whole = generate(ours, [prompt], samples=40, max_new_tokens=5).tokens[0]
+    assert max(max(turn) for turn in whole) >= 30
+    ours.words = 30
+    drawn = generate(ours, [prompt], samples=40, max_new_tokens=5)
+    assert max(max(turn) for turn in drawn.tokens[0]) < 30
+    ids = torch.tensor([prompt + turn for turn in drawn.tokens[0]])
+    mask = torch.zeros(40, 7, dtype=torch.bool)
+    mask[:, 2:] = True
+    now, _ = token_logprobs(ours, ids, mask, 1.0)
+    assert (now[:, 2:] - torch.tensor(drawn.logprobs[0])).abs().max() < 1e-4
+    assert ours(ids).shape[-1] == 30
+
+
+MEASURE = """
+import sys, threading, time
+from model import Model
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+import torch; torch.ones(9) @ torch.ones(9)
+before, peak, done = anonymous(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.0005)
+thread = threading.Thread(target=watch); thread.start()
+model = Model.from_pretrained(sys.argv[1])
+done = True; thread.join()
+sizes = [p.nbytes for p in model.parameters()]
+print(peak - before, sum(sizes), max(sizes))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_loading_takes_one_copy_and_one_tensor(tmp_path):
+    """Peak anonymous memory, in a process of its own; the slack is the allocator's."""
+    config = dict(
+        model_type="llama", vocab_size=20_000, hidden_size=512, intermediate_size=1024,
+        num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    Model(config).save_pretrained(tmp_path, shard_bytes=50_000_000)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    peak, total, largest = map(int, ran.stdout.split())
+    assert total > 110_000_000 and total * 0.95 < peak < total + largest + 16_000_000
+
+
+HUB = """
+import sys
+from model import Model, Tokenizer
+for name, revision in (("org/name", None), ("org/name", "v2")):
+    model, tokens = Model.from_pretrained(name, revision=revision), Tokenizer.from_pretrained(name)
+    print(model.model.norm.weight[0].item(), len(tokens.encode("abc")))
+for name in ("org/other", "nowhere", "../x/y"):
+    try:
+        Model.from_pretrained(name)
+    except FileNotFoundError as error:
+        print(str(error).replace("\\n", "LINE"))
+"""
+
+
+def test_a_hub_id_works_offline_from_its_cache(folder, tmp_path):
+    cache = tmp_path / "hub" / "models--org--name"
+    for number, name in enumerate(("main", "v2")):
+        commit = str(number) * 40
+        model = Model.from_pretrained(folder)
+        model.model.norm.weight.data.fill_(number + 2)
+        model.save_pretrained(cache / "snapshots" / commit)
+        Tokenizer.from_pretrained(folder).save_pretrained(cache / "snapshots" / commit)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / name).write_text(commit)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", HUB]
+    ran = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    said = ran.stdout.splitlines()
+    assert said[:2] == ["2.0 3", "3.0 3"]
+    assert said[2].startswith("org/other is not here, nor had from the hub: ")
+    assert "nowhere: no such folder" in said[3] and "../x/y: no such folder" in said[4]
+    assert len(said) == 5 and "LINE" not in ran.stdout

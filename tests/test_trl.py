@@ -1,0 +1,96 @@
+"""The advantages, the loss and its gradient equal those of TRL's GRPOTrainer on one batch.
+
+TRL pads, scores and weighs the batch by its own code; only the tokens are handed to it.
+"""
+
+import pytest
+import torch
+import transformers
+
+import grpo
+from grpo import Settings, reflection_batch
+from model import Model
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+BETA, CLIP, TEMPERATURE, LONGEST = 0.04, 0.2, 0.9, 16
+REWARDS = torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]])
+
+
+def rollouts(vocabulary: int) -> dict[str, list | None]:
+    """Random tokens: a prompt of its own length per group, a completion of its own per row."""
+    rng = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> list[int]:  # padding's id may be among them, as in a real text
+        return torch.randint(vocabulary, (length,), generator=rng).tolist()
+
+    N, G = REWARDS.numel(), REWARDS.shape[1]
+    prompts = [prompt for prompt in map(tokens, (3, 11, 6)) for _ in range(G)]
+    completions = [tokens(1 + row * 7 % N) for row in range(N)]  # lengths 1 to 12, mixed
+    return {"prompt_ids": prompts, "completion_ids": completions, "logprobs": None}
+
+
+def trl_trainer(path, loss: str, scale: bool, rows: dict):
+    config = trl.GRPOConfig(
+        output_dir=str(path / "trl"), use_cpu=True, bf16=False, report_to=[],
+        per_device_train_batch_size=REWARDS.numel(), num_generations=REWARDS.shape[1],
+        max_completion_length=LONGEST, temperature=TEMPERATURE,
+        loss_type=loss, scale_rewards=scale, beta=BETA, epsilon=CLIP,
+        use_bias_correction_kl=False,  # by default TRL multiplies the k3 term by the ratio
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=str(path),
+        args=config,
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["?"]}),
+        processing_class=transformers.AutoTokenizer.from_pretrained(path),
+        reward_funcs=lambda **_: REWARDS.flatten().tolist(),
+        rollout_func=lambda prompts, trainer: rows,
+    )
+    trainer.model.train()
+    # TRL divides by this number, which only train() sets: here the whole step is one batch.
+    trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps
+    assert config.gradient_accumulation_steps == config.steps_per_generation == 1
+    return trainer
+
+
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_a_step_equals_trl(tiny, tmp_path, loss):
+    for part in tiny:
+        part.save_pretrained(tmp_path)
+    scale = loss != "dr_grpo"  # Dr. GRPO does not divide by the deviation either
+    rows = rollouts(tiny[0].config.vocab_size)
+    trainer = trl_trainer(tmp_path, loss, scale, rows)
+    inputs = trainer._generate_and_score_completions([{"prompt": "?"}] * REWARDS.numel())
+
+    # TRL's reference model is still the policy, so these are the current log-probabilities.
+    now, live = inputs["ref_per_token_logps"], inputs["completion_mask"].bool()
+    rng = torch.Generator().manual_seed(1)
+    old, ref = (now + 0.3 * torch.randn(now.shape, generator=rng) for _ in range(2))
+    theirs = trainer.compute_loss(
+        trainer.model, {**inputs, "old_per_token_logps": old, "ref_per_token_logps": ref}
+    )
+    theirs.backward()
+
+    old, ref = ([row[m].tolist() for row, m in zip(t, live, strict=True)] for t in (old, ref))
+    batch = reflection_batch(rows["prompt_ids"], rows["completion_ids"], old, REWARDS, scale)
+    batch.ref_logprobs = ref
+    settings = Settings(
+        loss=loss, beta=BETA, clip=CLIP, temperature=TEMPERATURE, max_new_tokens=LONGEST,
+        micro_tokens=60,  # several micro-batches
+    )  # fmt: skip
+    model = Model.from_pretrained(tmp_path)
+    ours = grpo.gradients(model, None, batch, settings)
+
+    torch.testing.assert_close(batch.advantages, inputs["advantages"], rtol=1e-6, atol=0)
+    assert batch.advantages.min() < 0 < batch.advantages.max()
+    sides = (f"clip_ratio/{side}_mean" for side in ("low", "high", "region"))
+    low, high, clipped = (trainer._metrics["train"][side][0] for side in sides)
+    assert min(low, high) > 0.05  # the clip bites on both sides
+    assert ours["clipped"] == pytest.approx(clipped, rel=1e-6)
+    assert ours["loss"] == pytest.approx(theirs.item(), rel=1e-5)
+    mine, wanted = (dict(m.named_parameters()) for m in (model, trainer.model))
+    assert mine.keys() == wanted.keys()
+    for name, parameter in wanted.items():
+        error = (mine[name].grad - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 1e-4, name
