@@ -470,6 +470,8 @@ class Tokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, settings: dict, generation: dict):
         """settings: tokenizer_config.json, with the template; generation: generation_config.json"""
         self.tokenizer, self.settings, self.generation = tokenizer, settings, generation
+        tokenizer.no_truncation()  # some are saved with the lengths that their training had
+        tokenizer.no_padding()
         self.date = datetime.date.today()  # for templates that print it; one date a run
         self.words = 1 + max(tokenizer.get_vocab().values(), default=0)  # ids from here on: padding
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -586,7 +588,12 @@ class Tokenizer:
             same += 1
         after = one[len(one) - same :]
         end = next((i for i, token in enumerate(after) if token in self.stop_ids), 0)
-        if not after or after[end] not in self.stop_ids or self.decode(after[:end]).strip():
+        if (
+            one == two
+            or not after
+            or after[end] not in self.stop_ids
+            or self.decode(after[:end]).strip()
+        ):
             raise ValueError("the chat template does not end an assistant's turn on an end token")
         return after[end:]
 

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, a real model: the words, the odds and the ids are transformers'.
 
-R3_REAL_MODEL names its folder; where it is unset, the workshop's tool makes one, once.
+R3_REAL_MODEL names its folder; where it is unset, a tool beside the repository makes one, once.
 """
 
 import math

@@ -401,3 +401,22 @@ def test_what_a_template_refuses_is_a_value_error(template, reason):
     with pytest.raises(ValueError, match=f"the chat template refuses .*{reason}"):
         ours.render([USER])
     assert ours.render([USER, ATTEMPT]) == "fine"
+
+
+def test_a_saved_tokenizer_neither_cuts_nor_pads(tmp_path):
+    """As transformers: the lengths that a tokenizer.json was saved with hold for its training."""
+    path = saved(tmp_path, {"chat_template": SMOLLM2, "eos_token": "<|im_end|>"})
+    tokenizer = bytes_tokenizer()
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=300, pad_id=0, pad_token="!")
+    tokenizer.save(str(path / "tokenizer.json"))
+    ours, theirs = Tokenizer.from_pretrained(path), transformers.AutoTokenizer.from_pretrained(path)
+    ids = theirs.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+    assert ours.prompt([USER]) == ids
+
+
+def test_a_template_that_hides_the_assistants_words_is_refused():
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}"
+    settings = {"chat_template": "<|im_end|>" + template, "eos_token": "<|im_end|>"}
+    with pytest.raises(ValueError, match="does not end an assistant's turn"):
+        Tokenizer(bytes_tokenizer(), settings, {}).bridge("Reflect.")
