@@ -653,8 +653,8 @@ def read_calls(text: str) -> list[tuple[str, str]] | None:
     JSON or a call and is none.
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0]
-    if len(text) > MAX_TEXT:
-        raise ValueError("too long")
+    if len(text) > MAX_TEXT or text.count("<tool_call>") != text.count("</tool_call>"):
+        raise ValueError("too long, or a tag is not closed")
     tagged = re.findall("<tool_call>(.*?)</tool_call>", text, flags=re.DOTALL)
     text = re.sub("<tool_call>.*?</tool_call>", " ", text, flags=re.DOTALL)
     if "tool_call>" in text:

@@ -73,7 +73,7 @@ def check_both_ways(problem):
 
 
 def test_drawn_problems_can_be_answered_in_every_familys_way():
-    problems = task.load(split="train", limit=150)
+    problems = task.load(split="train", limit=60)
     assert {len(json.loads(p.answers)) for p in problems} == {1, 2, 3}
     for problem in problems:
         check_both_ways(problem)
@@ -85,8 +85,8 @@ def test_drawn_problems_can_be_answered_in_every_familys_way():
         assert [tool["function"]["name"] for tool in tools] == offered
         said = tools_in_words(messages, tools)[0]["content"]
         assert said.endswith(problem.query) and all(name in said for name in offered)
-    again = task.load(split="train", limit=150)
-    assert again == problems != task.load(split="train", limit=150, seed=1)
+    again = task.load(split="train", limit=60)
+    assert again == problems != task.load(split="train", limit=60, seed=1)
     queries = {split: {p.query for p in task.load(split=split)} for split in tasks.SPLITS}
     assert sum(map(len, queries.values())) == len(set.union(*queries.values()))
 
@@ -161,12 +161,13 @@ def test_what_is_no_answer(text, reason):
 @pytest.mark.parametrize(
     "text",
     [sign * 19_999 for sign in "[{\"<'"] + ["[1," * 6_000, '["a",[' * 3_000, "<tool_call>" * 1_800,
-     '{"a":' * 3_900, "[1]" * 6_000, "{'a'" * 4_000, "</think>[" * 2_000],
+     "</tool_call>" * 900 + "<tool_call>" * 800, '{"a":' * 3_900, "[1]" * 6_000, "{'a'" * 4_000,
+     "</think>[" * 2_000],
 )  # fmt: skip
 def test_hostile_text_is_wrong_and_quick(text):
     begun = time.perf_counter()
     assert not task.verify(request(call("add", a=1)), text).right
-    assert time.perf_counter() - begun < 1
+    assert time.perf_counter() - begun < 2  # a tenth of a second on an idle machine
 
 
 def test_random_text_never_raises_and_never_wins():
@@ -274,8 +275,9 @@ def test_files_of_all_kinds_are_read_and_split(tmp_path, kind):
 def test_the_papers_split(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(f'{{"nums": [1, 2, {i}], "target": 3}}\n' for i in range(80_000)))
-    assert len(Countdown().load(str(path), split="test")) == 15_000
-    assert len(Countdown().load(str(path), split="train")) == 65_000
+    countdown = Countdown()
+    assert len(countdown.load(str(path), split="test")) == 15_000
+    assert len(countdown.load(str(path), split="train")) == 65_000
     assert APIGen.test_size == 12_000 == 60_000 // 5
 
 
