@@ -18,9 +18,9 @@ BETA, CLIP, TEMPERATURE, LONGEST = 0.04, 0.2, 0.9, 16
 REWARDS = torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]])
 
 
-def rollouts(vocabulary: int) -> dict[str, list | None]:
+def rollouts(vocabulary: int, seed: int) -> dict[str, list | None]:
     """Random tokens: a prompt of its own length per group, a completion of its own per row."""
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(seed)
 
     def tokens(length: int) -> list[int]:  # padding's id may be among them, as in a real text
         return torch.randint(vocabulary, (length,), generator=rng).tolist()
@@ -48,24 +48,28 @@ def trl_trainer(path, loss: str, scale: bool, rows: dict):
         rollout_func=lambda prompts, trainer: rows,
     )
     trainer.model.train()
+    # transformers gives the padding token's embedding no gradient, also where the token is text:
+    # here it is the end-of-turn token, which R3 trains. Without that, the two must agree.
+    trainer.model.model.embed_tokens.padding_idx = None
     # TRL divides by this number, which only train() sets: here the whole step is one batch.
     trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps
     assert config.gradient_accumulation_steps == config.steps_per_generation == 1
     return trainer
 
 
+@pytest.mark.parametrize("seed", [10, 11, 13, 16])  # in all but the first, padding's id is text
 @pytest.mark.parametrize("loss", grpo.LOSSES)
-def test_a_step_equals_trl(tiny, tmp_path, loss):
+def test_a_step_equals_trl(tiny, tmp_path, loss, seed):
     for part in tiny:
         part.save_pretrained(tmp_path)
     scale = loss != "dr_grpo"  # Dr. GRPO does not divide by the deviation either
-    rows = rollouts(tiny[0].config.vocab_size)
+    rows = rollouts(tiny[0].config.vocab_size, seed)
     trainer = trl_trainer(tmp_path, loss, scale, rows)
     inputs = trainer._generate_and_score_completions([{"prompt": "?"}] * REWARDS.numel())
 
     # TRL's reference model is still the policy, so these are the current log-probabilities.
     now, live = inputs["ref_per_token_logps"], inputs["completion_mask"].bool()
-    rng = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(seed - 10)
     old, ref = (now + 0.3 * torch.randn(now.shape, generator=rng) for _ in range(2))
     theirs = trainer.compute_loss(
         trainer.model, {**inputs, "old_per_token_logps": old, "ref_per_token_logps": ref}
@@ -88,7 +92,8 @@ def test_a_step_equals_trl(tiny, tmp_path, loss):
     low, high, clipped = (trainer._metrics["train"][side][0] for side in sides)
     assert min(low, high) > 0.05  # the clip bites on both sides
     assert ours["clipped"] == pytest.approx(clipped, rel=1e-6)
-    assert ours["loss"] == pytest.approx(theirs.item(), rel=1e-5)
+    # Terms of size 1 that nearly cancel, summed in float32: hence an absolute bound as well.
+    assert ours["loss"] == pytest.approx(theirs.item(), rel=1e-5, abs=2e-7)
     mine, wanted = (dict(m.named_parameters()) for m in (model, trainer.model))
     assert mine.keys() == wanted.keys()
     for name, parameter in wanted.items():
