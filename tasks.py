@@ -7,21 +7,19 @@ R3 needs nothing else from a task, so a task is a subclass of `Task` with these:
     messages(problem)               the question, as a chat, and tools for the chat template or None
     verify(problem, completion)     a Verdict: right or wrong, and which kind of wrong
 
-`Task` brings the rest: problems from files and how they are split, and the three texts of the
-conversation, which a task may replace. README shows a whole one.
-
-This file is plain Python. It knows nothing of models, tokens or training, and it never lets the
-model's text near `eval`: a verifier is attacked by its student (a policy finds every answer that is
-rewarded without being right), so Countdown parses and computes for itself, exactly, and APIGen
-compares JSON strictly.
+`Task` brings the rest: problems from files and how they are split, and the texts of the
+conversation, which a task may replace. README shows a whole one. Here are two:
 
 Countdown: combine the given numbers with + - * / to reach a target, each number exactly once.
-It comes in two sizes. The usual one (3 or 4 numbers from 1 to 99) is for real checkpoints. The
-small one (`Countdown(tiny=True)`: 3 numbers from 1 to 10) is for a model of 0.3 million parameters
-that is trained from nothing in minutes, and brings along what such a model needs: a vocabulary,
-short texts, and the dialogues of its cold start.
+Usually 3 or 4 numbers from 1 to 99. A small one (`tiny=True`: 3 numbers from 1 to 10) is for a
+model of 0.3 million parameters that is trained from nothing in minutes, and brings along what such
+a model needs: a vocabulary, short texts, and the dialogues of its cold start.
 
 APIGen: call the right functions with the right arguments (records of xlam-function-calling-60k).
+
+This file is plain Python, knows nothing of models or training, and never lets the model's text near
+`eval`. A verifier is attacked by its student: a policy finds every answer that is rewarded without
+being right. So Countdown parses and computes for itself, and APIGen compares JSON strictly.
 """
 
 import itertools
@@ -71,6 +69,7 @@ class Task:
         "I made a mistake. Next time I will read the problem carefully, work step by step, and "
         "check my result before I answer."
     )
+    reasons = ("right",)  # that `verify` gives, for the tables
     how_to_type = "the number of a problem, such as 7"
     test_size = 12_000  # of a data file, at most a fifth of it
 
@@ -81,49 +80,21 @@ class Task:
             raise ValueError(f"the tiny model was not raised on {name}: give --model a folder")
 
     def load(
-        self,
-        path: str | None = None,
-        split: str = "train",
-        limit: int | None = None,
-        seed: int = 0,
-        skip_bad: bool = False,
-        train_size: int | None = None,
-        test_size: int | None = None,
+        self, path: str | None = None, split: str = "train", limit=None, seed: int = 0, **options
     ) -> list:
-        """Problems of a split, in an order drawn from `seed`: those of a file, else drawn ones.
+        """Problems of a split, in an order drawn from `seed`: drawn ones, or those of a data file.
 
-        path: a JSON, JSONL or parquet file, or a folder of such. A fixed shuffle, whatever the
-        seed, gives a fifth of its problems, at most the paper's number, to "test" and the rest to
-        "train"; "all" is everything; "dev" is what explicit sizes leave over. Drawn problems (1,000
-        by default) are "cold", "train", "dev" or "test". No two splits share a problem's `key`.
-
-        Raises ValueError for an unknown or empty split, and for a bad record, with file, line and
-        reason; skip_bad goes on without it, and says how many there were.
+        Drawn problems (`limit` of them, else 1,000) are "cold", "train", "dev" or "test"; those of
+        a file are split as `from_file` says, which takes the options. No two splits share a
+        problem's `key`. Raises ValueError for an unknown or empty split, and for a bad record.
         """
         rng = random.Random(f"{type(self).__name__.lower()} {split} {seed}")
-        if path is None:
-            if split not in SPLITS:
-                raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-            return self.drawn(split, limit, rng)
-        problems = self.read(path, skip_bad)
-        if split != "all":
-            test = min(self.test_size, len(problems) // 5) if test_size is None else test_size
-            train = len(problems) - test if train_size is None else train_size
-            if train + test > len(problems):
-                raise ValueError(f"{path} has {len(problems)} problems, not {train} + {test}")
-            alike: dict[str, list] = {}
-            for problem in problems:
-                alike.setdefault(self.key(problem), []).append(problem)
-            groups, parts = list(alike.values()), {"test": [], "train": [], "dev": []}
-            random.Random("split").shuffle(groups)
-            for group in groups:
-                room = {"test": test, "train": train, "dev": len(problems)}
-                fits = (name for name in parts if len(parts[name]) + len(group) <= room[name])
-                parts[next(fits)] += group
-            problems = parts.get(split, [])
-        if not problems:
-            raise ValueError(f"{path} leaves no problems for the split {split!r}")
-        return rng.sample(problems, len(problems))[:limit]
+        if path is not None:
+            problems = self.from_file(path, split, **options)
+            return rng.sample(problems, len(problems))[:limit]
+        if split not in SPLITS:
+            raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+        return self.drawn(split, limit, rng)
 
     def drawn(self, split: str, limit: int | None, rng: random.Random) -> list:
         """Up to `limit` different problems of a split, by `draw` until they are found."""
@@ -137,27 +108,55 @@ class Task:
                 break
         return [replace(problem, id=i) for i, problem in enumerate(found.values())]
 
+    def from_file(self, path, split, skip_bad=False, train_size=None, test_size=None) -> list:
+        """Problems of a JSON, JSONL or parquet file, or of a folder of such, that are in a split.
+
+        A fixed shuffle, whatever the seed, gives a fifth of them, at most the paper's number, to
+        "test" and the rest to "train"; "all" is everything; "dev" is what explicit sizes leave.
+        """
+        problems = self.read(path, skip_bad)
+        if split != "all":
+            test = min(self.test_size, len(problems) // 5) if test_size is None else test_size
+            train = len(problems) - test if train_size is None else train_size
+            if train + test > len(problems):
+                raise ValueError(f"{path} has {len(problems)} problems, not {train} + {test}")
+            keys = list(dict.fromkeys(map(self.key, problems)))
+            random.Random("split").shuffle(keys)
+            place = {key: number for number, key in enumerate(keys)}
+            problems = sorted(problems, key=lambda problem: place[self.key(problem)])
+            parts = {"test": (0, test), "train": (test, test + train), "dev": (test + train, None)}
+            start, end = parts.get(split, (0, 0))
+            taken = set(map(self.key, problems[:start]))  # by the splits before this one
+            problems = [p for p in problems[start:end] if self.key(p) not in taken]
+        if not problems:
+            raise ValueError(f"{path} leaves no problems for the split {split!r}")
+        return problems
+
     def read(self, path: str, skip_bad: bool) -> list:
-        """All problems of a data file, numbered by their places in it."""
+        """All problems of a data file, numbered by their places in it.
+
+        Raises ValueError for a bad record, with file, line and reason; skip_bad goes on without it,
+        and says how many there were.
+        """
         if path in self.files:
             return self.files[path]
-        problems, skipped, place, path = [], 0, 0, Path(path)
-        kinds = (".json", ".jsonl", ".parquet")
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            for line, record in records(file) if file.suffix in kinds or file is path else ():
-                place += 1
+        problems, skipped, place, folder = [], 0, 0, Path(path)
+        inside = [file for file in sorted(folder.rglob("*")) if file.suffix in DATA_FILES]
+        for file in inside if folder.is_dir() else [folder]:
+            for line, record in records(file):
                 try:
                     if isinstance(record, Exception):
                         raise record
-                    problems.append(self.problem({**record, "id": place - 1}))
+                    problems.append(self.problem({**record, "id": place}))
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     if not skip_bad:
                         reason = f"no {error}" if isinstance(error, KeyError) else error
                         raise ValueError(f"{file}, line {line}: {reason}") from None
                     skipped += 1
+                place += 1
         if skipped:
             print(f"{path}: skipped {skipped} bad records of {place}")
-        self.files[str(path)] = problems
+        self.files[path] = problems
         return problems
 
     def problem(self, record: dict):
@@ -173,6 +172,10 @@ class Task:
         if not re.fullmatch("[0-9]{1,4}", line, flags=re.ASCII):
             raise ValueError(f"type {self.how_to_type}")
         return self.load(split="dev", limit=int(line) + 1)[-1]
+
+
+DATA_FILES = (".json", ".jsonl", ".parquet")
+GAP, NEXT_OBJECT = re.compile(r"[\s,\[\]]*"), re.compile(r"\n\s*\{")
 
 
 def records(file: Path) -> Iterator[tuple[int, dict | Exception]]:
@@ -204,49 +207,30 @@ def records(file: Path) -> Iterator[tuple[int, dict | Exception]]:
         yield line, ValueError("the list does not end: the file was cut")
 
 
-GAP, NEXT_OBJECT = re.compile(r"[\s,\[\]]*"), re.compile(r"\n\s*\{")
-
-
 # -- JSON, strictly --------------------------------------------------------------------------------
 
 
-def _refuse(text: str):
-    raise ValueError(f"{text[:20]} is no JSON number")
+def refuse(text: str):
+    raise ValueError(f"{text[:20]} is not JSON here")
 
 
-def _unique(pairs: list[tuple]) -> dict:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key comes twice")
-    return dict(pairs)
+def number(text: str) -> int | float:
+    """A JSON number; 5.0 is read as 5, so that equal numbers are written alike."""
+    value = float(text)
+    if not math.isfinite(value) or len(text) > 100:
+        refuse(text)
+    return int(value) if value.is_integer() else value
 
 
 JSON = json.JSONDecoder(  # no key twice, no NaN, no infinity, no number of 5,000 digits
-    object_pairs_hook=_unique,
-    parse_constant=_refuse,
-    parse_int=lambda text: int(text) if len(text) <= 100 else _refuse(text),
-    parse_float=lambda text: float(text) if math.isfinite(float(text)) else _refuse(text),
+    object_pairs_hook=lambda p: dict(p) if len(dict(p)) == len(p) else refuse("a key given twice"),
+    parse_constant=refuse,
+    parse_int=lambda text: int(text) if len(text) <= 100 else refuse(text),
+    parse_float=number,
 )
 
 
-def canonical(value, depth: int = 0) -> str:
-    """A text that two JSON values share if they are equal: 5 and 5.0, but not "5"; true is not 1.
-
-    Raises ValueError beyond MAX_DEPTH levels.
-    """
-    if depth > MAX_DEPTH:
-        raise ValueError("nested too deep")
-    if isinstance(value, dict):
-        pairs = (f"{json.dumps(k)}:{canonical(v, depth + 1)}" for k, v in sorted(value.items()))
-        return "{" + ",".join(pairs) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(canonical(item, depth + 1) for item in value) + "]"
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return json.dumps(value)
-
-
 # -- Arithmetic: a parser that can only add, subtract, multiply and divide -------------------------
-
 
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -283,17 +267,14 @@ def parse_expression(text: str) -> tuple[Fraction | None, list[int]]:
         return chain("+-", lambda depth: chain("*/", factor, depth), depth)
 
     def factor(depth: int) -> Fraction | None:
-        if depth > MAX_DEPTH or not tokens:
-            raise ValueError("nested too deep, or cut short")
-        token = tokens.pop()
+        token = tokens.pop() if tokens and depth <= MAX_DEPTH else "an end, or brackets too deep"
         if token == "-":
             value = factor(depth + 1)
             return None if value is None else -value
         if token == "(":
             value = sum_(depth + 1)
-            if not tokens or tokens.pop() != ")":
-                raise ValueError("a bracket is not closed")
-            return value
+            if tokens and tokens.pop() == ")":
+                return value
         if not re.fullmatch(r"0|[1-9][0-9]*", token, flags=re.ASCII):
             raise ValueError(f"unexpected {token!r}")
         literals.append(int(token))
@@ -326,13 +307,19 @@ class Countdown(Task):
         "write a short explanation that will help you do better next time."
     )
     again = "Now try again. Give your equation inside <answer> </answer>."
+    question = (
+        "Using the numbers [{numbers}], create an equation that equals {target}. You can use basic "
+        "arithmetic operations (+, -, *, /) and parentheses, and you must use every number exactly "
+        "once. Think step by step, then give the equation inside <answer> </answer>, for example "
+        "<answer> (1 + 2) / 3 </answer>."
+    )
+    reasons = ("right", "wrong_value", "wrong_numbers", "malformed", "no_answer")
     how_to_type = "the numbers and then the target, such as 6 10 2 32"
 
     def __init__(self, tiny: bool = False):
         super().__init__(tiny)
         if tiny:
-            self.reflect = "Wrong. Reflect."
-            self.again = "Again."
+            self.reflect, self.again = "Wrong. Reflect.", "Again."
             self.generic_reflection = "I will be careful ."
 
     def drawn(self, split: str, limit: int | None, rng: random.Random) -> list[Numbers]:
@@ -379,25 +366,18 @@ class Countdown(Task):
         if not re.fullmatch(r"[0-9]{1,3}(\s+[0-9]{1,3}){2,}", line, flags=re.ASCII):
             raise ValueError(f"type {self.how_to_type}")
         *numbers, target = map(int, line.split())
-        if self.tiny and (
-            len(numbers) != 3 or not set(numbers) <= set(range(1, 11)) or target > 60
+        if self.tiny and not (
+            len(numbers) == 3 and set(numbers) <= set(range(1, 11)) and target <= 60
         ):
             raise ValueError("the tiny model knows 3 numbers from 1 to 10 and targets up to 60")
         return Numbers(0, tuple(numbers), target)
 
     def messages(self, problem: Numbers) -> tuple[list[dict], None]:
         """The question as a chat of one user message; Countdown has no tools."""
-        numbers = " ".join(map(str, problem.numbers))
+        numbers = ", ".join(map(str, problem.numbers))
+        text = self.question.format(numbers=numbers, target=problem.target)
         if self.tiny:
-            text = f"Make {problem.target} from {numbers} ."
-        else:
-            text = (
-                f"Using the numbers [{numbers.replace(' ', ', ')}], create an equation that equals "
-                f"{problem.target}. You can use basic arithmetic operations (+, -, *, /) and "
-                "parentheses, and you must use every number exactly once. Think step by step, then "
-                "give the equation inside <answer> </answer>, for example <answer> (1 + 2) / 3 "
-                "</answer>."
-            )
+            text = f"Make {problem.target} from {numbers.replace(',', '')} ."
         return [{"role": "user", "content": text}], None
 
     def verify(self, problem: Numbers, completion: str) -> Verdict:
@@ -427,10 +407,9 @@ class Countdown(Task):
     def words(self) -> list[str]:
         """The vocabulary of the small Countdown: numbers, signs, and the words of its texts."""
         signs = "+ - * / = ( ) , . <answer> </answer> yes no"
-        texts = (
-            f"Make from Start with I need That is not {self.reflect} {self.again} will be careful"
-        )
-        return [str(n) for n in range(101)] + f"{signs} {texts}".split()
+        texts = "Make from Start with I need That is not {} {} will be careful"
+        said = f"{signs} {texts.format(self.reflect, self.again)}"
+        return [str(n) for n in range(101)] + said.split()
 
     def cold_dialogue(
         self, problems: list[Numbers], rng: random.Random, diligent: bool
@@ -486,30 +465,24 @@ def first_steps(numbers) -> list[Step]:
     return list(dict.fromkeys(steps_on(x, y) + steps_on(x, z) + steps_on(y, z)))
 
 
+def last_steps(numbers, step: Step) -> list[Step]:
+    """The steps on a first step's result and the number that it left over."""
+    [left_over] = (Counter(numbers) - Counter([step[0], step[2]])).elements()
+    return steps_on(step[3], left_over)
+
+
 def second_step(numbers, step: Step, target: int) -> Step:
     """After a first step, the second one whose result is nearest to the target."""
-    (rest,) = left_over(numbers, step)
-    return min(steps_on(step[3], rest), key=lambda s: abs(s[3] - target))
-
-
-def left_over(numbers, step: Step) -> list[int]:
-    rest = list(numbers)
-    rest.remove(step[0])
-    rest.remove(step[2])
-    return rest
+    return min(last_steps(numbers, step), key=lambda last: abs(last[3] - target))
 
 
 def reachable(numbers) -> set[int]:
     """All results of two steps on three numbers."""
-    return {
-        last[3]
-        for step in first_steps(numbers)
-        for last in steps_on(step[3], *left_over(numbers, step))
-    }
+    return {last[3] for step in first_steps(numbers) for last in last_steps(numbers, step)}
 
 
 def say(step: Step) -> str:
-    return f"{step[0]} {step[1]} {step[2]} = {step[3]}"
+    return "{} {} {} = {}".format(*step)
 
 
 def commit(step: Step) -> str:
@@ -564,8 +537,10 @@ class APIGen(Task):
         "what went wrong and write a short explanation that will help you do better next time."
     )
     again = "Now try again. Write the correct tool call."
+    reasons = ("right", "wrong_arguments", "wrong_tool", "wrong_count", "malformed", "no_answer")
 
     def problem(self, record: dict) -> Request:
+        """A problem from xlam's record, its calls and tools looked through."""
         texts = [record[name] for name in ("query", "answers", "tools")]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("query, answers and tools must be strings")
@@ -573,12 +548,8 @@ class APIGen(Task):
         for call in json_list("answers", request.answers):
             read_call(call)
         for tool in json_list("tools", request.tools):
-            given = tool["parameters"].values()
-            if not isinstance(tool["name"], str) or not all(
-                isinstance(value, dict) and isinstance(value.get("type", ""), str)
-                for value in given
-            ):
-                raise TypeError("a tool needs a name, and parameters with types")
+            if not isinstance(tool["name"], str):
+                raise TypeError("a tool's name must be a string")
             function_schema(tool)
         return request
 
@@ -598,35 +569,33 @@ class APIGen(Task):
             return Verdict(False, "malformed")
         if calls is None:
             return Verdict(False, "no_answer")
-        wanted = [read_call(call) for call in json.loads(problem.answers)]
-        names, wanted_names = (Counter(name for name, _ in some) for some in (calls, wanted))
+        wanted = [read_call(call) for call in JSON.decode(problem.answers)]
         if len(calls) != len(wanted):
             return Verdict(False, "wrong_count")
-        if names != wanted_names:
+        if Counter(name for name, _ in calls) != Counter(name for name, _ in wanted):
             return Verdict(False, "wrong_tool")
         right = Counter(calls) == Counter(wanted)
         return Verdict(right, "right" if right else "wrong_arguments")
 
     def draw(self, rng: random.Random) -> Request:
-        """One to three requests for tools of the table below, among tools that are not needed."""
-        asked = [rng.choice(TOOLS) for _ in range(rng.choice((1, 1, 2, 3)))]
+        """One to three requests for the tools listed below, among tools that are not needed."""
+        asked = rng.choices(list(TOOLS), k=rng.choice((1, 1, 2, 3)))
         said, calls = [], []
-        for name, _, phrase in asked:
-            arguments = {slot: rng.choice(SLOTS[slot][2]) for slot in re.findall("{(.+?)}", phrase)}
-            said.append(phrase.format(**arguments))
-            calls.append({"name": name, "arguments": arguments})
-        others = [tool for tool in TOOLS if tool not in asked]
-        offered = list(dict.fromkeys(asked)) + rng.sample(others, rng.randint(1, 4))
-        rng.shuffle(offered)
+        for name in asked:
+            given = {slot: rng.choice(SLOTS[slot][1]) for slot in slots_of(name)}
+            said.append(TOOLS[name].format(**given))
+            calls.append({"name": name, "arguments": given})
+        offered = list(dict.fromkeys(asked))
+        offered += rng.sample([name for name in TOOLS if name not in asked], rng.randint(1, 4))
         tools = []
-        for name, about, phrase in offered:
-            slots = {slot: SLOTS[slot] for slot in re.findall("{(.+?)}", phrase)}
-            given = {s: {"description": text, "type": kind} for s, (kind, text, _) in slots.items()}
-            tools.append({"name": name, "description": about, "parameters": given})
+        for name in rng.sample(offered, len(offered)):
+            slots = {s: {"type": SLOTS[s][0], "description": f"The {s}."} for s in slots_of(name)}
+            about = f"Answers requests like: {TOOLS[name]}"
+            tools.append({"name": name, "description": about, "parameters": slots})
         return Request(0, " ".join(said), json.dumps(calls), json.dumps(tools))
 
 
-def json_list(name: str, text: str) -> list:
+def json_list(name: str, text: str) -> list[dict]:
     try:
         found = JSON.decode(text)
     except (ValueError, RecursionError) as error:
@@ -637,11 +606,18 @@ def json_list(name: str, text: str) -> list:
 
 
 def read_call(value) -> tuple[str, str]:
-    """A call as its name and its arguments in canonical form. Raises ValueError if it is none."""
+    """A call, by JSON above, as its name and its arguments' text: equal texts, equal values.
+
+    (5 and 5.0 are equal; 5 and "5" are not, nor are 1 and true.) Raises ValueError if it is none.
+    """
     given = [value[k] for k in ("arguments", "parameters") if k in value]  # Llama 3: parameters
     if len(given) != 1 or not isinstance(given[0], dict) or not isinstance(value["name"], str):
         raise ValueError("a call is a name and arguments")
-    return value["name"], canonical(given[0])
+    return value["name"], json.dumps(given[0], sort_keys=True)
+
+
+OPENING = re.compile(r"""[\[{](?P<json>\s*["'\[{])?""")  # a bracket; one that begins JSON
+TAGGED = re.compile("<tool_call>(.*?)</tool_call>", flags=re.DOTALL)
 
 
 def read_calls(text: str) -> list[tuple[str, str]] | None:
@@ -653,10 +629,12 @@ def read_calls(text: str) -> list[tuple[str, str]] | None:
     JSON or a call and is none.
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0]
-    if len(text) > MAX_TEXT or text.count("<tool_call>") != text.count("</tool_call>"):
-        raise ValueError("too long, or a tag is not closed")
-    tagged = re.findall("<tool_call>(.*?)</tool_call>", text, flags=re.DOTALL)
-    text = re.sub("<tool_call>.*?</tool_call>", " ", text, flags=re.DOTALL)
+    depths = itertools.accumulate((sign in "[{") - (sign in "]}") for sign in text)
+    if len(text) > MAX_TEXT or max(depths, default=0) > MAX_DEPTH:
+        raise ValueError("too long, or nested too deep")
+    if text.count("<tool_call>") != text.count("</tool_call>"):
+        raise ValueError("a tag is not closed")
+    tagged, text = TAGGED.findall(text), TAGGED.sub(" ", text)
     if "tool_call>" in text:
         raise ValueError("a tag is not closed")
     found = [[JSON.decode(call) for call in tagged]] if tagged else []
@@ -679,25 +657,23 @@ def read_calls(text: str) -> list[tuple[str, str]] | None:
     return [read_call(call) for call in found[0]] if found else None
 
 
-OPENING = re.compile(r"""[\[{](?P<json>\s*["'\[{])?""")  # a bracket; one that begins JSON
-
-
 def function_schema(tool: dict) -> dict:
     """A tool of xlam's as chat templates expect it: OpenAI's form, parameters as JSON schema."""
     properties, required = {}, []
     for name, given in tool["parameters"].items():
-        kind = given.get("type", "str")
+        if not isinstance(kind := given.get("type", "str"), str):
+            raise TypeError(f"the type of {name} must be a string")
         rest = {key: value for key, value in given.items() if key != "type"}
         properties[name] = {**json_schema(kind), **rest}
-        if (
-            not kind.endswith("optional")
-            and not kind.startswith("Optional")
-            and "default" not in rest
-        ):
+        if not (kind.endswith("optional") or kind.startswith("Optional") or "default" in rest):
             required.append(name)
     parameters = {"type": "object", "properties": properties, "required": required}
     about = {"name": tool["name"], "description": tool.get("description", "")}
     return {"type": "function", "function": {**about, "parameters": parameters}}
+
+
+JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean",
+              "list": "array", "tuple": "array", "set": "array", "dict": "object"}  # fmt: skip
 
 
 def json_schema(kind: str) -> dict:
@@ -710,10 +686,9 @@ def json_schema(kind: str) -> dict:
     parts, depth = [""], 0
     for sign in inside.removesuffix("]"):
         depth += (sign == "[") - (sign == "]")
+        parts[-1] += sign
         if sign == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += sign
+            parts[-1:] = [parts[-1][:-1], ""]
     inner = [json_schema(part) for part in parts] if inside else []
     name = name.strip().lower()
     if name in ("optional", "union"):
@@ -728,10 +703,6 @@ def json_schema(kind: str) -> dict:
     return schema
 
 
-JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
-JSON_TYPES |= {"list": "array", "tuple": "array", "set": "array", "dict": "object"}
-
-
 def tools_in_words(messages: list[dict], tools: list[dict]) -> list[dict]:
     """The chat with its tools in the last message, for templates that have no place for them."""
     listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
@@ -742,53 +713,51 @@ def tools_in_words(messages: list[dict], tools: list[dict]) -> list[dict]:
     return [*messages[:-1], {**messages[-1], "content": text + messages[-1]["content"]}]
 
 
-# What drawn problems are made of: slots (type, description, values), and tools (name, description,
-# a request with slots, which are the tool's parameters).
+# What drawn problems are made of: tools by name, each with a request whose slots are the tool's
+# parameters; and the slots, with their types and values.
+TOOLS = {
+    "get_weather": "What is the weather in {city}?", "get_time": "What time is it in {city}?",
+    "get_forecast": "How will the weather in {city} be on {date}?",
+    "find_flights": "Find flights to {city} on {date}.",
+    "book_hotel": "Book a hotel room in {city} for {person} on {date}.",
+    "get_population": "How many people live in {country}?",
+    "get_capital": "What is the capital of {country}?",
+    "get_holidays": "List the public holidays of {country}.",
+    "convert_money": "Convert {amount} US dollars to {currency}.",
+    "get_rate": "What is the exchange rate of {currency}?",
+    "send_money": "Send {amount} dollars to {person}.", "call_person": "Call {person}.",
+    "get_stock_price": "What is the stock price of {company}?",
+    "buy_stock": "Buy {number} shares of {company}.", "define_word": "What does '{word}' mean?",
+    "translate_word": "Translate '{word}' into {language}.",
+    "find_rhymes": "Find words that rhyme with '{word}'.",
+    "search_news": "Search the news about {topic}.",
+    "find_books": "Find books about {topic} in {language}.",
+    "set_timer": "Set a timer for {minutes} minutes (alarm: {loud}).",
+    "add_event": "Put a meeting with {person} on {date}.",
+    "factorize": "What are the prime factors of {number}?",
+    "is_prime": "Is {number} a prime number?", "sort_numbers": "Sort the numbers {numbers}.",
+    "average": "What is the average of {numbers}?",
+    "to_fahrenheit": "How much is {degrees} degrees in Fahrenheit?",
+}  # fmt: skip
 SLOTS = {
-    "city": ("str", "The name of a city.", ["Paris", "Lagos", "Osaka", "Lima", "Oslo", "Delhi"]),
-    "country": ("str", "The name of a country.", ["Kenya", "Peru", "Japan", "Norway", "Chad"]),
-    "person": ("str", "A person's first name.", ["Ada", "Ben", "Chidi", "Dana", "Emeka", "Fay"]),
-    "date": ("str", "A date, as YYYY-MM-DD.", ["2025-03-01", "2025-07-14", "2026-11-30"]),
-    "currency": ("str", "A currency's code.", ["EUR", "USD", "JPY", "NGN", "PEN"]),
-    "language": ("str", "The name of a language.", ["French", "Yoruba", "Hindi", "Spanish"]),
-    "topic": ("str", "What it is about.", ["volcanoes", "jazz", "tax law", "bees", "chess"]),
-    "word": ("str", "A word.", ["river", "candle", "orbit", "market", "willow"]),
-    "company": ("str", "A stock's symbol.", ["ACME", "GLOBO", "INITECH", "HOOLI"]),
-    "amount": ("float", "An amount of money.", [12.5, 80, 199.99, 1000, 42.25]),
-    "number": ("int", "A whole number.", [7, 12, 36, 97, 360, 1024]),
-    "minutes": ("int", "A time in minutes.", [5, 15, 20, 45, 90]),
-    "degrees": ("float", "A temperature.", [-4, 18.5, 36.6, 72, 100]),
-    "numbers": ("List[int]", "Some whole numbers.", [[3, 1, 2], [10, 20, 30], [8, 6, 7, 5]]),
-    "loud": ("bool", "Whether to sound an alarm.", [True, False]),
-}
-TOOLS = [
-    ("get_weather", "The weather in a city now.", "What is the weather in {city}?"),
-    ("get_forecast", "A forecast for a day.", "How will the weather in {city} be on {date}?"),
-    ("get_time", "The local time in a city.", "What time is it in {city}?"),
-    ("find_flights", "Flights to a city on a day.", "Find flights to {city} on {date}."),
-    ("book_hotel", "Book a room.", "Book a hotel room in {city} for {person} on {date}."),
-    ("get_population", "How many people live there.", "How many people live in {country}?"),
-    ("get_capital", "A country's capital.", "What is the capital of {country}?"),
-    ("get_holidays", "Public holidays.", "List the public holidays of {country}."),
-    ("convert_money", "Convert US dollars.", "Convert {amount} US dollars to {currency}."),
-    ("get_rate", "An exchange rate to the dollar.", "What is the exchange rate of {currency}?"),
-    ("send_money", "Send US dollars to a person.", "Send {amount} dollars to {person}."),
-    ("get_stock_price", "A stock's last price.", "What is the stock price of {company}?"),
-    ("buy_stock", "Buy shares.", "Buy {number} shares of {company}."),
-    ("translate_word", "Translate a word.", "Translate '{word}' into {language}."),
-    ("define_word", "Look up a word.", "What does '{word}' mean?"),
-    ("find_rhymes", "Words that rhyme.", "Find words that rhyme with '{word}'."),
-    ("search_news", "Search the news.", "Search the news about {topic}."),
-    ("find_books", "Find books.", "Find books about {topic} in {language}."),
-    ("set_timer", "Set a timer.", "Set a timer for {minutes} minutes (alarm: {loud})."),
-    ("call_person", "Call somebody.", "Call {person}."),
-    ("add_event", "Put it in the calendar.", "Put a meeting with {person} on {date}."),
-    ("factorize", "A number's prime factors.", "What are the prime factors of {number}?"),
-    ("is_prime", "Whether a number is prime.", "Is {number} a prime number?"),
-    ("sort_numbers", "Sort numbers.", "Sort the numbers {numbers}."),
-    ("average", "The mean of numbers.", "What is the average of {numbers}?"),
-    ("to_fahrenheit", "Convert from Celsius.", "How much is {degrees} degrees in Fahrenheit?"),
-]
+    "city": ("str", ["Paris", "Lagos", "Osaka", "Lima", "Oslo", "Delhi"]),
+    "country": ("str", ["Kenya", "Peru", "Japan", "Norway", "Chad"]),
+    "person": ("str", ["Ada", "Ben", "Chidi", "Dana", "Emeka", "Fay"]),
+    "date": ("str", ["2025-03-01", "2025-07-14", "2026-11-30"]),
+    "currency": ("str", ["EUR", "USD", "JPY", "NGN", "PEN"]),
+    "language": ("str", ["French", "Yoruba", "Hindi", "Spanish"]),
+    "topic": ("str", ["volcanoes", "jazz", "tax law", "bees", "chess"]),
+    "word": ("str", ["river", "candle", "orbit", "market", "willow"]),
+    "company": ("str", ["ACME", "GLOBO", "INITECH", "HOOLI"]),
+    "amount": ("float", [12.5, 80, 199.99, 1000, 42.25]), "loud": ("bool", [True, False]),
+    "number": ("int", [7, 12, 36, 97, 360, 1024]), "minutes": ("int", [5, 15, 20, 45, 90]),
+    "degrees": ("float", [-4, 18.5, 36.6, 72, 100]),
+    "numbers": ("List[int]", [[3, 1, 2], [10, 20, 30], [8, 6, 7, 5]]),
+}  # fmt: skip
+
+
+def slots_of(tool: str) -> list[str]:
+    return re.findall("{(.+?)}", TOOLS[tool])
 
 
 TASKS = {"countdown": Countdown, "apigen": APIGen}
