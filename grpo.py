@@ -30,6 +30,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from model import Model, replace_file
 
@@ -143,11 +144,15 @@ class Settings:
     max_new_tokens: int = 512  # the longest reflection: the constant of "dr_grpo"
     max_grad_norm: float = 1.0
     micro_tokens: int = 8_192  # tokens, padding included, in one forward and backward pass
+    skip_equal: bool = False  # leave groups of equal rewards out with beta > 0 too
 
 
 @dataclass
 class Batch:
-    """What one optimiser step learns from: N rows, with nothing after their last trained token."""
+    """What one optimiser step learns from: N rows, with nothing after their last trained token.
+
+    `group` rows at a time begin alike, up to their first trained token: their shared context.
+    """
 
     ids: list[list[int]]
     spans: list[list[tuple[int, int]]]  # (start, end) of a row's trained tokens
@@ -156,6 +161,7 @@ class Batch:
     ref_logprobs: list[list[float]] | None = None  # likewise; None: the reference model's
     rewards: Tensor | None = None  # (N,)
     metrics: dict[str, float] = field(default_factory=dict)
+    group: int = 1
 
 
 def reflection_batch(
@@ -172,6 +178,7 @@ def reflection_batch(
         advantages=group_advantages(rewards, scale=scale).flatten(),
         old_logprobs=logprobs,
         rewards=rewards.flatten(),
+        group=rewards.shape[1],
         metrics={
             "reward": rewards.mean().item(),
             "equal_groups": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
@@ -180,38 +187,99 @@ def reflection_batch(
     )
 
 
-def micro_batches(batch: Batch, micro_tokens: int) -> Iterator[list[int]]:
-    """Row numbers in groups of similar length, up to `micro_tokens` tokens each when padded."""
-    group: list[int] = []
-    for row in sorted(range(len(batch.ids)), key=lambda row: len(batch.ids[row])):
-        if group and len(batch.ids[row]) * (len(group) + 1) > micro_tokens:
-            yield group
-            group = []
-        group.append(row)
-    yield group
+def micro_batches(batch: Batch, micro_tokens: int, skip_equal: bool = False) -> Iterator[list[int]]:
+    """Row numbers, whole groups of similar length, up to `micro_tokens` tokens when padded.
+
+    Where all rewards of a group are equal its advantages are zero, and no policy gradient comes
+    from it: skip_equal leaves such groups out (all but one, where all are such).
+    """
+    G, sizes, chosen = batch.group, {}, []
+    for first in range(0, len(batch.ids), G):
+        start = batch.spans[first][0][0]  # where the group's context ends
+        longest = max(map(len, batch.ids[first : first + G])) - start
+        sizes[first] = start, longest
+    if skip_equal:
+        unequal = {first for first in sizes if batch.advantages[first : first + G].any()}
+        sizes = {first: sizes[first] for first in unequal or list(sizes)[:1]}
+    for first in sorted(sizes, key=lambda first: sum(sizes[first])):
+        start, longest = (max(sizes[f][i] for f in [*chosen, first]) for i in (0, 1))
+        if chosen and (start + G * longest) * (len(chosen) + 1) > micro_tokens:
+            yield [row for f in chosen for row in range(f, f + G)]
+            chosen = []
+        chosen.append(first)
+    yield [row for f in chosen for row in range(f, f + G)]
 
 
-def padded(batch: Batch, rows: list[int], device) -> tuple[Tensor, Tensor]:
-    """Some rows as (n, T + 1) ids, padded on the right, and the (n, T) mask of trained targets."""
-    width = max(len(batch.ids[row]) for row in rows)
-    ids = torch.tensor([batch.ids[row] + [0] * (width - len(batch.ids[row])) for row in rows])
-    mask = trained_mask([batch.spans[row] for row in rows], width)
-    return ids.to(device), mask.to(device)
+def padded(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
+    """Token ids as (n, T), padded on the right, and where they are live, (n, T) bool."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device) < lengths[:, None]
+
+
+def predictions(model: Model, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The hidden states that some rows' targets are predicted from, (n, T, E), these targets, and
+    which of them are trained, (n, T) both.
+
+    A group's context is several times longer than its reflections, so it is read once:
+
+        context, C tokens ┬ reflection_1      each sees the context and itself, its positions go on
+                          ├ reflection_2      after the context's; the result is that of one row
+                          ┴ reflection_G      per reflection, at a fraction of its arithmetic
+
+    The context's last position predicts the first token of each; a reflection's positions but the
+    last one predict the others.
+    """
+    c, G, ids = model.config, batch.group, [batch.ids[row] for row in rows]
+    spans = [batch.spans[row] for row in rows]
+    beyond = c.rope_type == "longrope" and max(map(len, ids)) > c.original_max_position_embeddings
+    if G == 1 or beyond:  # (longrope reads a context otherwise where what follows is long)
+        ids, live = padded(ids, model.device)
+        mask = trained_mask(spans, ids.shape[1]).to(ids.device)
+        return model.hidden(ids, live=live)[:, :-1], ids[:, 1:], mask
+    starts = [row_spans[0][0] for row_spans in spans]
+    contexts = [row[:start] for row, start in zip(ids[::G], starts[::G], strict=True)]
+    contexts, live = padded(contexts, model.device)  # (P, C)
+    hidden, cache = model.read(contexts, live, samples=G)
+    last = hidden[torch.arange(len(contexts)), live.sum(1) - 1].repeat_interleave(G, dim=0)
+    hidden = last[:, None]  # (n, 1, E)
+    tails = [row[start:] for row, start in zip(ids, starts, strict=True)]
+    targets, live = padded(tails, model.device)  # (n, T)
+    if targets.shape[1] > 1:
+        inner = model.hidden(targets[:, :-1], cache, live[:, 1:])
+        hidden = torch.cat([hidden, inner], dim=1)
+    spans = [[(a - s + 1, b - s + 1) for a, b in row] for row, s in zip(spans, starts, strict=True)]
+    return hidden, targets, trained_mask(spans, targets.shape[1] + 1).to(targets.device)
+
+
+LOGITS = 2**24  # that exist at once
 
 
 def token_logprobs(
-    model: Model, ids: Tensor, mask: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the trained targets, zero elsewhere, (n, T); entropies, (tokens,).
+    model: Model, batch: Batch, rows: list[int], temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the trained targets, zero elsewhere, (n, T); their entropies, (tokens,);
+    and the mask of trained targets, (n, T).
 
-    The output head, the widest matrix, is applied only where a trained token is predicted. Padding
-    stands on the right, so causal attention never lets a token see it.
+    The output head, the widest matrix, is applied only where a trained token is predicted, a part
+    at a time; of several parts, the logits are computed anew in the backward pass.
     """
-    hidden = model.hidden(ids)[:, :-1][mask]  # (tokens, E)
-    log_p = F.log_softmax(model.head(hidden) / temperature, dim=-1)  # (tokens, V)
-    chosen = log_p.gather(1, ids[:, 1:][mask][:, None]).squeeze(1)  # (tokens,)
-    entropy = -(log_p.detach().exp() * log_p.detach()).sum(dim=-1)
-    return spread(chosen, mask), entropy
+    hidden, targets, mask = predictions(model, batch, rows)
+
+    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = F.log_softmax(model.head(hidden) / temperature, dim=-1)  # (tokens, V)
+        entropy = -(log_p.detach().exp() * log_p.detach()).sum(dim=-1)
+        return log_p.gather(1, targets[:, None]).squeeze(1), entropy
+
+    parts = [x[mask].split(max(1, LOGITS // model.words)) for x in (hidden, targets)]
+    again = len(parts[0]) > 1 and torch.is_grad_enabled()
+    scored = [
+        checkpoint(score, *part, use_reentrant=False) if again else score(*part)
+        for part in zip(*parts, strict=True)
+    ]
+    chosen, entropy = (torch.cat(values) for values in zip(*scored, strict=True))
+    return spread(chosen, mask), entropy, mask
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:
@@ -229,16 +297,17 @@ def gradients(model: Model, reference: Model | None, batch: Batch, s: Settings) 
     tokens = sum(end - start for spans in batch.spans for start, end in spans)
     N = len(batch.ids)
     normalizer = {"dapo": tokens, "grpo": N, "dr_grpo": N * s.max_new_tokens}[s.loss]
-    total = dict.fromkeys(("loss", "nll", "entropy", "clipped", "mismatch"), 0.0)
-    for rows in micro_batches(batch, s.micro_tokens):
-        ids, mask = padded(batch, rows, model.device)
+    total, mismatch = dict.fromkeys(("loss", "nll", "entropy", "clipped"), 0.0), 0.0
+    skip_equal = s.skip_equal or not s.beta
+    seen = 0  # tokens that the means are over
+    for rows in micro_batches(batch, s.micro_tokens, skip_equal):
+        logprobs, entropy, mask = token_logprobs(model, batch, rows, s.temperature)
         A = batch.advantages[rows].to(model.device)
 
-        def recorded(values: list[list[float]], rows=rows, mask=mask) -> Tensor:
-            flat = torch.tensor([value for row in rows for value in values[row]])
-            return spread(flat.to(mask.device), mask)
+        def recorded(values: list[list[float]], rows=rows, mask=mask, dtype=logprobs.dtype):
+            flat = [value for row in rows for value in values[row]]
+            return spread(torch.tensor(flat, dtype=dtype, device=mask.device), mask)
 
-        logprobs, entropy = token_logprobs(model, ids, mask, s.temperature)
         now = logprobs.detach()
         old = now if batch.old_logprobs is None else recorded(batch.old_logprobs)
         ref = None
@@ -246,19 +315,21 @@ def gradients(model: Model, reference: Model | None, batch: Batch, s: Settings) 
             ref = recorded(batch.ref_logprobs)
         elif s.beta:
             with torch.no_grad():
-                ref, _ = token_logprobs(reference, ids, mask, s.temperature)
+                ref, _, _ = token_logprobs(reference, batch, rows, s.temperature)
         loss = grpo_loss(logprobs, old, ref, A, mask, s.clip, s.beta, s.loss, normalizer)
         loss.backward()
 
         beyond = ((now - old).exp() - 1) * A[:, None].sign() > s.clip  # where the clip bites
+        seen += len(entropy)
         total["loss"] += loss.item()
-        total["nll"] -= now.sum().item() / tokens
+        total["nll"] -= now.sum().item()
         if ref is not None:
-            total["kl"] = total.get("kl", 0.0) + k3(ref - now).sum().item() / tokens
-        total["entropy"] += entropy.sum().item() / tokens
-        total["clipped"] += beyond.sum().item() / tokens
-        total["mismatch"] = max(total["mismatch"], (now - old).abs().max().item())
-    return {**total, "tokens": tokens}
+            total["kl"] = total.get("kl", 0.0) + k3(ref - now).sum().item()
+        total["entropy"] += entropy.sum().item()
+        total["clipped"] += beyond.sum().item()
+        mismatch = max(mismatch, (now - old).abs().max().item())
+    means = {name: value / seen for name, value in total.items() if name != "loss"}
+    return {"loss": total["loss"], **means, "mismatch": mismatch, "tokens": tokens}
 
 
 def train(
@@ -326,7 +397,7 @@ def check(model: Model, batch: Batch, s: Settings, seed: int = 0) -> dict[str, f
         return [(torch.tensor(v) + n).tolist() for v, n in zip(old, noise, strict=True)]
 
     ids, spans = [batch.ids[row] for row in rows], [batch.spans[row] for row in rows]
-    small = Batch(ids, spans, A + 0.5 * A.abs(), old_logprobs=moved(), ref_logprobs=moved())
+    small = Batch(ids, spans, A + 0.5 * A.abs(), moved(), moved(), group=batch.group)
     model.zero_grad(set_to_none=True)
     metrics = gradients(model, None, small, s)
     ours = torch.cat([p.grad.flatten().double() for p in model.parameters()])

@@ -33,6 +33,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # -- The decoder -----------------------------------------------------------------------------------
 
@@ -134,12 +135,40 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+@dataclass
+class Pass:
+    """What the layers have in common while they read (B, T) tokens.
+
+    Where some of the B T places are holes, the matrices see the N tokens alone: `places` says where
+    these belong, and they are laid out only where they meet each other, in the attention.
+    """
+
+    shape: tuple[int, int]
+    rope: list[Tensor]  # cos and sin, (B, 1, T, D/2)
+    mask: Tensor | None  # (B, T, C + T): which columns a token sees; None: all up to itself
+    places: Tensor | None  # (N,), None where all places hold a token
+    cache: "Cache | None"  # what was read before
+    keep: list | None  # where the keys and values of this pass go
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, T, W) -> (N, W)"""
+        x = x.reshape(-1, x.shape[-1])
+        return x if self.places is None else x[self.places]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(N, W) -> (B, T, W), zero in the holes"""
+        if self.places is not None:
+            B, T = self.shape
+            x = x.new_zeros(B * T, x.shape[-1]).index_copy(0, self.places, x)
+        return x.view(*self.shape, -1)
+
+
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share K heads of keys and values."""
 
-    def __init__(self, c: SimpleNamespace):
+    def __init__(self, c: SimpleNamespace, layer: int):
         super().__init__()
-        self.head_dim = c.head_dim
+        self.layer, self.head_dim, self.fused, self.qk_norm = layer, c.head_dim, c.fused, c.qk_norm
         queries, shared = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.widths = (queries, shared, shared)
         bias = c.attention_bias or c.qkv_bias
@@ -153,27 +182,55 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.fused, self.qk_norm = c.fused, c.qk_norm
 
-    def forward(
-        self, x: Tensor, rope, mask: Tensor | None, cache: "Cache | None", layer: int
-    ) -> Tensor:
-        B, T, _ = x.shape
+    def forward(self, x: Tensor, this: Pass) -> Tensor:
+        """(N, E) -> (N, E)"""
         if self.fused:
             parts = self.qkv_proj(x).split(self.widths, dim=-1)
         else:
             parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        # (B, heads, T, D)
-        q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in parts)
+        q, k, v = (  # (B, heads, T, D)
+            this.spread(part).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts
+        )
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.write(layer, k, v)  # (B, K, C, D): all that was read so far
-        x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
-        return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))
+        q, k = rotate(q, *this.rope), rotate(k, *this.rope)
+        if this.keep is not None:
+            this.keep.append((k, v))
+        if this.cache:
+            x = self.on_shared_contexts(q, k, v, this)
+        else:
+            mask = None if this.mask is None else this.mask[:, None]
+            x = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )
+        return self.o_proj(this.gather(x.transpose(1, 2).flatten(2)))
+
+    def on_shared_contexts(self, q: Tensor, k: Tensor, v: Tensor, this: Pass) -> Tensor:
+        """One softmax over two pieces: the context that S rows share, and each row's own suffix.
+
+                      context, C columns      suffix of row 1    of row 2
+            row 1   [ one matrix product    |  its own         |           ]
+            row 2   [ for all rows          |                  |  its own  ]
+
+        The queries of all S rows (and of the heads that share a key head) meet the context's keys
+        in one matrix product, where row by row it would be S products of a vector. (B, H, T, D) in
+        and out; B = P S rows, on P contexts.
+        """
+        keys, values = this.cache.contexts[self.layer]  # (P, K, C, D)
+        P, K, C, D = keys.shape
+        S, T, shares = len(q) // P, q.shape[2], q.shape[1] // K
+        q = q.view(P, S, K, shares, T, D).transpose(1, 2).flatten(3, 4)  # (P, K, S, shares T, D)
+        q = q * D**-0.5
+        k, v = (x.view(P, S, K, T, D).transpose(1, 2) for x in (k, v))
+        k, v = this.cache.write(self.layer, k, v)  # (P, K, S, c, D)
+        met = (q.flatten(2, 3) @ keys.mT).view(*q.shape[:-1], C)
+        scores = torch.cat([met, q @ k.mT], dim=-1).unflatten(3, (shares, T))
+        unseen = ~this.mask.view(P, 1, S, 1, T, -1)
+        weights = at_least_float32(scores.masked_fill_(unseen, -math.inf)).softmax(-1).to(q.dtype)
+        met, own = weights.flatten(3, 4).split([C, k.shape[3]], dim=-1)
+        x = (met.flatten(2, 3) @ values).view(q.shape) + own @ v
+        return x.unflatten(3, (shares, T)).transpose(1, 2).reshape(P * S, K * shares, T, D)
 
 
 class MLP(nn.Module):
@@ -199,15 +256,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: SimpleNamespace):
+    def __init__(self, c: SimpleNamespace, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
+        self.self_attn = Attention(c, layer)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *context)
+    def forward(self, x: Tensor, this: Pass) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), this)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -215,7 +272,7 @@ class Decoder(nn.Module):
     def __init__(self, c: SimpleNamespace):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
@@ -230,6 +287,7 @@ class Model(nn.Module):
         self.model = Decoder(self.config)
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.words = self.config.vocab_size  # may be lowered to what the tokenizer knows
+        self.checkpointing = False  # whether training computes each layer twice, to store less
         self.tie()
 
     def tie(self) -> None:
@@ -256,52 +314,67 @@ class Model(nn.Module):
         return at_least_float32(self.lm_head(hidden)[..., : self.words])
 
     def hidden(
-        self, ids: Tensor, cache: "Cache | None" = None, live: Tensor | None = None
+        self, ids: Tensor, cache: "Cache | None" = None, live: Tensor | None = None, keep=None
     ) -> Tensor:
         """(B, T) token ids -> (B, T, E), the last layer's normalised output.
 
         With a cache, the ids continue what its rows have read, and are added to it. A token that
         is not `live` is a hole: no other token sees it, and positions count live tokens only.
-        Raises ValueError where a row outgrows the model's sliding window.
+        keep: a list, to which each layer adds its keys and values, (B, K, T, D) both. Raises
+        ValueError where a row outgrows the model's sliding window.
         """
-        T, c = ids.shape[1], self.config
-        if cache is None and live is None:  # nothing padded: plain causal attention
-            positions, mask = torch.arange(T, device=ids.device)[None], None  # (1, T)
-            lengths, columns = torch.tensor([T], device=ids.device), T
-        else:
-            live = torch.ones_like(ids, dtype=torch.bool) if live is None else live
-            if cache and cache.crosses(live, c):
-                return self.reread(ids, cache, live)
-            start = cache.length if cache else 0
-            read = torch.cat([cache.add(ids, live), live], dim=1) if cache else live  # (B, C)
-            lengths, columns = read.sum(1), start + T
-            positions = (lengths - live.sum(1))[:, None] + live.cumsum(1) - 1  # (B, T)
-            positions = positions.clamp(min=0)  # a hole before the first token: any number will do
-            row = torch.arange(start, columns, device=ids.device)[:, None]  # (T, 1)
-            column = torch.arange(columns, device=ids.device)  # (C,)
-            # A token sees the live ones up to itself; a hole sees itself: its softmax must exist.
-            mask = ((column <= row) & read[:, None] | (column == row))[:, None]  # (B, 1, T, C)
-        if columns > (c.sliding_window or math.inf) and int(lengths.max()) > c.sliding_window:
+        (B, T), c, places, mask = ids.shape, self.config, None, None
+        holes = live is not None and T > 1 and not bool(live.all())
+        live = torch.ones_like(ids, dtype=torch.bool) if live is None else live
+        if cache and cache.crosses(live, c):
+            return self.reread(ids, cache, live)
+        read = cache.add(ids, live) if cache else live  # (B, C + T): these T and all before
+        lengths = read.sum(1)
+        if read.shape[1] > (c.sliding_window or math.inf) and lengths.max() > c.sliding_window:
             raise ValueError(
                 f"{int(lengths.max())} tokens: longer than the model's sliding window of "
                 f"{c.sliding_window}, beyond which its attention is not computed here"
             )
+        if holes:
+            places = live.flatten().nonzero().squeeze(1)
+        if cache or holes and bool((live[:, 1:] > live[:, :-1]).any()):  # not on the right alone
+            column = torch.arange(read.shape[1], device=ids.device)
+            own = column[-T:, None]  # (T, 1)
+            # A token sees the live ones up to itself; a hole sees itself: its softmax must exist.
+            mask = (column <= own) & read[:, None] | (column == own)  # (B, T, C + T)
         turns = self.turns.to(ids.device)
         if len(turns) == 2:  # longrope: each row by its length
             turns = turns[(lengths > c.original_max_position_embeddings).long()][:, None]
+        positions = (lengths - live.sum(1))[:, None] + live.cumsum(1) - 1  # (B, T)
         angle = positions[..., None] * turns  # (B, T, D/2)
-        x = self.model.embed_tokens(ids)
+        x = self.model.embed_tokens.weight
         rope = [(f(angle) * self.turn_scale).to(x.dtype)[:, None] for f in (torch.cos, torch.sin)]
-        for layer, block in enumerate(self.model.layers):
-            x = block(x, rope, mask, cache, layer)
-        return self.model.norm(x)
+        this = Pass((B, T), rope, mask, places, cache, keep)
+        x = self.model.embed_tokens(this.gather(ids[..., None]).squeeze(-1))  # (N, E)
+        for block in self.model.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, this, use_reentrant=False)
+            else:
+                x = block(x, this)
+        return this.spread(self.model.norm(x))
+
+    def read(
+        self, ids: Tensor, live: Tensor | None = None, samples: int = 1, room: int = 0
+    ) -> tuple[Tensor, "Cache"]:
+        """Read P contexts, (P, C), once: their hidden states, and a cache with `samples` rows on
+        each, whose suffixes have room for so many tokens."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        hidden = self.hidden(ids, live=live, keep=kept)
+        return hidden, Cache(kept, ids, live, samples, room)
 
     def reread(self, ids: Tensor, cache: "Cache", live: Tensor) -> Tensor:
-        """`hidden` where longrope changes its frequencies: the cached tokens are read again."""
-        ids = torch.cat([cache.ids[:, : cache.length], ids], dim=1)
-        live, new = torch.cat([cache.live[:, : cache.length], live], dim=1), live.shape[1]
-        cache.length = 0
-        return self.hidden(ids, cache, live)[:, -new:]
+        """`hidden` where longrope changes its frequencies: every row is read again, as a whole."""
+        new = ids.shape[1]
+        ids = torch.cat([cache.rows(cache.ids, cache.own_ids), ids], dim=1)
+        live = torch.cat([cache.rows(cache.live, cache.own_live), live], dim=1)
+        hidden, fresh = self.read(ids, live, room=cache.own_ids.shape[1])
+        cache.__dict__ = fresh.__dict__
+        return hidden[:, -new:]
 
     # -- Files ------------------------------------------------------------------------------------
 
@@ -329,23 +402,26 @@ class Model(nn.Module):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         model.to_empty(device=device).tie()
-        own, seen = model.tensors(), set()
+        own = model.tensors()
+        missing = set(own)
         for shard in shards(path):
             try:
                 with safetensors.safe_open(shard, framework="pt") as stored:
-                    for name in stored.keys():  # noqa: SIM118 (it is no dict)
-                        if name in own:
-                            load_tensor(own[name], stored, name, shard)
-                            seen.add(name)
-                        elif name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
-                            # (a tied head, and constants, are saved all the same by some)
-                            raise ValueError(
-                                f"{shard}: the tensor {name} is none of this architecture's"
-                            )
+                    for name in set(stored.keys()):
+                        if name not in own:
+                            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+                                continue  # a tied head, or constants: some save them all the same
+                            raise ValueError(f"{shard}: no tensor of this architecture is {name}")
+                        shape = tuple(stored.get_slice(name).get_shape())
+                        if shape != own[name].shape:
+                            is_not = f"{shape} instead of {tuple(own[name].shape)}"
+                            raise ValueError(f"{shard}: the tensor {name} has the shape {is_not}")
+                        own[name].data.copy_(stored.get_tensor(name))
+                        missing.discard(name)
             except safetensors.SafetensorError as error:
                 raise ValueError(f"{shard} is damaged: {error}") from None
-        for name in own.keys() - seen:
-            raise ValueError(f"{path}: the tensor {name} is missing")
+        if missing:
+            raise ValueError(f"{path}: the tensor {min(missing)} is missing")
         return model
 
     def tensors(self) -> dict[str, Tensor]:
@@ -379,14 +455,6 @@ class Model(nn.Module):
 INDEX = "model.safetensors.index.json"
 
 
-def load_tensor(parameter: Tensor, stored, name: str, shard: Path) -> None:
-    shape = tuple(stored.get_slice(name).get_shape())
-    if shape != tuple(parameter.shape):
-        expected = f"{shape} instead of {tuple(parameter.shape)}"
-        raise ValueError(f"{shard}: the tensor {name} has the shape {expected}")
-    parameter.data.copy_(stored.get_tensor(name))
-
-
 def shards(path: Path) -> list[Path]:
     """The safetensors files of a folder: one, or those that its index names."""
     names = ["model.safetensors"]
@@ -401,11 +469,12 @@ def shards(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def model_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """A folder as it is; a hub id (org/name) as the folder that the hub's files are cached in.
+def is_hub_id(text: str | Path) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(text)) is not None
 
-    Raises FileNotFoundError where there is neither.
-    """
+
+def model_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """A folder as it is; a hub id (org/name) as the folder that the hub's files are cached in."""
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     if not is_hub_id(path_or_id):
@@ -414,18 +483,11 @@ def model_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     return from_hub(str(path_or_id), needed, "model", revision)
 
 
-def is_hub_id(text: str | Path) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(text)) is not None
-
-
 def from_hub(name: str, files: list[str], kind: str, revision: str | None = None) -> Path:
-    """The folder where the hub's files, or those of them that are cached here, are to be found."""
+    """The folder of the hub's files, or of those that are cached here. Or FileNotFoundError."""
+    options = {"repo_type": kind, "revision": revision, "allow_patterns": files}
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, repo_type=kind, revision=revision, allow_patterns=files
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(name, **options))
     except Exception as error:  # of many kinds: offline, no such id, not allowed, a full disk
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(f"{name} is not here, nor had from the hub: {reason}") from None
@@ -480,15 +542,13 @@ class Tokenizer:
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = raise_template_error
         environment.globals["strftime_now"] = lambda form: self.date.strftime(form)
-        templates = settings.get("chat_template")
-        if not templates:
+        given = settings.get("chat_template")
+        if not given:
             raise ValueError("the tokenizer has no chat template: R3 needs an instruct model")
         try:
-            if not isinstance(templates, str):  # several: [{"name": …, "template": …}, …]
-                templates = {t["name"]: t["template"] for t in templates}
-            else:
-                templates = {"default": templates}
-            self.templates = {k: environment.from_string(t) for k, t in templates.items()}
+            several = [{"name": "default", "template": given}] if isinstance(given, str) else given
+            several = {each["name"]: each["template"] for each in several}
+            self.templates = {k: environment.from_string(text) for k, text in several.items()}
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise ValueError(f"the chat template is no jinja2 template: {error}") from None
         ends = generation.get("eos_token_id")
@@ -573,27 +633,15 @@ class Tokenizer:
         the end that two whole renderings, different in the assistant's words, have in common. (A
         piece of text by itself may tokenise differently.)
         """
+        roles = ("user", "assistant", "user")
         one, two = (
-            self.prompt(
-                [
-                    {"role": "user", "content": "1"},
-                    {"role": "assistant", "content": words},
-                    {"role": "user", "content": instruction},
-                ]
-            )
-            for words in ("2", "3")
+            self.prompt([{"role": r, "content": c} for r, c in zip(roles, said, strict=True)])
+            for said in (("1", "2", instruction), ("1", "3", instruction))
         )
-        same = 0
-        while same < min(len(one), len(two)) and one[-1 - same] == two[-1 - same]:
-            same += 1
+        same = len(os.path.commonprefix([one[::-1], two[::-1]]))
         after = one[len(one) - same :]
-        end = next((i for i, token in enumerate(after) if token in self.stop_ids), 0)
-        if (
-            one == two
-            or not after
-            or after[end] not in self.stop_ids
-            or self.decode(after[:end]).strip()
-        ):
+        end = next((i for i, token in enumerate(after) if token in self.stop_ids), None)
+        if one == two or end is None or self.decode(after[:end]).strip():
             raise ValueError("the chat template does not end an assistant's turn on an end token")
         return after[end:]
 
@@ -611,64 +659,83 @@ def raise_template_error(message: str):
 
 
 class Cache:
-    """The keys and values of what R rows have read, so that no token is ever read twice.
+    """What R = P S rows have read: P contexts, each stored once, and S suffixes on each of them.
 
-    Rows grow together, a column at a time. Where a row has nothing to add (it is finished, or its
-    block was shorter than its neighbour's), the column is a hole: `live` is False there.
+        context    [ x x x x x x x . ]     keys and values (P, K, C, D): read once, shared by S rows
+        suffix 1      [ x x x _ _ _ ]      (P, K, S, room, D): one a row, written in place
+        suffix 2      [ x x _ _ _ _ ]
+
+    Suffixes grow together, a column at a time. Where a row has nothing to add (it is finished, or
+    its block was shorter than its neighbour's), the column is a hole: `own_live` is False there.
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], ids: Tensor, live: Tensor):
-        self.keys, self.values = keys, values  # a layer each: (R, K, capacity, D)
-        self.ids, self.live = ids, live  # (R, capacity) int64 and bool
-        self.length = 0  # C, the columns in use
+    def __init__(self, contexts, ids: Tensor, live: Tensor | None, samples=1, room=0):
+        """contexts: each layer's keys and values, (P, K, C, D); ids, live: (P, C)."""
+        self.contexts, self.ids, self.samples = contexts, ids, samples
+        self.live = torch.ones_like(ids, dtype=torch.bool) if live is None else live
+        (P, K, _, D), self.length = contexts[0][0].shape, 0  # length: of the suffixes, so far
+        empty = (contexts[0][0].new_zeros(P, K, samples, room, D) for _ in range(2 * len(contexts)))
+        self.suffixes = list(zip(empty, empty, strict=True))  # a layer each: keys and values
+        self.own_ids = ids.new_zeros(P * samples, room)
+        self.own_live = torch.zeros_like(self.own_ids, dtype=torch.bool)
 
-    @classmethod
-    def empty(cls, model: Model, rows: int, capacity: int) -> "Cache":
-        c, weight = model.config, model.lm_head.weight
-        shape = (rows, c.num_key_value_heads, capacity, c.head_dim)
-        keys = [weight.new_empty(shape) for _ in range(c.num_hidden_layers)]
-        values = [weight.new_empty(shape) for _ in range(c.num_hidden_layers)]
-        ids = torch.zeros(rows, capacity, dtype=torch.long, device=weight.device)
-        return cls(keys, values, ids, torch.zeros_like(ids, dtype=torch.bool))
+    def rows(self, context: Tensor, own: Tensor) -> Tensor:
+        """(P, C) and (R, room) of contexts and suffixes as whole rows, (R, C + length)."""
+        return torch.cat([context.repeat_interleave(self.samples, 0), own[:, : self.length]], 1)
 
     def add(self, ids: Tensor, live: Tensor) -> Tensor:
-        """Open columns for a block of tokens, (R, T); returns `live` of those before."""
-        before, new = self.live[:, : self.length], slice(self.length, self.length + ids.shape[1])
-        self.ids[:, new], self.live[:, new] = ids, live
-        self.length = new.stop
-        return before
+        """Open columns for a block of tokens, (R, T); returns `live` of whole rows, with these."""
+        new = slice(self.length, self.length + ids.shape[1])
+        if not self.own_ids.shape[1]:  # no room: a single block, which is not kept
+            return torch.cat([self.rows(self.live, self.own_live), live], dim=1)
+        self.own_ids[:, new], self.own_live[:, new], self.length = ids, live, new.stop
+        return self.rows(self.live, self.own_live)
+
+    def lengths(self) -> Tensor:
+        """How many tokens each row has read, (R,)."""
+        return self.rows(self.live, self.own_live).sum(1)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a layer's keys and values, (P, K, S, T, D), into the newest columns; returns all."""
+        if not self.length:
+            return k, v
+        keys, values = self.suffixes[layer]
+        new = slice(self.length - k.shape[3], self.length)
+        keys[:, :, :, new], values[:, :, :, new] = k, v
+        return keys[:, :, :, : self.length], values[:, :, :, : self.length]
 
     def crosses(self, live: Tensor, c: SimpleNamespace) -> bool:
         """Whether a row that has been read within longrope's original context now leaves it."""
-        original = c.original_max_position_embeddings
-        if c.rope_type != "longrope" or not self.length or self.length + live.shape[1] <= original:
+        if c.rope_type != "longrope":
             return False
-        before = self.live[:, : self.length].sum(1)
-        return bool(((before <= original) & (before + live.sum(1) > original)).any())
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a layer's keys and values, (R, K, T, D), into the newest columns; returns all."""
-        new = slice(self.length - k.shape[2], self.length)
-        self.keys[layer][:, :, new], self.values[layer][:, :, new] = k, v
-        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+        before, original = self.lengths(), c.original_max_position_embeddings
+        return bool(((before > 0) & (before <= original) & (before + live.sum(1) > original)).any())
 
     def pick(self, rows: Tensor, extra: int) -> "Cache":
-        """A copy of some rows (one may be named repeatedly), with room for `extra` columns."""
-        keys, values = (
-            [F.pad(t[rows, :, : self.length], (0, 0, 0, extra)) for t in tensors]
-            for tensors in (self.keys, self.values)
-        )
-        ids, live = (F.pad(t[rows, : self.length], (0, extra)) for t in (self.ids, self.live))
-        picked = Cache(keys, values, ids, live)
-        picked.length = self.length
+        """A copy of some rows, (P', S') numbers, one context a line; room for `extra` columns."""
+        p, s, chosen = rows // self.samples, rows % self.samples, rows.flatten()
+        same = len(rows) == len(self.ids)  # the contexts, which are then not copied
+        contexts = self.contexts if same else [(k[p[:, 0]], v[p[:, 0]]) for k, v in self.contexts]
+        picked = Cache(contexts, self.ids[p[:, 0]], self.live[p[:, 0]], rows.shape[1])
+        picked.length, pad = self.length, (0, 0, 0, extra)
+        picked.suffixes = [
+            tuple(F.pad(x[p, :, s, : self.length].transpose(1, 2), pad) for x in pair)
+            for pair in self.suffixes
+        ]
+        own = (x[chosen, : self.length] for x in (self.own_ids, self.own_live))
+        picked.own_ids, picked.own_live = (F.pad(x, (0, extra)) for x in own)
         return picked
 
     def put_back(self, rows: Tensor, part: "Cache", start: int) -> None:
         """Copy what the working copy `part` of these rows has read from column `start` on."""
-        new = slice(start, part.length)
-        for own, theirs in zip(self.keys + self.values, part.keys + part.values, strict=True):
-            own[rows, :, new] = theirs[:, :, new]
-        self.ids[rows, new], self.live[rows, new] = part.ids[:, new], part.live[:, new]
+        table = rows.view(len(part.ids), -1)  # (P', S')
+        p, s, chosen = table // self.samples, table % self.samples, rows
+        new, self.length = slice(start, part.length), part.length
+        for pair, theirs in zip(self.suffixes, part.suffixes, strict=True):
+            for own, x in zip(pair, theirs, strict=True):
+                own[p, :, s, new] = x[:, :, :, new].transpose(1, 2)
+        self.own_ids[chosen, new] = part.own_ids[:, new]
+        self.own_live[chosen, new] = part.own_live[:, new]
 
 
 @dataclass
@@ -697,9 +764,10 @@ def generate(
 ) -> Generation:
     """Draw `samples` continuations of each prompt, each up to a token of `stop` (which is kept).
 
-    Every prompt is read once, however many samples are drawn from it. Rows that are finished leave
-    the batch. With a `cache` (of the turn before), prompt r is appended to what row r has read,
-    which is everything but the last token that was drawn: the prompt begins in that one's place.
+    Every prompt is read once, however many samples are drawn from it, and its keys and values are
+    stored once. Rows that are finished leave the batch. With a `cache` (of the turn before), prompt
+    r is appended to what row r has read, which is everything but the last token that was drawn: the
+    prompt begins in that one's place; `samples` is then 1.
 
     A row's randomness is its own: token t of sample s of prompt p is decided by number t of a
     stream keyed by (seed, *keys[p], s), so a sample does not depend on what else is in the batch
@@ -724,19 +792,19 @@ def generate(
     width = int(lengths.max())
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)  # (P, width)
     live = torch.arange(width, device=device) < lengths[:, None]
-    rows = torch.arange(P, device=device)
-    cache = cache.pick(rows, extra=width) if cache else Cache.empty(model, P, width)
-    longest, context = (
-        int((cache.live.sum(1) + lengths).max()) + max_new_tokens,
-        model.config.context,
-    )
-    if longest > context:
-        raise ValueError(f"up to {longest} tokens do not fit the model's context of {context}")
-    hidden = model.hidden(ids, cache, live)[rows, lengths - 1]  # (P, E)
+    longest = int((lengths + (cache.lengths() if cache else 0)).max()) + max_new_tokens
+    c = model.config
+    if longest > c.context:
+        raise ValueError(f"up to {longest} tokens do not fit the model's context of {c.context}")
     rows = torch.arange(R, device=device)  # the rows still in the batch
-    hidden = hidden[rows // samples]  # (R, E): each sample starts from its prompt
-    cache = cache.pick(rows // samples, extra=max_new_tokens)
-    start = 0 if model.config.rope_type == "longrope" else cache.length  # it may read anew
+    if cache:
+        cache = cache.pick(rows.view(len(cache.ids), -1), extra=width + max_new_tokens)
+        start, hidden = cache.length, model.hidden(ids, cache, live)
+    else:
+        start, (hidden, cache) = 0, model.read(ids, live, samples, room=max_new_tokens)
+    # (R, E): each sample starts from its prompt
+    hidden = hidden[rows[:P], lengths - 1].repeat_interleave(samples, dim=0)
+    steady = c.rope_type != "longrope" or longest <= c.original_max_position_embeddings
 
     tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(R, max_new_tokens, device=device)
@@ -745,22 +813,28 @@ def generate(
     work = cache  # what the rows in the batch have read: the cache itself, or a copy of some rows
     for t in range(max_new_tokens):
         drawn, logprob = draw(model.head(hidden), uniform[rows, t], temperature, top_k, top_p)
-        tokens[rows, t], logprobs[rows, t] = drawn, logprob
         ended = torch.isin(drawn, stops) & ~done
+        tokens[rows, t] = torch.where(done, tokens[rows, t], drawn)
+        logprobs[rows, t] = torch.where(done, logprobs[rows, t], logprob)
         count[rows[ended]] = t + 1
         done |= ended
         if t + 1 == max_new_tokens or t % 4 == 0 and bool(done.all()):
             break
-        if t % 4 == 0 and done.sum() * 4 > len(done):  # a quarter is finished: they leave the batch
-            if work is not cache:
-                cache.put_back(rows, work, start)
-            stay = (~done).nonzero().squeeze(1)
-            work = work.pick(stay, extra=max_new_tokens - t)
-            rows, drawn, done = rows[stay], drawn[stay], done[stay]
+        if t % 4 == 0 and steady:
+            # Finished rows leave: contexts without an unfinished row, and so many columns of the
+            # (P, S) table of rows as no context needs any more; unfinished rows come first.
+            table = done.view(len(work.ids), -1)
+            left = (~table).sum(1)
+            if int((left > 0).sum()) * int(left.max()) <= 0.75 * len(done):
+                order = table.int().argsort(dim=1, stable=True)[left > 0, : int(left.max())]
+                stay = (order + (left > 0).nonzero() * table.shape[1]).flatten()
+                if work is not cache:
+                    cache.put_back(rows, work, start)
+                work = work.pick(stay.view(order.shape), extra=max_new_tokens - t)
+                rows, drawn, done = rows[stay], drawn[stay], done[stay]
         hidden = model.hidden(drawn[:, None], work, ~done[:, None])[:, 0]
     if work is not cache:
         cache.put_back(rows, work, start)
-        cache.length = work.length
 
     def by_prompt(values: Tensor) -> list[list[list]]:
         rows = [row[:n] for row, n in zip(values.tolist(), count.tolist(), strict=True)]
@@ -789,8 +863,11 @@ def draw(
             sorted_p, order = kept.softmax(-1).sort(dim=-1, descending=True, stable=True)
             beyond = sorted_p.cumsum(-1) - sorted_p >= top_p
             kept = kept.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-        cdf = kept.softmax(-1).cumsum(-1)
-        token = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1)
+        cdf = kept.exp().cumsum(-1)
+        total = cdf[:, -1:].contiguous()
+        u = uniform[:, None] * total
+        last = torch.searchsorted(cdf, total)  # the last token that has any probability
+        token = torch.searchsorted(cdf, u, right=True).minimum(last).squeeze(-1)
     return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
 
 
@@ -839,9 +916,8 @@ def tiny(words: list[str], seed: int = 0, context: int = 512) -> tuple[Model, To
     angles = torch.tensor(list(numbers))[:, None] * 2 * math.pi / periods  # (numbers, 24)
     features = torch.cat([angles.sin(), angles.cos()], dim=1)  # (numbers, 48)
     projection = torch.randn(features.shape[1], config["hidden_size"], generator=rng)
-    rows = (
-        features @ projection / features.norm(dim=1, keepdim=True) * config["hidden_size"] ** -0.5
-    )
+    rows = features @ projection / features.norm(dim=1, keepdim=True)
     with torch.no_grad():
+        rows *= config["hidden_size"] ** -0.5
         model.model.embed_tokens.weight[list(numbers.values())] = rows
     return model, Tokenizer(tokenizer, settings, {"eos_token_id": [0], "pad_token_id": 0})

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from grpo import token_logprobs
-from model import INDEX, Cache, Model, Tokenizer, generate
+from grpo import Batch, Settings, gradients, textbook, token_logprobs
+from model import INDEX, Model, Tokenizer, generate
 
 SHORT, LONG = [1.0, 1.2, 1.7, 2.5], [1.5, 3.0, 4.5, 6.0]
 LONGROPE = dict(
@@ -77,8 +77,8 @@ def test_logits_equal_transformers(kind, tmp_path):
         got = ours(ids, live=live)
         for row in range(3):
             close(got[row][live[row]], theirs(ids[row][live[row]][None]).logits[0])
-    cache = Cache.empty(ours, 3, T)
-    for start, end in ((0, 7), *((t, t + 1) for t in range(7, T))):
+    _, cache = ours.read(ids[:, :7], room=T - 7)
+    for start, end in ((t, t + 1) for t in range(7, T)):
         got = ours.head(ours.hidden(ids[:, start:end], cache))[:, -1]
         close(got, theirs(ids[:, :end]).logits[:, -1])
 
@@ -214,12 +214,35 @@ def test_rows_of_the_head_beyond_the_tokenizer(tmp_path):
     ours.words = 30
     drawn = generate(ours, [prompt], samples=40, max_new_tokens=5)
     assert max(max(turn) for turn in drawn.tokens[0]) < 30
-    ids = torch.tensor([prompt + turn for turn in drawn.tokens[0]])
-    mask = torch.zeros(40, 7, dtype=torch.bool)
-    mask[:, 2:] = True
-    now, _ = token_logprobs(ours, ids, mask, 1.0)
-    assert (now[:, 2:] - torch.tensor(drawn.logprobs[0])).abs().max() < 1e-4
-    assert ours(ids).shape[-1] == 30
+    rows = [prompt + turn for turn in drawn.tokens[0]]
+    batch = Batch(rows, [[(3, 8)]] * 40, torch.ones(40), group=8)
+    now, _, _ = token_logprobs(ours, batch, range(40), 1.0)
+    assert (now - torch.tensor(drawn.logprobs[0])).abs().max() < 1e-4
+    assert ours(torch.tensor(rows)).shape[-1] == 30
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_equals_the_textbook(kind, tmp_path):
+    """Shared contexts, some reflections of which go beyond longrope's original context."""
+    _, ours = made(kind, tmp_path)
+    rng = torch.Generator().manual_seed(0)
+    ids, spans, old = [], [], []
+    for context, lengths in ((12, (2, 9, 3)), (5, (6, 1, 4))):
+        shared = torch.randint(0, 61, (context,), generator=rng).tolist()
+        for length in lengths:
+            ids.append(shared + torch.randint(0, 61, (length,), generator=rng).tolist())
+            spans.append([(context, context + length)])
+            old.append((torch.randn(length, generator=rng) * 0.3 - 4.0).tolist())
+    A = torch.randn(6, generator=rng)
+    batch = Batch(ids, spans, A, old_logprobs=old, ref_logprobs=old, group=3)
+    for micro_tokens in (1, 1_000):
+        settings = Settings(beta=0.2, micro_tokens=micro_tokens)
+        ours.zero_grad(set_to_none=True)
+        metrics = gradients(ours, None, batch, settings)
+        mine = torch.cat([p.grad.flatten() for p in ours.parameters()])
+        value, exact = textbook(ours, batch, settings)
+        assert metrics["loss"] == pytest.approx(value, rel=1e-4)
+        assert ((mine - exact).norm() / exact.norm()).item() < 1e-4
 
 
 MEASURE = """

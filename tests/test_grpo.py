@@ -91,6 +91,79 @@ def test_micro_batches_never_change_the_gradient(tiny, loss):
         assert ((other - results[0]).norm() / results[0].norm()).item() < 1e-5
 
 
+def packed_batch(model, sizes, G, seed=0, same=()) -> Batch:
+    """Groups of a context and G reflections, of these lengths; those in `same` of equal rewards."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def tokens(length):
+        return torch.randint(0, model.config.vocab_size, (length,), generator=rng).tolist()
+
+    contexts, reflections, old = [], [], []
+    for context, longest in sizes:
+        shared = tokens(context)
+        for g in range(G):
+            contexts.append(shared)
+            reflections.append(tokens(1 + (longest - 1) * g // max(1, G - 1)))
+    rows = [c + r for c, r in zip(contexts, reflections, strict=True)]
+    for row, r in zip(rows, reflections, strict=True):
+        with torch.no_grad():
+            log_p = model(torch.tensor([row]))[0].log_softmax(-1)[-len(r) - 1 : -1]
+        now = log_p.gather(1, torch.tensor(r)[:, None]).squeeze(1)
+        old.append((now + 0.4 * torch.randn(len(r), generator=rng)).tolist())
+    rewards = torch.randint(0, 2, (len(sizes), G), generator=rng).float()
+    rewards[:, 0], rewards[:, -1] = 1, 0
+    rewards[list(same)] = 1
+    batch = grpo.reflection_batch(contexts, reflections, old, rewards)
+    batch.ref_logprobs = [[v - 0.3 for v in values] for values in old]
+    return batch
+
+
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("sizes", [[(30, 1)], [(9, 7)], [(40, 12), (3, 20), (17, 1), (25, 6)]])
+def test_a_shared_context_changes_nothing(tiny, loss, sizes):
+    """Invariant 4: the packed step is the textbook's, one row per reflection, however split."""
+    model = tiny[0].double()  # so that rounding hides nothing
+    batch = packed_batch(model, sizes, G=5)
+    for micro_tokens, checkpointing in ((1, False), (200, True), (10_000, False)):
+        settings = Settings(loss=loss, beta=0.2, max_new_tokens=20, micro_tokens=micro_tokens)
+        model.checkpointing = checkpointing
+        metrics, ours = gradient_of(model, batch, settings)
+        model.checkpointing = False
+        value, exact = grpo.textbook(model, batch, settings)
+        assert 0.1 < metrics["clipped"] < 0.9
+        assert metrics["loss"] == pytest.approx(value, rel=1e-9)
+        assert ((ours - exact).norm() / exact.norm()).item() < 1e-9
+
+
+def test_the_head_in_parts_is_the_head_in_one(tiny, monkeypatch):
+    model, _ = tiny
+    batch = packed_batch(model, [(9, 7), (5, 12)], G=4)
+    whole, one = gradient_of(model, batch, Settings(beta=0.2))
+    monkeypatch.setattr(grpo, "LOGITS", 10 * model.words)
+    parts, other = gradient_of(model, batch, Settings(beta=0.2))
+    assert ((one - other).norm() / one.norm()).item() < 1e-6
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_groups_of_equal_rewards_are_left_out_at_no_price(tiny, monkeypatch):
+    """Without KL their gradient is zero, and their tokens still count in the normaliser."""
+    model = tiny[0].double()
+    batch = packed_batch(model, [(9, 7), (5, 12), (20, 3)], G=4, same=(1,))
+    read = []
+    predictions = grpo.predictions
+    monkeypatch.setattr(grpo, "predictions", lambda *a: read.extend(a[2]) or predictions(*a))
+    for beta, skip, rows in ((0.0, False, 8), (0.2, False, 12), (0.2, True, 8)):
+        settings = Settings(beta=beta, skip_equal=skip)
+        read.clear()
+        metrics, ours = gradient_of(model, batch, settings)
+        value, exact = grpo.textbook(model, batch, settings)
+        assert sorted(read) == ([0, 1, 2, 3, 8, 9, 10, 11] if rows == 8 else list(range(12)))
+        assert metrics["tokens"] == sum(len(values) for values in batch.old_logprobs)
+        if not skip:
+            assert metrics["loss"] == pytest.approx(value, rel=1e-9)
+            assert ((ours - exact).norm() / exact.norm()).item() < 1e-9
+
+
 def test_clip_takes_the_worse_of_both_for_both_signs():
     """min(ratio A, clip(ratio) A): good tokens stop being pushed up, bad ones down."""
     for A, ratio, flows in ((1, 1.5, False), (1, 0.5, True), (-1, 0.5, False), (-1, 1.5, True)):
@@ -126,7 +199,7 @@ def test_nothing_but_the_reflection_is_trained(tiny):
     assert grpo_loss(inside, old, ref, A, mask) != grpo_loss(logprobs, old, ref, A, mask)
 
 
-def test_the_end_of_turn_is_trained_and_the_context_is_not():
+def test_the_end_of_turn_is_trained_and_the_context_is_not(tiny):
     batch = grpo.reflection_batch(
         contexts=[[5, 6, 7], [5, 6, 7]],
         reflections=[[8, 9, 0], [8, 0]],  # 0 is the end of turn
@@ -134,8 +207,12 @@ def test_the_end_of_turn_is_trained_and_the_context_is_not():
         rewards=torch.tensor([[1.0, 0.0]]),
     )
     assert batch.ids == [[5, 6, 7, 8, 9, 0], [5, 6, 7, 8, 0]]
-    ids, mask = grpo.padded(batch, [0, 1], "cpu")
-    assert ids.tolist()[1] == [5, 6, 7, 8, 0, 0]  # the last 0 is padding, the one before it is not
+    _, targets, mask = grpo.predictions(tiny[0], batch, [0, 1])
+    assert targets.tolist() == [[8, 9, 0], [8, 0, 0]]  # the last 0 is padding, the others are not
+    assert mask.int().tolist() == [[1, 1, 1], [1, 1, 0]]
+    batch.group = 1  # a row of its own each
+    _, targets, mask = grpo.predictions(tiny[0], batch, [0, 1])
+    assert targets.tolist() == [[6, 7, 8, 9, 0], [6, 7, 8, 0, 0]]
     assert mask.int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 1, 1, 0]]
 
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import model as models
-from model import Cache, Model, Tokenizer, draw, generate
+from model import Model, Tokenizer, draw, generate
 
 SHAPES = {
     "tied, grouped": dict(num_key_value_heads=2, tie_word_embeddings=True),
@@ -50,10 +50,8 @@ def test_logits_equal_transformers(tmp_path, shape):
         positions = (live.cumsum(1) - 1).clamp(min=0)
         padded = theirs(ids, attention_mask=live.long(), position_ids=positions).logits
         close(ours(ids, live=live)[live], padded[live])
-    cache = Cache.empty(ours, 3, 20)  # a block, then token by token
-    steps = [ours.hidden(ids[:, :7], cache)] + [
-        ours.hidden(ids[:, t : t + 1], cache) for t in range(7, 20)
-    ]
+    hidden, cache = ours.read(ids[:, :7], room=13)  # a block, then token by token
+    steps = [hidden] + [ours.hidden(ids[:, t : t + 1], cache) for t in range(7, 20)]
     close(ours.head(torch.cat(steps, dim=1)), want)
 
 
@@ -63,10 +61,9 @@ def test_a_cache_with_holes_is_as_if_there_were_none(tmp_path):
     ids = torch.randint(0, 61, (2, 12))
     live = torch.ones(2, 12, dtype=torch.bool)
     live[0, 3:6] = live[1, 0] = live[1, 8] = False
-    cache = Cache.empty(ours, 2, 12)
-    got = torch.cat(
-        [ours.hidden(ids[:, a:b], cache, live[:, a:b]) for a, b in ((0, 5), (5, 6), (6, 12))], 1
-    )
+    hidden, cache = ours.read(ids[:, :5], live[:, :5], room=7)
+    parts = [ours.hidden(ids[:, a:b], cache, live[:, a:b]) for a, b in ((5, 6), (6, 12))]
+    got = torch.cat([hidden, *parts], dim=1)
     for row in range(2):
         alone = ours(ids[row][live[row]][None])[0]
         close(ours.head(got)[row][live[row]], alone)
