@@ -27,7 +27,7 @@ import math
 import random
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -87,6 +87,8 @@ class Conversation:
     second: Verdict | None = None
 
 
+Tries = list[Conversation]
+
 # A turn's random stream is keyed by (seed, purpose, step, turn, problem, attempt, sample); a `key`
 # below is its (purpose, step).
 MEASURE, COLLECT, TRAIN, AGAIN = range(4)  # purposes
@@ -100,9 +102,7 @@ def chunks(items: list, size: int, bar: str) -> Iterator[list]:
         yield items[start : start + size]
 
 
-def attempt(
-    speaker: Speaker, problems: list, samples: int, key: tuple, bar: str = "", first: int = 0
-) -> list[Conversation]:
+def attempt(speaker: Speaker, problems: list, samples: int, key: tuple, bar="", first=0) -> Tries:
     """First tries: `samples` at each problem, problem by problem, numbered from `first`."""
     tries = []
     for some in chunks(problems, speaker.rows // samples, bar):
@@ -116,9 +116,7 @@ def attempt(
     return tries
 
 
-def reflect(
-    speaker: Speaker, failures: list[Conversation], samples: int, key: tuple
-) -> tuple[list[Conversation], Cache]:
+def reflect(speaker: Speaker, failures: Tries, samples: int, key: tuple) -> tuple[Tries, Cache]:
     """`samples` reflections on each failure, failure by failure, and the cache to retry from."""
     bridge = speaker.tokenizer.bridge(speaker.task.reflect)
     contexts = [f.prompt + speaker.tokenizer.next_turn(f.attempt, bridge) for f in failures]
@@ -131,16 +129,10 @@ def reflect(
     return reflected, drawn.cache
 
 
-def retry(
-    speaker: Speaker,
-    reflected: list[Conversation],
-    key: tuple,
-    cache: Cache | None = None,
-    bar: str = "",
-) -> list[Conversation]:
+def retry(speaker: Speaker, reflected: Tries, key: tuple, cache=None, bar="") -> Tries:
     """A second try after each reflection.
 
-    With the cache of the reflections, only what lies between the turns is read; without it (the
+    With the cache from `reflect`, only what lies between the turns is read; without one (the
     reflections are another model's, or a control's) each conversation is read from its beginning.
     """
     bridge = speaker.tokenizer.bridge(speaker.task.again)
@@ -159,9 +151,7 @@ def retry(
     return tries
 
 
-def second_tries(
-    speaker: Speaker, failures: list[Conversation], samples: int, key: tuple, bar: str = ""
-) -> list[Conversation]:
+def second_tries(speaker: Speaker, failures: Tries, samples: int, key: tuple, bar="") -> Tries:
     """Reflect `samples` times on each failure, and retry after each reflection."""
     done = []
     for some in chunks(failures, speaker.rows // samples, bar):
@@ -170,62 +160,32 @@ def second_tries(
     return done
 
 
-def fitting(speaker: Speaker, problems: list) -> list:
-    """The problems whose conversations cannot outgrow the context. Says how many are dropped.
-
-    They are dropped before they begin, so that what is compared is measured on the same problems.
-    """
-    bridges = [
-        speaker.tokenizer.bridge(text) for text in (speaker.task.reflect, speaker.task.again)
-    ]
-    room = speaker.model.config.context - 3 * speaker.max_new_tokens - sum(map(len, bridges))
-    kept = [problem for problem in problems if len(speaker.question(problem)) <= room]
-    if len(kept) < len(problems):
-        print(
-            f"{len(problems) - len(kept)} of {len(problems)} problems dropped: with turns of "
-            f"{speaker.max_new_tokens} tokens they might outgrow the model's context"
-        )
-    if not kept:
-        raise ValueError("no problem fits the model's context: lower --max-new-tokens")
-    return kept
-
-
 # -- Training --------------------------------------------------------------------------------------
 
 
-def find_failures(
-    speaker: Speaker, problems: list, responses: int, keep: str = "any"
-) -> Iterator[tuple[int, list[Conversation]]]:
+def find_failures(speaker: Speaker, problems: list, responses: int, keep: str) -> Iterator[Tries]:
     """A dataset of failures: one wrong try at each problem that the model gets wrong.
 
     keep says which these are: "any" keeps a problem if any of up to `responses` tries is wrong, and
     stops trying at the first that is; "all" keeps it if all are, and stops at the first that is
-    right. Yields (problems done, their failures) a bunch of problems at a time, in their order.
+    right. Yields the failures of a bunch of problems at a time, in their order.
     """
-    kept = 0
-    with tqdm(total=len(problems), desc="failures", leave=False) as bar:
-        for some in chunks(problems, speaker.rows, ""):
-            wrong: dict[int, Conversation] = {}
-            undecided = some
-            for number in range(responses):
-                tries = attempt(speaker, undecided, 1, (COLLECT, 0), first=number)
-                for c in tries:
-                    if not c.first.right:
-                        wrong.setdefault(c.problem.id, c)
-                    elif keep == "all":
-                        wrong.pop(c.problem.id, None)
-                undecided = [c.problem for c in tries if c.first.right == (keep == "any")]
-                if not undecided:
-                    break
-            kept += len(wrong)
-            bar.update(len(some))
-            bar.set_postfix_str(f"{kept / bar.n:.0%} of the problems failed")
-            yield bar.n, [wrong[problem.id] for problem in some if problem.id in wrong]
+    for some in chunks(problems, speaker.rows, "failures"):
+        wrong, undecided = {}, some  # wrong: failures by their problems' ids
+        for number in range(responses):
+            tries = attempt(speaker, undecided, 1, (COLLECT, 0), first=number)
+            for c in tries:
+                if not c.first.right:
+                    wrong.setdefault(c.problem.id, c)
+                elif keep == "all":
+                    wrong.pop(c.problem.id, None)
+            undecided = [c.problem for c in tries if c.first.right == (keep == "any")]
+        yield [wrong[problem.id] for problem in some if problem.id in wrong]
 
 
 def sample_batch(
-    speaker: Speaker, failures: list[Conversation], args, step: int, shuffle_rewards: bool = False
-) -> tuple[list[Conversation], grpo.Batch]:
+    speaker: Speaker, failures: Tries, args, step: int, shuffle_rewards: bool = False
+) -> tuple[Tries, grpo.Batch]:
     """G reflections on each failure, a retry after each, and what the optimiser learns from them.
 
     A reflection is worth 1 if the retry after it is right, else 0; one that was cut at the longest
@@ -249,17 +209,13 @@ def sample_batch(
 
 
 def reinforce(
-    speaker: Speaker,
-    failures: list[Conversation],
-    args: argparse.Namespace,
-    samples_file: Path | None = None,
-    shuffle_rewards: bool = False,
+    speaker: Speaker, failures: Tries, args, samples_file=None, shuffle_rewards: bool = False
 ) -> Iterator[tuple[int, dict[str, float], list[torch.optim.Optimizer]]]:
     """Train the speaker's model by R3 on a dataset of failures, in place.
 
-    Yields (steps done, metrics, optimisers) after each step.
+    Yields (steps done, metrics, optimisers) before the first step and after each; what was sampled
+    goes into samples_file.
     """
-    settings = settings_of(args)
     reference = copy.deepcopy(speaker.model).requires_grad_(False) if args.beta else None
     optimizers = grpo.adamw(speaker.model, args.lr)
 
@@ -267,12 +223,13 @@ def reinforce(
         chosen = draw_failures(failures, step, args.batch, speaker.seed)
         tries, batch = sample_batch(speaker, chosen, args, step, shuffle_rewards)
         if samples_file:
-            log_samples(samples_file, step, tries, batch, speaker.tokenizer.tokenizer.decode)
+            write_samples(samples_file, step + 1, tries, batch, speaker.tokenizer)
         return batch
 
-    name = "R3, rewards shuffled" if shuffle_rewards else "R3"
-    with tqdm(total=args.steps, desc=name) as bar:
-        for step, m in grpo.train(speaker.model, batches, settings, optimizers, reference):
+    steps = grpo.train(speaker.model, batches, settings_of(args), optimizers, reference)
+    yield 0, {}, optimizers
+    with tqdm(total=args.steps, desc="R3, rewards shuffled" if shuffle_rewards else "R3") as bar:
+        for step, m in steps:
             bar.set_postfix_str(f"reward {m['reward']:.2f}, length {m['length']:.0f}")
             bar.update()
             yield step + 1, m, optimizers
@@ -283,34 +240,19 @@ def settings_of(args: argparse.Namespace) -> grpo.Settings:
     return grpo.Settings(**{name: getattr(args, name) for name in names})
 
 
-def draw_failures(failures: list, step: int, size: int, seed: int) -> list:
-    """The failures of a step: every one once an epoch, in an order drawn anew for each epoch.
-
-    Where two epochs meet in a step, or the dataset is smaller than a step, none comes twice.
-    """
-    chosen, orders = {}, {}
-    for place in range(step * size, (step + 1) * size):
-        epoch, place = divmod(place, len(failures))
-        if epoch not in orders:
-            orders[epoch] = random.Random(f"{seed} {epoch}").sample(failures, len(failures))
-        failure = orders[epoch][place]
-        chosen[failure.problem.id, failure.sample] = failure
-    return list(chosen.values())
-
-
-def log_samples(path: Path, step: int, tries: list[Conversation], batch: grpo.Batch, text) -> None:
-    """A line per reflection: the whole conversation, reward, advantage, and the trained span."""
-    rows = zip(tries, batch.rewards.tolist(), batch.advantages.tolist(), batch.spans, strict=True)
-    for c, reward, advantage, [span] in rows:
-        turns = {"context": c.context, "reflection": c.reflection, "retry": c.retry}
-        said = {name: text(ids, skip_special_tokens=False) for name, ids in turns.items()}
-        worth = {"verdict": c.second.reason, "reward": reward, "advantage": advantage}
-        span = {"trained_span": span}  # token numbers in context + reflection
-        log(path, {"step": step + 1, "problem": asdict(c.problem), **said, **worth, **span})
+def draw_failures(failures: Tries, step: int, size: int, seed: int) -> Tries:
+    """The failures of a step: each once an epoch, in an order drawn anew, none twice a step."""
+    epoch, start = divmod(step * size, len(failures))
+    order: Tries = []
+    while len(order) < start + size:
+        order += random.Random(f"{seed} {epoch}").sample(failures, len(failures))
+        epoch += 1
+    return list({(c.problem.id, c.sample): c for c in order[start : start + size]}.values())
 
 
 # -- The cold start: a tiny model is born ----------------------------------------------------------
 
+RUNS = Path("runs")
 COLD = {"steps": 1_500, "dialogues": 16, "diligent": 0.7, "muon_lr": 0.01, "adamw_lr": 3e-3}
 WINDOW = 8  # steps whose dialogues are drawn together
 
@@ -320,46 +262,38 @@ def cold_start(task, seed: int) -> tuple[Model, Tokenizer]:
     model, tokenizer = models.tiny(task.words(), seed)
     tokenizer.settings["texts"] = "tiny"  # this checkpoint was taught the task's short texts
     problems, size = task.load(split="cold", seed=seed), COLD["dialogues"]
-    bridges = [tokenizer.bridge(task.reflect), tokenizer.bridge(task.again)]
-    window: list[list] = []  # batches of rows
-
-    def row(step: int, rng: random.Random) -> tuple[list[int], list[tuple[int, int]]]:
-        """A dialogue as token ids, and the spans where the assistant speaks."""
-        diligent = step < COLD["diligent"] * COLD["steps"]
-        problem, turns = task.cold_dialogue(problems, rng, diligent)
-        ids, spans = tokenizer.prompt(*task.messages(problem)), []
-        for number, turn in enumerate(turns):
-            said = tokenizer.encode(turn) + tokenizer.stop_ids[:1]
-            spans.append((len(ids), len(ids) + len(said)))
-            last = number == len(turns) - 1
-            ids += said if last else tokenizer.next_turn(said, bridges[number])
-        return ids, spans
-
-    def batches(step: int) -> grpo.Batch:
-        # The dialogues of a few steps are drawn at once and dealt out by length, so that a batch
-        # holds rows of about one length and hardly any padding; then the batches are shuffled.
-        if step % WINDOW == 0:
-            rng = random.Random(f"cold {seed} {step}")
-            rows = sorted((row(step, rng) for _ in range(size * WINDOW)), key=lambda r: len(r[0]))
-            window[:] = [rows[i * size : (i + 1) * size] for i in rng.sample(range(WINDOW), WINDOW)]
-        ids, spans = zip(*window[step % WINDOW], strict=True)
-        return grpo.Batch(list(ids), list(spans), advantages=torch.ones(size))
-
+    # What comes before each of the assistant's turns: the first follows the prompt itself.
+    bridges = [[], tokenizer.bridge(task.reflect), tokenizer.bridge(task.again)]
+    batches = []
+    for start in tqdm(range(0, COLD["steps"], WINDOW), "dialogues", leave=False):
+        rng, rows = random.Random(f"cold {seed} {start}"), []
+        diligent = start < COLD["diligent"] * COLD["steps"]
+        for _ in range(size * WINDOW):
+            problem, turns = task.cold_dialogue(problems, rng, diligent)
+            ids, spans = tokenizer.prompt(*task.messages(problem)), []
+            for bridge, turn in zip(bridges, turns, strict=False):
+                ids = tokenizer.next_turn(ids, bridge)
+                said = tokenizer.encode(turn) + tokenizer.stop_ids[:1]
+                spans.append((len(ids), len(ids) + len(said)))
+                ids += said
+            rows.append((ids, spans))
+        # Dealt out by length, so that a batch holds rows of about one length and hardly any
+        # padding; then the batches are shuffled.
+        rows.sort(key=lambda row: len(row[0]))
+        for i in rng.sample(range(WINDOW), WINDOW):
+            ids, spans = zip(*rows[i * size : (i + 1) * size], strict=True)
+            batches.append(grpo.Batch(list(ids), list(spans), advantages=torch.ones(size)))
     settings = grpo.Settings(steps=COLD["steps"], lr=COLD["muon_lr"], beta=0.0)
     optimizers = grpo.muon(model, COLD["muon_lr"], COLD["adamw_lr"])
-    with tqdm(total=settings.steps, desc="cold start") as bar:
-        for _, metrics in grpo.train(model, batches, settings, optimizers):
-            bar.set_postfix_str(f"nll {metrics['nll']:.3f}", refresh=False)
-            bar.update()
+    steps = grpo.train(model, batches.__getitem__, settings, optimizers)
+    for _, metrics in (bar := tqdm(steps, "cold start", settings.steps)):
+        bar.set_postfix_str(f"nll {metrics['nll']:.3f}", refresh=False)
     return model, tokenizer
 
 
 def base_model(task, seed: int, fresh: bool) -> Path:
-    """The folder of the tiny model for a seed, made or found; `fresh` makes it anew.
-
-    Its name is keyed by seed and recipe: the numbers of the cold start, the architecture, and the
-    dialogues themselves. Change any of them and a new base is made beside the old one.
-    """
+    """The folder of the tiny model for a seed, made or found; `fresh` makes it anew. Change the
+    recipe (the numbers, the architecture, the dialogues), and a base is made beside the old one."""
     problems = task.load(split="cold", seed=seed)
     said = [task.cold_dialogue(problems, random.Random(i), i % 2 > 0)[1] for i in range(200)]
     architecture = models.tiny(task.words(), seed)[0].config_dict
@@ -375,7 +309,7 @@ def base_model(task, seed: int, fresh: bool) -> Path:
 # -- Measuring -------------------------------------------------------------------------------------
 
 
-def measure(speaker: Speaker, problems: list, samples: int, bar: str) -> list[Conversation]:
+def measure(speaker: Speaker, problems: list, samples: int, bar: str) -> Tries:
     """Attempt every problem `samples` times; reflect on each failure once, and retry once."""
     tries = attempt(speaker, problems, samples, (MEASURE, 0), f"{bar}: first tries")
     failures = [c for c in tries if not c.first.right]
@@ -383,15 +317,15 @@ def measure(speaker: Speaker, problems: list, samples: int, bar: str) -> list[Co
     return [c if c.first.right else next(second) for c in tries]
 
 
-def first_right(tries: list[Conversation]) -> np.ndarray:
+def first_right(tries: Tries) -> np.ndarray:
     return np.array([c.first.right for c in tries], float)
 
 
-def within_two(tries: list[Conversation]) -> np.ndarray:
+def within_two(tries: Tries) -> np.ndarray:
     return np.array([(c.second or c.first).right for c in tries], float)
 
 
-def interval(values: np.ndarray, tries: list[Conversation]) -> list[float]:
+def interval(values: np.ndarray, tries: Tries) -> list[float]:
     """[mean, low, high]: a 95% interval that is robust to several tries at one problem.
 
     Tries at one problem are not independent, so the variance of the mean is that of the residuals
@@ -414,79 +348,74 @@ def wilson(values: np.ndarray) -> list[float]:
     return [p, max(0.0, low), min(1.0, high)]
 
 
-def accuracy(**measured: list[Conversation]) -> dict:
+def accuracy(**measured: Tries) -> dict:
     """Rows of the paper's numbers, first try and within two, one per model; and the paired gain."""
-    rows: dict[str, dict] = {name: {} for name in measured}
+    rows: dict[str, dict] = defaultdict(dict)
     for label, right in (("1st try", first_right), ("within two", within_two)):
         for name, tries in measured.items():
             single = len({c.problem.id for c in tries}) == len(tries)
             rows[name][label] = wilson(right(tries)) if single else interval(right(tries), tries)
         if len(measured) == 2:
             before, after = measured.values()
-            rows.setdefault("gain", {})[label] = interval(right(after) - right(before), before)
+            rows["gain"][label] = interval(right(after) - right(before), before)
     return rows
 
 
-def reasons(**measured: list[Conversation]) -> dict:
-    """How often the verifier said what: rows by reason, columns by model and turn."""
+def reasons(task, **measured: Tries) -> dict:
+    """How often the verifier said what: the task's own reasons first, then any others."""
     columns = {}
     for name, tries in measured.items():
         columns[f"{name}, 1st"] = Counter(c.first.reason for c in tries)
         columns[f"{name}, retry"] = Counter(c.second.reason for c in tries if c.second)
-    kinds = dict.fromkeys(kind for count in columns.values() for kind in count)
+    kinds = dict.fromkeys([*task.reasons, *(kind for count in columns.values() for kind in count)])
     return {kind: {name: count[kind] for name, count in columns.items()} for kind in kinds}
 
 
-def second_right(tries: list[Conversation]) -> list[float]:
+def second_right(tries: Tries) -> list[float]:
     return interval(np.array([c.second.right for c in tries], float), tries)
 
 
-# -- Controls: what else could explain the gain? ---------------------------------------------------
-
-
-def controls(speakers: dict[str, Speaker], tries: dict[str, list[Conversation]]) -> dict:
-    """Retries after something other than one's own reflection, on the same failures.
+def controls(speakers: dict[str, Speaker], tries: dict[str, Tries]) -> dict:
+    """What else could explain the gain? Retries after something other than one's own reflection.
 
     speakers: "vanilla", "trained" and "shuffled" (trained on shuffled rewards); tries: the second
     tries of the first two on the vanilla model's failures, with their reflections.
     """
-    tokenizer, task = speakers["vanilla"].tokenizer, speakers["vanilla"].task
-    end = tokenizer.stop_ids[:1]
-    generic = tokenizer.encode(task.generic_reflection) + end
-    rows: dict[str, dict] = {}
+    vanilla, failures = speakers["vanilla"], tries["vanilla"]
+    end = vanilla.tokenizer.stop_ids[:1]
+    generic = vanilla.tokenizer.encode(vanilla.task.generic_reflection) + end
+    rows: dict[str, dict] = defaultdict(dict)
     for name, own in tries.items():
-        speaker = speakers[name]
-        given = {
-            "an empty reflection": [end] * len(own),
-            "a fixed generic reflection": [generic] * len(own),
-            "another problem's reflection": [elsewhere(own, i) for i in range(len(own))],
-        }
-        rows.setdefault("its own reflection", {})[name] = second_right(own)
-        for label, reflections in given.items():
+        rows["its own reflection"][name] = second_right(own)
+        for label, reflections in (
+            ("an empty reflection", [end] * len(own)),
+            ("a fixed generic reflection", [generic] * len(own)),
+            ("another problem's reflection", [elsewhere(own, i) for i in range(len(own))]),
+        ):
             swapped = [replace(c, reflection=r) for c, r in zip(own, reflections, strict=True)]
-            rows.setdefault(label, {})[name] = second_right(
-                retry(speaker, swapped, (MEASURE, 0), bar=f"{name}, {label}")
-            )
+            done = retry(speakers[name], swapped, (MEASURE, 0), bar=f"{name}, {label}")
+            rows[label][name] = second_right(done)
+        label = "no failure in view: a second attempt"
         problems = list({c.problem.id: c.problem for c in own}.values())
-        label, samples = "no failure in view: a second attempt", 1 + max(c.sample for c in own)
-        fresh = attempt(speaker, problems, samples, (AGAIN, 0), f"{name}, {label}")
-        found = {(c.problem.id, c.sample): c for c in fresh}
-        again = [found[c.problem.id, c.sample] for c in own]
-        rows.setdefault(label, {})[name] = interval(first_right(again), again)
-    bar = "trained on shuffled rewards"
-    shuffled = second_tries(speakers["shuffled"], tries["vanilla"], 1, (MEASURE, 0), bar)
-    rows["its own, trained on shuffled rewards"] = {"trained": second_right(shuffled)}
-    return rows | equal_tokens(speakers["vanilla"], tries["vanilla"], tries["trained"])
+        samples = 1 + max(c.sample for c in own)
+        fresh = attempt(speakers[name], problems, samples, (AGAIN, 0), f"{name}, {label}")
+        failed = {(c.problem.id, c.sample) for c in own}
+        again = [c for c in fresh if (c.problem.id, c.sample) in failed]
+        rows[label][name] = interval(first_right(again), again)
+    label = "its own, trained on shuffled rewards"
+    shuffled = second_tries(speakers["shuffled"], failures, 1, (MEASURE, 0), label)
+    rows[label] = {"trained": second_right(shuffled)}
+    return rows | equal_tokens(vanilla, failures, tries["trained"])
 
 
-def elsewhere(tries: list[Conversation], number: int) -> list[int]:
+def elsewhere(tries: Tries, number: int) -> list[int]:
     """The reflection on another problem: on the next such failure from half-way round."""
     start = (number + len(tries) // 2) % len(tries)
     others = (c for c in tries[start:] + tries[:start] if c.problem.id != tries[number].problem.id)
     return next(others, tries[number]).reflection
 
 
-def equal_tokens(vanilla: Speaker, before: list[Conversation], after: list[Conversation]) -> dict:
+def equal_tokens(vanilla: Speaker, before: Tries, after: Tries) -> dict:
     """The vanilla model with as many tokens a failure as the trained one spends, in more tries.
 
     k is the ratio of the tokens spent (reflection and retry). A failure counts if any of k tries is
@@ -499,19 +428,18 @@ def equal_tokens(vanilla: Speaker, before: list[Conversation], after: list[Conve
     chosen = {c.problem.id: i for i, c in reversed(list(enumerate(before)))}.values()
     failures = [before[i] for i in chosen]
     tries = second_tries(vanilla, failures, n, (AGAIN, 0), "equal tokens")
-    right = np.array([c.second.right for c in tries]).reshape(-1, n).sum(axis=1)
-    below, above = (
-        np.array([1 - math.comb(n - int(c), whole) / math.comb(n, whole) for c in right])
-        for whole in (math.floor(k), math.ceil(k))
-    )
+    right = np.array([c.second.right for c in tries]).reshape(-1, n).sum(axis=1).tolist()
+
+    def chance(k: int) -> np.ndarray:
+        return np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in right])
+
+    below, above = chance(math.floor(k)), chance(math.ceil(k))
     best = interval(below + (k - math.floor(k)) * (above - below), failures)
     one = second_right([after[i] for i in chosen])
     return {f"its own, any of {k:.2f} tries; trained: one": {"vanilla": best, "trained": one}}
 
 
 # -- What a run leaves behind ----------------------------------------------------------------------
-
-RUNS = Path("runs")
 
 
 def log(path: Path, record: dict) -> None:
@@ -520,40 +448,48 @@ def log(path: Path, record: dict) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def transcript(c: Conversation, tokenizer: Tokenizer) -> dict:
-    """A conversation as text."""
-    turns = {"prompt": c.prompt, "attempt": c.attempt, "reflection": c.reflection, "retry": c.retry}
+def told(c: Conversation, tokenizer: Tokenizer) -> dict:
+    """A conversation as text. The context is what was read before the reflection, if there is one,
+    else before the attempt."""
+    turns = {"context": c.context or c.prompt, "attempt": c.attempt}
+    turns |= {"reflection": c.reflection, "retry": c.retry}
     said = {name: tokenizer.tokenizer.decode(ids, False) for name, ids in turns.items() if ids}
-    verdicts = {"first": c.first.reason, "second": c.second.reason if c.second else None}
+    verdicts = {"first": c.first.reason, "second": c.second and c.second.reason}
     return {"problem": asdict(c.problem), "sample": c.sample, **said, **verdicts}
 
 
-def write_failures(path: Path, failures: list[Conversation], tokenizer: Tokenizer) -> None:
-    """A line a failure: the problem, the failed attempt as text and as token ids, the reason."""
+def write_samples(path: Path, step: int, tries: Tries, batch: grpo.Batch, tokenizer) -> None:
+    """A line a reflection: its conversation, reward, advantage, and the trained span."""
+    rows = zip(tries, batch.rewards.tolist(), batch.advantages.tolist(), batch.spans, strict=True)
+    for c, reward, advantage, [span] in rows:  # span: token numbers in context + reflection
+        worth = {"reward": reward, "advantage": advantage, "trained_span": span}
+        log(path, {"step": step, **told(c, tokenizer), **worth})
+
+
+def write_failures(path: Path, failures: Tries, tokenizer: Tokenizer) -> None:
+    """A line a failure: the attempt as the verifier read it, and as token ids."""
     for c in failures:
-        said = {"attempt": tokenizer.decode(c.attempt), "attempt_ids": c.attempt}
-        rest = {"reason": c.first.reason, "sample": c.sample}
-        log(path, {"problem": asdict(c.problem), **said, **rest})
+        attempted = {"attempt": tokenizer.decode(c.attempt), "attempt_ids": c.attempt}
+        log(path, {**told(c, tokenizer), **attempted})
 
 
-def read_failures(path: Path, speaker: Speaker) -> list[Conversation]:
+def read_failures(path: Path, speaker: Speaker) -> Tries:
     """A run's dataset of failures. Raises ValueError, with the line, for one that does not fit."""
-    failures, task, tokenizer = [], speaker.task, speaker.tokenizer
+    failures = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
-            problem, ids = task.problem(record["problem"]), list(map(int, record["attempt_ids"]))
+            problem = speaker.task.problem(record["problem"])
+            ids = list(map(int, record["attempt_ids"]))
             if not ids or not all(0 <= token < speaker.model.words for token in ids):
                 raise ValueError("no token ids of this model's vocabulary")
             prompt = speaker.question(problem)
-            verdict = task.verify(problem, tokenizer.decode(ids))
-            if verdict.right or tokenizer.decode(ids) != record["attempt"]:
+            verdict = speaker.verify(problem, ids)
+            if verdict.right or speaker.tokenizer.decode(ids) != record["attempt"]:
                 raise ValueError("no failed attempt in this model's tokens")
             failures.append(Conversation(problem, int(record["sample"]), prompt, ids, verdict))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}, line {number} is no failure: {error!r}") from None
-    if not failures:
-        raise ValueError(f"{path} holds no failures")
     return failures
 
 
@@ -561,17 +497,17 @@ def show(tables: dict[str, dict]) -> str:
     """{title: {row: {column: [share, low, high] or a count}}} as Markdown tables, in per cent."""
 
     def cell(value, sign: str) -> str:
-        if not isinstance(value, list):
-            return "" if value is None else str(value)
-        return "{} [{}, {}]".format(*(f"{100 * x:{sign}.1f}" for x in value))
+        if isinstance(value, list):
+            return "{} [{}, {}]".format(*(f"{100 * x:{sign}.1f}" for x in value))
+        return str(value)
 
     parts = []
     for title, rows in tables.items():
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        columns = dict.fromkeys(column for row in rows.values() for column in row)
         cells = [["", *columns]]
         for name, row in rows.items():
             sign = "+" if name == "gain" else ""
-            cells.append([name, *(cell(row.get(column), sign) for column in columns)])
+            cells.append([name, *(cell(row.get(column, ""), sign) for column in columns)])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
         lines.insert(1, "|-" + "-|-".join("-" * width for width in widths) + "-|")
@@ -581,38 +517,38 @@ def show(tables: dict[str, dict]) -> str:
 
 def draw_curves(folder: Path) -> None:
     """curves.png from metrics.jsonl: how a training run went, step by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # here, since no other command wants it
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
-    for name, style, colour in (("within two", "o-", "#0072B2"), ("1st try", "s--", "#D55E00")):
-        points = [(line["step"], *line[name]) for line in lines if name in line]
-        x, mean, low, high = (np.array(column) for column in zip(*points, strict=True))
-        error = [mean - low, high - mean]
-        axes[0, 0].errorbar(x, mean, error, fmt=style, color=colour, capsize=3, label=name)
-    axes[0, 0].set(title="right on held-out problems (95%)")
-    axes[0, 0].legend(frameon=False)
-    for axis, (name, title) in zip(axes.flat[1:], {
-        "reward": "reward: share of right retries",
-        "length": "tokens in a reflection",
-        "kl": "KL to the vanilla model, per token",
-        "entropy": "entropy per token (nats)",
-        "equal_groups": "share of groups with equal rewards",
-    }.items(), strict=True):  # fmt: skip
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot([x for x, _ in points], [y for _, y in points], color="#0072B2")
-        axis.set(title=title)
-    for axis in axes.flat:
-        axis.set_ylim(bottom=0)
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axis, (title, *names) in zip(figure.subplots(2, 3).flat, (
+        ("right on held-out problems (95%)", "within two", "1st try"),
+        ("reward: share of right retries", "reward"),
+        ("tokens in a reflection", "length"),
+        ("KL to the vanilla model, per token", "kl"),
+        ("entropy per token (nats)", "entropy"),
+        ("share of groups with equal rewards", "equal_groups"),
+    ), strict=True):  # fmt: skip
+        for name, mark, colour in zip(names, ("o-", "s--"), ("#0072B2", "#D55E00"), strict=False):
+            points = [(line["step"], *np.ravel(line[name])) for line in lines if name in line]
+            if not points:
+                continue  # without a KL term there is no KL
+            x, y, *ends = np.array(points).T  # ends: low and high, if it has an interval
+            error, style = ([y - ends[0], ends[1] - y], mark) if ends else (None, "-")
+            axis.errorbar(x, y, error, fmt=style, color=colour, capsize=3, label=name)
+        if len(names) > 1:
+            axis.legend(frameon=False)
+        axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
     figure.savefig(folder / "curves.png", dpi=110)
-    plt.close(figure)
+
+
+def report(folder: Path, found: dict) -> None:
+    """Write report.json, and print its tables."""
+    models.replace_file(folder / "report.json", json.dumps(found, indent=2))
+    print("\n" + show(found["tables"]))
 
 
 # -- The commands ----------------------------------------------------------------------------------
@@ -620,74 +556,73 @@ def draw_curves(folder: Path) -> None:
 # What a flag is when it is not given: for the tiny model, and for a real checkpoint (the paper's
 # numbers; it does not state the group size and the token limit).
 DEFAULTS = {
-    "steps": (18, 1_750),
-    "batch": (32, 256),
-    "group": (8, 8),
-    "lr": (3e-4, 5e-7),
-    "max_new_tokens": (134, 512),
-    "samples": (4, 1),
-    "responses": (4, 64),
-    "rows": (512, 64),
+    "steps": (18, 1_750), "batch": (32, 256), "group": (8, 8), "lr": (3e-4, 5e-7),
+    "max_new_tokens": (134, 512), "samples": (4, 1), "responses": (4, 64), "rows": (512, 64),
     "device": ("cpu", "cuda" if torch.cuda.is_available() else "cpu"),
-}
+}  # fmt: skip
+HELD_OUT = (200, 2)  # development problems behind a point of the curves, and tries at each
 
 
 def load_speaker(args: argparse.Namespace) -> Speaker:
-    """The model that the flags name, on its task; flags that were not given get their defaults.
-
-    A checkpoint that was taught a task's short texts says so, in its tokenizer_config.json.
-    """
-    for name in ("failures", "data"):
-        given = getattr(args, name, None)
-        if given and not Path(given).exists():
-            if name == "failures" or not models.is_hub_id(given):
-                raise ValueError(f"--{name} {given}: no such file")
-            args.data = str(models.from_hub(given, ["*.json", "*.jsonl", "*.parquet"], "dataset"))
+    """The model that the flags name, on its task; flags that were not given get their defaults."""
+    flags = vars(args)  # a command has not all of them
+    data = flags.get("data")
+    if data and not Path(data).exists():
+        if not models.is_hub_id(data):
+            raise ValueError(f"--data {data}: no such file")
+        args.data = str(models.from_hub(data, ["*.json", "*.jsonl", "*.parquet"], "dataset"))
     try:
-        args.date = args.date or datetime.date.today().isoformat()
-        date = datetime.date.fromisoformat(args.date)
         torch.empty(0, device=args.device or "cpu")
-    except ValueError:
-        raise ValueError(f"--date {args.date}: write it as 2025-05-30") from None
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {args.device}: torch finds no such device here") from None
-    path, revision = args.model, getattr(args, "revision", None)
+    path = args.model
     if path == "tiny":
-        path = base_model(TASKS[args.task](tiny=True), args.seed, getattr(args, "fresh", False))
-    tokenizer = Tokenizer.from_pretrained(path, revision)
-    tokenizer.date = date
-    tiny = tokenizer.settings.get("texts") == "tiny"
-    if tiny and getattr(args, "data", None):
+        path = base_model(TASKS[args.task](tiny=True), args.seed, flags.get("fresh", False))
+    tokenizer = Tokenizer.from_pretrained(path, args.revision)
+    tokenizer.date = datetime.date.fromisoformat(args.date)
+    tiny = tokenizer.settings.get("texts") == "tiny"  # it was taught the task's short texts
+    if tiny and data:
         raise ValueError("--data: the tiny model plays its own small game; give --model a folder")
     for name, defaults in DEFAULTS.items():
-        if getattr(args, name, "absent") is None:
-            setattr(args, name, defaults[0 if tiny else 1])
-    if getattr(args, "split", "") is None:
-        args.split = "test" if args.data else "dev"
-    settings = {k: v for k, v in vars(args).items() if k in {*DEFAULTS, "beta", "clip", "loss"}}
+        if flags.get(name, "no flag") is None:
+            flags[name] = defaults[0 if tiny else 1]
+    if flags.get("split", "no flag") is None:
+        args.split = "test" if data else "dev"
     whose = "the tiny model's" if tiny else "the paper's"
-    said = ", ".join(f"{name} {value}" for name, value in settings.items())
-    print(f"Settings ({whose} where not given): {said}")
-    model = Model.from_pretrained(path, device=args.device, revision=revision)
+    settings = [f"{k} {v}" for k, v in flags.items() if k in {*DEFAULTS, "beta", "clip", "loss"}]
+    print(f"Settings ({whose} where not given): {', '.join(settings)}")
+    model = Model.from_pretrained(path, device=args.device, revision=args.revision)
     model.words = min(model.words, tokenizer.words)
     limits = args.max_new_tokens, args.temperature, args.seed, args.rows
     return Speaker(model, tokenizer, TASKS[args.task](tiny=tiny), *limits)
 
 
 def load_problems(args, speaker: Speaker, split: str, limit: int | None = None) -> list:
-    """Problems of a split, from --data if that is given, those that fit the context."""
-    extra = {k: getattr(args, k) for k in ("skip_bad", "train_size", "test_size")}
-    extra = {name: value for name, value in extra.items() if value}
-    return fitting(speaker, speaker.task.load(args.data, split, limit, args.seed, **extra))
+    """Problems of a split, from --data if that is given. Those whose conversations might outgrow
+    the context are dropped, so that all that is compared is measured on the same problems."""
+    options = {name: getattr(args, name) for name in ("skip_bad", "train_size", "test_size")}
+    problems = speaker.task.load(args.data, split, limit, args.seed, **options)
+    bridges = [speaker.tokenizer.bridge(s) for s in (speaker.task.reflect, speaker.task.again)]
+    room = speaker.model.config.context - 3 * speaker.max_new_tokens - sum(map(len, bridges))
+    kept = [problem for problem in problems if len(speaker.question(problem)) <= room]
+    if len(kept) < len(problems):
+        dropped = f"{len(problems) - len(kept)} of {len(problems)} problems dropped: with turns of"
+        print(f"{dropped} {speaker.max_new_tokens} tokens they might outgrow the model's context")
+    if not kept:
+        raise ValueError("no problem fits the model's context: lower --max-new-tokens")
+    return kept
 
 
 def run_folder(args, kind: str) -> Path:
-    """Where a command leaves its files, by default named for what it did."""
+    """Where a command leaves its files; refused if it is there, but for failures, which go on."""
     path = Path(args.model).resolve()
-    name = path.parent.name if path.name == "model" else path.name
+    model = path.parent.name if path.name == "model" else path.name
     stamp = "" if kind == "failures" else time.strftime("-%Y%m%d-%H%M%S")
-    kind = "" if kind == "train" else f"{kind}-"
-    return RUNS / (args.name or f"{kind}{args.task}-{name}-seed{args.seed}{stamp}")
+    start = "" if kind == "train" else f"{kind}-"
+    folder = RUNS / (args.name or f"{start}{args.task}-{model}-seed{args.seed}{stamp}")
+    if folder.exists() and kind != "failures":
+        raise ValueError(f"{folder} exists; choose another --name")
+    return folder
 
 
 def write_config(folder: Path, args: argparse.Namespace) -> None:
@@ -700,21 +635,14 @@ def write_config(folder: Path, args: argparse.Namespace) -> None:
 
 
 def train_command(args: argparse.Namespace) -> None:
-    """The experiment: collect failures, measure, train, measure again, compare."""
+    """Measure a model, train it by R3, measure it again. Without flags: the whole experiment with
+    a tiny model, from nothing, on a laptop."""
+    begun = time.time()
     if not args.temperature:
         raise ValueError("--temperature 0 draws equal reflections: there is nothing to compare")
-    begun = clock = time.time()
-    folder = run_folder(args, "train")
-    if folder.exists():
-        raise ValueError(f"{folder} exists; choose another --name")
-
-    def stage_done(stage: str) -> None:
-        nonlocal clock
-        log(folder / "timings.jsonl", {"stage": stage, "seconds": round(time.time() - clock, 2)})
-        clock = time.time()
-
-    vanilla = load_speaker(args)
-    tokenizer = vanilla.tokenizer
+    if args.failures and not Path(args.failures).is_file():
+        raise ValueError(f"--failures {args.failures}: no such file")
+    folder, vanilla = run_folder(args, "train"), load_speaker(args)
     problems = load_problems(args, vanilla, args.split, args.limit)
     points = min(HELD_OUT[0], args.limit or HELD_OUT[0])
     held_out = load_problems(args, vanilla, args.split if args.data else "dev", points)
@@ -723,56 +651,45 @@ def train_command(args: argparse.Namespace) -> None:
     else:
         training = load_problems(args, vanilla, "train", args.problems)
         found = find_failures(vanilla, training, args.responses, args.keep)
-        failures = [failure for _, some in found for failure in some]
+        failures = [failure for some in found for failure in some]
     if not failures:
         raise ValueError("no training problem was got wrong: there is nothing to learn from")
     if args.check:
-        _, batch = sample_batch(vanilla, draw_failures(failures, 0, args.batch, args.seed), args, 0)
-        return print_check(grpo.check(vanilla.model, batch, settings_of(args), args.seed))
+        return check_step(vanilla, failures, args)
     write_config(folder, args)
-    write_failures(folder / "failures.jsonl", failures, tokenizer)
-    stage_done("base model and failures")
-
+    write_failures(folder / "failures.jsonl", failures, vanilla.tokenizer)
     greedy = measure(replace(vanilla, temperature=0.0), problems, 1, "vanilla, greedy")
     before = measure(vanilla, problems, args.samples, "vanilla")
-    stage_done("measure vanilla")
 
     trained = replace(vanilla, model=copy.deepcopy(vanilla.model))
-
-    def point() -> dict:  # of the curves
-        return accuracy(at=measure(trained, held_out, HELD_OUT[1], "held out"))["at"]
-
-    log(folder / "metrics.jsonl", {"step": 0, **point()})
     for step, metrics, optimizers in reinforce(trained, failures, args, folder / "samples.jsonl"):
         if step % max(1, args.steps // 4) == 0 or step == args.steps:
-            metrics |= point()
-            grpo.save_checkpoint(folder / "checkpoints", step, trained.model, optimizers)
+            metrics |= accuracy(at=measure(trained, held_out, HELD_OUT[1], "held out"))["at"]
+            if step > 0:
+                grpo.save_checkpoint(folder / "checkpoints", step, trained.model, optimizers)
         log(folder / "metrics.jsonl", {"step": step, **metrics})
-        stage_done(f"step {step}")
+        log(folder / "timings.jsonl", {"step": step, "seconds": round(time.time() - begun, 2)})
     trained.model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    trained.tokenizer.save_pretrained(folder / "model")
 
     greedy_after = measure(replace(trained, temperature=0.0), problems, 1, "trained, greedy")
     after = measure(trained, problems, args.samples, "trained")
     failed = [c for c in before if not c.first.right]
     own = second_tries(trained, failed, 1, (MEASURE, 0), "2x2")
+    crossed = retry(trained, failed, (MEASURE, 0), bar="2x2")  # after vanilla reflections
+    back = retry(vanilla, own, (MEASURE, 0), bar="2x2")  # after trained ones
     on = f"{len(problems)} {args.split} problems"
     fixed = f"the vanilla model's {len(failed)} failures: % of retries right [95%]"
     way = f"{args.samples} samples each, temperature {args.temperature:g}"
-    crossed = [
-        second_right(retry(retrier, reflected, (MEASURE, 0), bar="2x2"))
-        for retrier, reflected in ((trained, failed), (vanilla, own))
-    ]
     tables = {
         f"{on}, {way}: % right [95%]": accuracy(vanilla=before, trained=after),
         f"{on}, greedy: % right [95%]": accuracy(vanilla=greedy, trained=greedy_after),
         f"Who reflects (rows) and who retries (columns), on {fixed}": {
-            "vanilla": {"vanilla": second_right(failed), "trained": crossed[0]},
-            "trained": {"vanilla": crossed[1], "trained": second_right(own)},
+            "vanilla": {"vanilla": second_right(failed), "trained": second_right(crossed)},
+            "trained": {"vanilla": second_right(back), "trained": second_right(own)},
         },
-        "What the verifier said, times": reasons(vanilla=before, trained=after),
+        "What the verifier said, times": reasons(vanilla.task, vanilla=before, trained=after),
     }
-    stage_done("measure trained")
     if args.controls and failed:
         shuffled = replace(vanilla, model=copy.deepcopy(vanilla.model))
         for _ in reinforce(shuffled, failures, args, shuffle_rewards=True):
@@ -780,41 +697,35 @@ def train_command(args: argparse.Namespace) -> None:
         speakers = {"vanilla": vanilla, "trained": trained, "shuffled": shuffled}
         rows = controls(speakers, {"vanilla": failed, "trained": own})
         tables[f"Controls, on {fixed}, after …"] = rows
-        stage_done("controls")
-    lengths = [float(np.mean([len(c.reflection) for c in tries])) for tries in (failed, own)]
+    was, now = (float(np.mean([len(c.reflection) for c in tries])) for tries in (failed, own))
     files = (file.read_bytes() for file in models.shards(folder / "model"))
     weights = hashlib.sha256(b"".join(files)).hexdigest()
-    report = {"tables": tables, "reflection tokens": lengths, "weights sha256": weights}
-    models.replace_file(folder / "report.json", json.dumps(report, indent=2))
-    print("\n" + show(tables))
-    print(
-        "Tokens in a reflection on these failures: vanilla {:.0f}, trained {:.0f}".format(*lengths)
-    )
+    report(folder, {"tables": tables, "reflection tokens": [was, now], "weights sha256": weights})
+    print(f"Tokens in a reflection on these failures: vanilla {was:.0f}, trained {now:.0f}")
     draw_curves(folder)
     print(f"{(time.time() - begun) / 60:.1f} minutes; weights {weights[:16]}; all in {folder}/")
 
 
-HELD_OUT = (200, 2)  # development problems behind a point of the curves, and tries at each
-
-
-def print_check(found: dict[str, float]) -> None:
+def check_step(speaker: Speaker, failures: Tries, args) -> None:
     """Say how far a step is from the textbook. Raises ValueError if that is too far."""
+    _, batch = sample_batch(speaker, draw_failures(failures, 0, args.batch, args.seed), args, 0)
+    found = grpo.check(speaker.model, batch, settings_of(args), args.seed)
     print(
-        f"{found['rows']} reflections of {found['tokens']} tokens, {found['clipped']:.0%} of them "
-        "clipped, against the textbook formula in float64, one row per reflection\n"
-        f"relative difference of the loss:      {found['loss_error']:.1e}\n"
-        f"relative difference of the gradients: {found['gradient_error']:.1e}"
+        "{rows} reflections of {tokens} tokens, {clipped:.0%} of them clipped, against the "
+        "textbook formula in float64, one row per reflection\n"
+        "relative difference of the loss:      {loss_error:.1e}\n"
+        "relative difference of the gradients: {gradient_error:.1e}".format(**found)
     )
     if not max(found["loss_error"], found["gradient_error"]) < 1e-5:
         raise ValueError("the step differs from the textbook by more than 1e-5")
 
 
 def failures_command(args: argparse.Namespace) -> None:
-    """Collect a dataset of failures; the same command again goes on where it was stopped."""
+    """Collect problems that a model gets wrong, with a wrong answer each, for train --failures.
+    Run again, it goes on where it was stopped."""
     folder = run_folder(args, "failures")
-    path, progress = folder / "failures.jsonl", folder / "progress.json"
     begun = models.read_json(folder / "config.json") if folder.exists() else {}
-    args.date = args.date or begun.get("date")  # it may have been begun on another day
+    args.date = begun.get("date", args.date)  # it may have been begun on another day
     speaker = load_speaker(args)
     free = ("function", "device", "rows", "skip_bad")  # what may change when it is continued
     for name, value in vars(args).items():
@@ -823,42 +734,37 @@ def failures_command(args: argparse.Namespace) -> None:
             raise ValueError(f"{folder} was begun with {name} {was}; choose another --name")
     problems = load_problems(args, speaker, args.split, args.limit)
     write_config(folder, args)
-    done = {"problems": 0, "failures": 0, "bytes": 0}
-    done |= models.read_json(progress) if progress.exists() else {}
+    path = folder / "failures.jsonl"
     path.touch()
-    with open(path, "r+b") as file:
-        file.truncate(done["bytes"])  # what was written after the last report is found again
-    left, before, kept = problems[done["problems"] :], done["problems"], done["failures"]
-    for number, some in find_failures(speaker, left, args.responses, args.keep):
+    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+    models.replace_file(path, "".join(lines))  # a line that was cut is found again
+    ids = [problem.id for problem in problems]
+    done = 1 + ids.index(json.loads(lines[-1])["problem"]["id"]) if lines else 0
+    for some in find_failures(speaker, problems[done:], args.responses, args.keep):
         write_failures(path, some, speaker.tokenizer)
-        kept += len(some)
-        done = {"problems": before + number, "failures": kept, "bytes": path.stat().st_size}
-        models.replace_file(progress, json.dumps(done))
-    print(f"{kept} failures on {len(problems)} {args.split} problems, in {path}")
+    count = len(path.read_text().splitlines())
+    print(f"{count} failures on {len(problems)} {args.split} problems, in {path}")
 
 
 def eval_command(args: argparse.Namespace) -> None:
     """Measure a model: right at the first try, and within two."""
-    speaker, folder = load_speaker(args), run_folder(args, "eval")
-    if folder.exists():
-        raise ValueError(f"{folder} exists; choose another --name")
+    folder, speaker = run_folder(args, "eval"), load_speaker(args)
     problems = load_problems(args, speaker, args.split, args.limit)
     samples = args.samples if args.temperature else 1
     tries = measure(speaker, problems, samples, "eval")
-    title = f"{len(problems)} {args.split} problems, {samples} samples each, temperature"
-    tables = {
-        f"{title} {args.temperature:g}: % right [95%]": accuracy(model=tries),
-        "What the verifier said, times": reasons(model=tries),
-    }
     write_config(folder, args)
     for c in tries:
-        log(folder / "conversations.jsonl", transcript(c, speaker.tokenizer))
-    models.replace_file(folder / "report.json", json.dumps({"tables": tables}, indent=2))
-    print("\n" + show(tables) + f"\nThe conversations are in {folder}/")
+        log(folder / "conversations.jsonl", told(c, speaker.tokenizer))
+    way = f"{samples} samples each, temperature {args.temperature:g}"
+    title = f"{len(problems)} {args.split} problems, {way}: % right [95%]"
+    counts = reasons(speaker.task, model=tries)
+    tables = {title: accuracy(model=tries), "What the verifier said, times": counts}
+    report(folder, {"tables": tables})
+    print(f"The conversations are in {folder}/")
 
 
 def play_command(args: argparse.Namespace) -> None:
-    """Watch the model attempt, reflect and retry on problems that you type."""
+    """Watch a model attempt, reflect and retry on a problem you type."""
     if args.model is None:  # the model trained last, else the base that it would start from
         saved = sorted(RUNS.glob("*/model/model.safetensors"), key=lambda p: p.stat().st_mtime)
         args.model = str(saved[-1].parent) if saved else "tiny"
@@ -879,8 +785,7 @@ def play_command(args: argparse.Namespace) -> None:
         say("question", c.prompt)
         say("attempt", c.attempt, c.first)
         if not c.first.right:
-            reflected, cache = reflect(speaker, [c], 1, key)
-            [c] = retry(speaker, reflected, key, cache)
+            [c] = second_tries(speaker, [c], 1, key)
             say("reflection", c.reflection)
             say("retry", c.retry, c.second)
 
@@ -889,17 +794,11 @@ def main(argv: list[str] | None = None) -> None:
     about = "Reflect, Retry, Reward: train a language model to reflect."
     parser = argparse.ArgumentParser(prog="r3.py", description=about)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    subs = {}
-    for name, function, about in (
-        ("train", train_command, "Measure a model, train it by R3, measure it again. "
-         "Without flags: the whole experiment with a tiny model, from nothing, on a laptop."),
-        ("failures", failures_command, "Collect problems that a model gets wrong, with a wrong "
-         "answer each, for train --failures. Run again, it goes on where it was stopped."),
-        ("eval", eval_command, "Measure a model: right at the first try, and within two."),
-        ("play", play_command, "Watch a model attempt, reflect and retry on a problem you type."),
-    ):  # fmt: skip
+    subs, today = {}, datetime.date.today().isoformat()  # for chat templates that print the date
+    for function in (train_command, failures_command, eval_command, play_command):
+        name, about = function.__name__.removesuffix("_command"), function.__doc__
         subs[name] = commands.add_parser(name, help=about, description=about)
-        subs[name].set_defaults(function=function)
+        subs[name].set_defaults(function=function, date=today)
 
     def flag(of: str, name: str, about: str, **kind) -> None:
         """Add a flag to the commands named in `of`."""
@@ -911,14 +810,13 @@ def main(argv: list[str] | None = None) -> None:
         for command in of.split():
             subs[command].add_argument(name, help=about, **kind)
 
-    whole, positive, real = at_least(int, 0), at_least(int, 1), at_least(float, 0)
+    whole, positive, real = at_least(0), at_least(1), at_least(0.0)
     every, most = "train failures eval play", "train failures eval"
     flag("play", "--model", "as for train (default: the model trained last)")
     flag(most, "--model", "a Hugging Face folder or hub id, or tiny: made here", default="tiny")
     flag(every, "--revision", "of a hub id: a branch, tag or commit")
     flag(every, "--task", "what to solve", choices=TASKS, default="countdown")
     flag(every, "--seed", "of everything random", type=whole, default=0)
-    flag(every, "--date", "for chat templates that print it, as 2025-05-30 (default: today)")
     flag(every, "--device", "cpu, cuda or mps")
     flag(every, "--temperature", "of sampling; 0: greedy", type=real, default=1.0)
     flag(every, "--max-new-tokens", "the longest turn", type=positive)
@@ -931,22 +829,21 @@ def main(argv: list[str] | None = None) -> None:
     flag("train", "--split", held_out, choices=("dev", "test"))
     flag("eval", "--split", held_out + "; all: the whole of --data", choices=("dev", "test", "all"))
     flag("failures", "--split", "where to look", choices=("train", "all"), default="train")
-    flag("train eval", "--limit", "measure on so many problems", type=at_least(int, 2))
+    flag("train eval", "--limit", "measure on so many problems", type=at_least(2))
     flag("failures", "--limit", "look at so many problems", type=positive)
     flag("train eval", "--samples", "first tries at each of them", type=positive)
     flag(most, "--name", "the folder in runs/ (default: task, model, seed, and time)")
     flag("train", "--problems", "look for failures in so many problems", type=positive)
     flag("train failures", "--responses", "tries at most at a problem", type=positive)
-    flag("train failures", "--keep", "keep a problem if any of its tries fails, stopping at the "
-         "first that does: few tries, and it can be solved at times; or if all fail: only the "
-         "hardest are left", choices=("any", "all"), default="any")  # fmt: skip
+    keep = "keep a problem if any of its tries fails, or, to have only the hardest, if all fail"
+    flag("train failures", "--keep", keep, choices=("any", "all"), default="any")
     flag("train", "--fresh", "make the tiny base model anew", action="store_true")
     flag("train", "--controls", "measure what else could explain the gain", action="store_true")
     flag("train", "--check", "only compare a step with the textbook", action="store_true")
     flag("train", "--failures", "reuse this failures.jsonl of another run", metavar="FILE")
     flag("train", "--steps", "optimiser steps", type=positive)
     flag("train", "--batch", "failures a step", type=positive)
-    flag("train", "--group", "G, reflections a failure", type=at_least(int, 2))
+    flag("train", "--group", "G, reflections a failure", type=at_least(2))
     flag("train", "--lr", "learning rate at its highest", type=real)
     flag("train", "--beta", "weight of the KL term", type=real, default=0.001)
     flag("train", "--clip", "epsilon of the clipped ratio", type=real, default=0.2)
@@ -963,17 +860,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("r3.py: interrupted")
 
 
-def at_least(kind: type, least: float):
-    """The type of a flag: a number not below `least`; argparse names the flag where it is not."""
+def at_least(least: int | float):
+    """The type of a flag: a number of the same kind as `least`, and not below it."""
 
-    def parse(text: str):
-        value = kind(text)
+    def number(text: str):
+        value = type(least)(text)
         if not least <= value < math.inf:
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
         return value
 
-    parse.__name__ = f"number (at least {least})"  # argparse says: invalid NAME value: '0'
-    return parse
+    return number
 
 
 if __name__ == "__main__":

@@ -135,8 +135,8 @@ def test_a_dataset_of_failures_holds_first_wrong_tries(speaker, task, lenient):
     kept = {}
     for keep in ("any", "all"):
         found = list(r3.find_failures(small, problems, 4, keep))
-        assert [done for done, _ in found] == [7, 14, 20]
-        failures = [failure for _, some in found for failure in some]
+        assert [{problems.index(c.problem) // 7 for c in some} for some in found] == [{0}, {1}, {2}]
+        failures = [failure for some in found for failure in some]
         kept[keep] = [failure.problem.id for failure in failures]
         for problem in problems:
             wrong = [c for c in tries if c.problem == problem and not c.first.right]
@@ -164,7 +164,9 @@ def test_the_numbers_are_those_of_the_conversations(speaker, task, lenient):
     assert rows["1st try"] == r3.interval(np.array(first, float), tries)
     once = tries[::2]  # one try a problem: Wilson's
     assert r3.accuracy(model=once)["model"]["1st try"] == r3.wilson(r3.first_right(once))
-    counts = r3.reasons(model=tries)
+    counts = r3.reasons(task, model=tries)
+    assert list(counts) == list(task.reasons)  # all of them, in the task's order
+    assert counts["no_answer"] == {"model, 1st": 0, "model, retry": 0}
     assert counts["right"] == {"model, 1st": sum(first), "model, retry": sum(two) - sum(first)}
 
 
@@ -231,7 +233,7 @@ def test_the_main_job_and_the_files_it_leaves(small, lenient, capsys):
     # The reference is the model as it was, not as it is: no divergence at first, and then some.
     assert abs(steps[1]["kl"]) < 1e-6 < steps[2]["kl"] < steps[3]["kl"]
     for record in lines(run / "failures.jsonl"):
-        assert record["reason"] == "wrong_value" and record["attempt_ids"]
+        assert record["first"] == "wrong_value" and record["attempt_ids"]
 
     tokenizer = models.Tokenizer.from_pretrained(run / "model")
     samples = lines(run / "samples.jsonl")
@@ -302,7 +304,6 @@ def test_play(small, capsys, monkeypatch):
         ("eval --model nowhere", "no such folder"),
         ("eval --model .", "tokenizer.json does not exist"),
         ("eval --data nowhere.json", "nowhere.json: no such file"),
-        ("eval --date yesterday", "--date yesterday"),
         ("eval --task apigen", "give --model a folder"),
         ("eval --split all", "no split 'all'"),
         ("train --failures nowhere.jsonl", "nowhere.jsonl"),
@@ -368,7 +369,7 @@ def test_a_folder_with_apigen_from_a_file(small, folder, capsys, tmp_path):
     assert sorted(c["problem"]["id"] for c in told) == list(range(10))
     for c in told:
         # The template has no place for tools: they are in the text.
-        assert c["problem"]["tools"].split('"name": "')[1].split('"')[0] in c["prompt"]
+        assert c["problem"]["tools"].split('"name": "')[1].split('"')[0] in c["context"]
         assert c["first"] != "right" and c["retry"] and c["second"]
     rows = json.loads((small / "e" / "report.json").read_text())["tables"]
     assert next(iter(rows.values()))["model"]["within two"][0] == 0
@@ -412,11 +413,16 @@ def test_a_dataset_of_failures_goes_on_where_it_was_killed(small, lenient, monke
     whole = (small / "whole" / "failures.jsonl").read_text()
     killed = (small / "killed" / "failures.jsonl").read_text()
     assert whole.startswith(killed) and 0 < len(killed) < len(whole)
+    with open(small / "killed" / "failures.jsonl", "a") as file:
+        file.write('{"problem": {"id"')  # the next line was being written
+    config = small / "killed" / "config.json"  # begun on another day
+    config.write_text(json.dumps({**json.loads(config.read_text()), "date": "2025-05-30"}))
     for _ in range(2):  # the second time there is nothing left to do
         r3.main([*command, "killed"])
         assert (small / "killed" / "failures.jsonl").read_text() == whole
         count = len(whole.splitlines())
         assert f"{count} failures on 30 train problems" in capsys.readouterr().out
+    assert json.loads(config.read_text())["date"] == "2025-05-30"
     with pytest.raises(SystemExit, match="begun with keep any, not all; choose another --name"):
         r3.main([*command, "killed", "--keep", "all"])
     r3.main(["train", *SHORT, "--failures", str(small / "killed" / "failures.jsonl")])
@@ -428,28 +434,29 @@ def test_problems_that_might_outgrow_the_context_are_dropped_and_counted(
     speaker, task, capsys, monkeypatch
 ):
     problems = task.load(split="dev", limit=8)
+    args = r3.argparse.Namespace(data=None, seed=0, skip_bad=False, train_size=None, test_size=None)
     speaker.max_new_tokens = 160
-    assert r3.fitting(speaker, problems) == problems and capsys.readouterr().out == ""
+    assert r3.load_problems(args, speaker, "dev", 8) == problems and capsys.readouterr().out == ""
     question = r3.Speaker.question
     bridges = speaker.tokenizer.bridge(task.reflect) + speaker.tokenizer.bridge(task.again)
     room = 512 - 3 * 160 - len(bridges)
     monkeypatch.setattr(r3.Speaker, "question", lambda s, p: question(s, p) + [9] * (3 * p.id))
     longest = max(p.id for p in problems if len(question(speaker, p)) + 3 * p.id <= room)
     assert 0 < longest < 7
-    kept = r3.fitting(speaker, problems)
+    kept = r3.load_problems(args, speaker, "dev", 8)
     assert kept == problems[: longest + 1]
     assert f"{7 - longest} of 8 problems dropped" in capsys.readouterr().out
     [c] = r3.second_tries(speaker, r3.attempt(speaker, kept[-1:], 1, (0, 0)), 1, (0, 0))
     assert len(c.context) + len(c.reflection) + len(c.retry) < 512
     speaker.max_new_tokens = 200
     with pytest.raises(ValueError, match="lower --max-new-tokens"):
-        r3.fitting(speaker, problems)
+        r3.load_problems(args, speaker, "dev", 8)
 
 
 def test_padded_rows_of_the_head_are_neither_sampled_nor_trained(folder):
     args = r3.argparse.Namespace(
-        model=str(folder), task="countdown", seed=0, device=None, temperature=1.0, date=None,
-        max_new_tokens=40, rows=None,
+        model=str(folder), task="countdown", seed=0, device=None, temperature=1.0,
+        date="2025-05-30", revision=None, max_new_tokens=40, rows=None,
     )  # fmt: skip
     speaker = r3.load_speaker(args)
     assert speaker.model.words == 258 < speaker.model.config.vocab_size == 300
