@@ -534,6 +534,7 @@ class Tokenizer:
         self.tokenizer, self.settings, self.generation = tokenizer, settings, generation
         tokenizer.no_truncation()  # some are saved with the lengths that their training had
         tokenizer.no_padding()
+        self.bridges: dict[str, list[int]] = {}
         self.date = datetime.date.today()  # for templates that print it; one date a run
         self.words = 1 + max(tokenizer.get_vocab().values(), default=0)  # ids from here on: padding
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -626,6 +627,14 @@ class Tokenizer:
         """
         return (turn[:-1] if turn and turn[-1] in self.stop_ids else turn) + bridge
 
+    def forgets(self, turn: list[int]) -> bool:
+        """Whether the template shows this turn without its thinking once another follows it."""
+        said, chat = self.decode(turn).strip(), []
+        if "</think>" in said:
+            for role, content in (("user", "1"), ("assistant", said), ("user", "2")):
+                chat.append({"role": role, "content": content})
+        return bool(chat) and said not in self.render(chat)
+
     def bridge(self, instruction: str) -> list[int]:
         """What the template puts between an assistant's words and the assistant's next ones.
 
@@ -633,6 +642,8 @@ class Tokenizer:
         the end that two whole renderings, different in the assistant's words, have in common. (A
         piece of text by itself may tokenise differently.)
         """
+        if instruction in self.bridges:
+            return self.bridges[instruction]
         roles = ("user", "assistant", "user")
         one, two = (
             self.prompt([{"role": r, "content": c} for r, c in zip(roles, said, strict=True)])
@@ -643,6 +654,7 @@ class Tokenizer:
         end = next((i for i, token in enumerate(after) if token in self.stop_ids), None)
         if one == two or end is None or self.decode(after[:end]).strip():
             raise ValueError("the chat template does not end an assistant's turn on an end token")
+        self.bridges[instruction] = after[end:]
         return after[end:]
 
 

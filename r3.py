@@ -28,7 +28,7 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -54,13 +54,32 @@ class Speaker:
     max_new_tokens: int  # the longest turn
     temperature: float = 1.0
     seed: int = 0
-    rows: int = 512  # conversations held at once
+    cache_tokens: int = 131_072  # whose keys and values are held at once: this bounds the memory
 
-    def question(self, problem) -> list[int]:
-        """The prompt. Tools that the chat template has no place for go into the text."""
+    def chat(self, problem) -> tuple[list[dict], list | None]:
+        """The question. Tools that the chat template has no place for go into the text."""
         messages, tools = self.task.messages(problem)
         if tools and not self.tokenizer.shows(messages, tools):
             messages, tools = tools_in_words(messages, tools), None
+        return messages, tools
+
+    def question(self, problem) -> list[int]:
+        """The prompt, up to where the assistant speaks."""
+        return self.tokenizer.prompt(*self.chat(problem))
+
+    def after(self, problem, context: list[int], *said: tuple[list[int], str]) -> list[int]:
+        """The context and what follows: the last turn that was `said`, and the instruction to it.
+
+        Some templates show an earlier turn without its thinking (Qwen3's). Where that is so, the
+        whole conversation, of which `said` holds all turns, is rendered anew.
+        """
+        turn, instruction = said[-1]
+        if not any(self.tokenizer.forgets(turn) for turn, _ in said):
+            return context + self.tokenizer.next_turn(turn, self.tokenizer.bridge(instruction))
+        messages, tools = self.chat(problem)
+        for turn, instruction in said:
+            messages = [*messages, {"role": "assistant", "content": self.tokenizer.decode(turn)}]
+            messages.append({"role": "user", "content": instruction})
         return self.tokenizer.prompt(messages, tools)
 
     def speak(self, prompts, samples, keys, **rest) -> models.Generation:
@@ -95,17 +114,33 @@ MEASURE, COLLECT, TRAIN, AGAIN = range(4)  # purposes
 ATTEMPT, REFLECT, RETRY = range(3)  # turns
 
 
-def chunks(items: list, size: int, bar: str) -> Iterator[list]:
-    """The items, `size` at a time, under a progress bar called `bar` (none if it is empty)."""
-    size = max(1, size)
-    for start in tqdm(range(0, len(items), size), bar, disable=not bar, leave=False):
-        yield items[start : start + size]
+def chunks(items: list, tokens: Callable, budget: int, bar: str) -> Iterator[list]:
+    """Bunches of items that fit a budget of tokens, `tokens(item)` of which one item may need.
+
+    A bunch is stored as wide as its longest. Shows a progress bar of this name, if there is one.
+    """
+    bunch, longest = [], 0
+    with tqdm(total=len(items), desc=bar, disable=not bar, leave=False) as progress:
+        for item in items:
+            longest = max(longest, tokens(item))
+            if bunch and longest * (len(bunch) + 1) > budget:
+                yield bunch
+                progress.update(len(bunch))
+                bunch, longest = [], tokens(item)
+            bunch.append(item)
+        if bunch:
+            yield bunch
 
 
 def attempt(speaker: Speaker, problems: list, samples: int, key: tuple, bar="", first=0) -> Tries:
     """First tries: `samples` at each problem, problem by problem, numbered from `first`."""
     tries = []
-    for some in chunks(problems, speaker.rows // samples, bar):
+    own = samples * speaker.max_new_tokens
+
+    def tokens(problem) -> int:
+        return len(speaker.question(problem)) + own
+
+    for some in chunks(problems, tokens, speaker.cache_tokens, bar):
         prompts = [speaker.question(problem) for problem in some]
         keys = [(*key, ATTEMPT, problem.id) for problem in some]
         drawn = speaker.speak(prompts, samples, keys, first=first)
@@ -118,8 +153,8 @@ def attempt(speaker: Speaker, problems: list, samples: int, key: tuple, bar="", 
 
 def reflect(speaker: Speaker, failures: Tries, samples: int, key: tuple) -> tuple[Tries, Cache]:
     """`samples` reflections on each failure, failure by failure, and the cache to retry from."""
-    bridge = speaker.tokenizer.bridge(speaker.task.reflect)
-    contexts = [f.prompt + speaker.tokenizer.next_turn(f.attempt, bridge) for f in failures]
+    told = speaker.task.reflect
+    contexts = [speaker.after(f.problem, f.prompt, (f.attempt, told)) for f in failures]
     keys = [(*key, REFLECT, f.problem.id, f.sample) for f in failures]
     drawn = speaker.speak(contexts, samples, keys)
     reflected = []
@@ -135,14 +170,23 @@ def retry(speaker: Speaker, reflected: Tries, key: tuple, cache=None, bar="") ->
     With the cache from `reflect`, only what lies between the turns is read; without one (the
     reflections are another model's, or a control's) each conversation is read from its beginning.
     """
-    bridge = speaker.tokenizer.bridge(speaker.task.again)
+    told, again = speaker.task.reflect, speaker.task.again
+    if any(speaker.tokenizer.forgets(c.reflection) for c in reflected):
+        cache = None  # what it has read is not what the template shows
+
+    def prompt(c: Conversation) -> list[int]:
+        return speaker.after(c.problem, c.context, (c.attempt, told), (c.reflection, again))
+
+    def tokens(c: Conversation) -> int:
+        return 0 if cache else len(prompt(c)) + speaker.max_new_tokens
+
     tries, seen = [], Counter()
-    for some in chunks(reflected, len(reflected) if cache else speaker.rows, bar):
-        prompts, keys = [], []
+    for some in chunks(reflected, tokens, speaker.cache_tokens, bar):
+        prompts, keys = [prompt(c) for c in some], []
+        if cache:  # it has read all of a reflection but its last token
+            read = [len(c.context) + len(c.reflection) - 1 for c in some]
+            prompts = [ids[start:] for ids, start in zip(prompts, read, strict=True)]
         for c in some:
-            turn = speaker.tokenizer.next_turn(c.reflection, bridge)
-            # The cache has read all of a reflection but its last token.
-            prompts.append(turn[len(c.reflection) - 1 :] if cache else c.context + turn)
             keys.append((*key, RETRY, c.problem.id, c.sample, seen[c.problem.id, c.sample]))
             seen[c.problem.id, c.sample] += 1
         drawn = speaker.speak(prompts, 1, keys, cache=cache)
@@ -153,11 +197,20 @@ def retry(speaker: Speaker, reflected: Tries, key: tuple, cache=None, bar="") ->
 
 def second_tries(speaker: Speaker, failures: Tries, samples: int, key: tuple, bar="") -> Tries:
     """Reflect `samples` times on each failure, and retry after each reflection."""
+
+    def tokens(f: Conversation) -> int:
+        return (
+            len(f.prompt + f.attempt) + BRIDGES + samples * (2 * speaker.max_new_tokens + BRIDGES)
+        )
+
     done = []
-    for some in chunks(failures, speaker.rows // samples, bar):
+    for some in chunks(failures, tokens, speaker.cache_tokens, bar):
         reflected, cache = reflect(speaker, some, samples, key)
         done += retry(speaker, reflected, key, cache)
     return done
+
+
+BRIDGES = 50  # about so many tokens are put between two turns
 
 
 # -- Training --------------------------------------------------------------------------------------
@@ -170,17 +223,22 @@ def find_failures(speaker: Speaker, problems: list, responses: int, keep: str) -
     stops trying at the first that is; "all" keeps it if all are, and stops at the first that is
     right. Yields the failures of a bunch of problems at a time, in their order.
     """
-    for some in chunks(problems, speaker.rows, "failures"):
-        wrong, undecided = {}, some  # wrong: failures by their problems' ids
-        for number in range(responses):
-            tries = attempt(speaker, undecided, 1, (COLLECT, 0), first=number)
-            for c in tries:
-                if not c.first.right:
-                    wrong.setdefault(c.problem.id, c)
-                elif keep == "all":
-                    wrong.pop(c.problem.id, None)
-            undecided = [c.problem for c in tries if c.first.right == (keep == "any")]
-        yield [wrong[problem.id] for problem in some if problem.id in wrong]
+    kept, size = 0, max(1, speaker.cache_tokens // 1_024)
+    with tqdm(total=len(problems), desc="failures", leave=False) as bar:
+        for start in range(0, len(problems), size):
+            undecided, wrong = problems[start : start + size], {}  # wrong: by their problems' ids
+            bar.update(len(undecided))
+            for number in range(responses):
+                tries = attempt(speaker, undecided, 1, (COLLECT, 0), first=number)
+                for c in tries:
+                    if not c.first.right:
+                        wrong.setdefault(c.problem.id, c)
+                    elif keep == "all":
+                        wrong.pop(c.problem.id, None)
+                undecided = [c.problem for c in tries if c.first.right == (keep == "any")]
+            kept += len(wrong)
+            bar.set_postfix_str(f"{kept / bar.n:.0%} of the problems failed")
+            yield [wrong[p.id] for p in problems[start : start + size] if p.id in wrong]
 
 
 def sample_batch(
@@ -237,6 +295,7 @@ def reinforce(
 
 def settings_of(args: argparse.Namespace) -> grpo.Settings:
     names = ("steps", "lr", "clip", "beta", "loss", "temperature", "max_new_tokens")
+    names += ("micro_tokens", "skip_equal")
     return grpo.Settings(**{name: getattr(args, name) for name in names})
 
 
@@ -557,7 +616,8 @@ def report(folder: Path, found: dict) -> None:
 # numbers; it does not state the group size and the token limit).
 DEFAULTS = {
     "steps": (18, 1_750), "batch": (32, 256), "group": (8, 8), "lr": (3e-4, 5e-7),
-    "max_new_tokens": (134, 512), "samples": (4, 1), "responses": (4, 64), "rows": (512, 64),
+    "max_new_tokens": (134, 512), "samples": (4, 1), "responses": (4, 64),
+    "cache_tokens": (131_072, 65_536), "micro_tokens": (8_192, 2_048),
     "device": ("cpu", "cuda" if torch.cuda.is_available() else "cpu"),
 }  # fmt: skip
 HELD_OUT = (200, 2)  # development problems behind a point of the curves, and tries at each
@@ -592,8 +652,11 @@ def load_speaker(args: argparse.Namespace) -> Speaker:
     settings = [f"{k} {v}" for k, v in flags.items() if k in {*DEFAULTS, "beta", "clip", "loss"}]
     print(f"Settings ({whose} where not given): {', '.join(settings)}")
     model = Model.from_pretrained(path, device=args.device, revision=args.revision)
+    c = model.config  # the keys and values of a token: a vector for each head and layer, float32
+    size = 2 * 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * args.cache_tokens
+    print(f"Keys and values of {args.cache_tokens} tokens take up to {size / 1e9:.1f} GB")
     model.words = min(model.words, tokenizer.words)
-    limits = args.max_new_tokens, args.temperature, args.seed, args.rows
+    limits = args.max_new_tokens, args.temperature, args.seed, args.cache_tokens
     return Speaker(model, tokenizer, TASKS[args.task](tiny=tiny), *limits)
 
 
@@ -662,6 +725,7 @@ def train_command(args: argparse.Namespace) -> None:
     before = measure(vanilla, problems, args.samples, "vanilla")
 
     trained = replace(vanilla, model=copy.deepcopy(vanilla.model))
+    trained.model.checkpointing = args.checkpointing
     for step, metrics, optimizers in reinforce(trained, failures, args, folder / "samples.jsonl"):
         if step % max(1, args.steps // 4) == 0 or step == args.steps:
             metrics |= accuracy(at=measure(trained, held_out, HELD_OUT[1], "held out"))["at"]
@@ -727,7 +791,12 @@ def failures_command(args: argparse.Namespace) -> None:
     begun = models.read_json(folder / "config.json") if folder.exists() else {}
     args.date = begun.get("date", args.date)  # it may have been begun on another day
     speaker = load_speaker(args)
-    free = ("function", "device", "rows", "skip_bad")  # what may change when it is continued
+    free = (
+        "function",
+        "device",
+        "cache_tokens",
+        "skip_bad",
+    )  # what may change when it is continued
     for name, value in vars(args).items():
         if begun and name not in free and begun.get(name) != value:
             was = f"{begun.get(name)}, not {value}"
@@ -738,8 +807,10 @@ def failures_command(args: argparse.Namespace) -> None:
     path.touch()
     lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
     models.replace_file(path, "".join(lines))  # a line that was cut is found again
-    ids = [problem.id for problem in problems]
-    done = 1 + ids.index(json.loads(lines[-1])["problem"]["id"]) if lines else 0
+    places = {problem.id: place for place, problem in enumerate(problems)}
+    done = 1 + places.get(json.loads(lines[-1])["problem"]["id"], -1) if lines else 0
+    if lines and not done:
+        raise ValueError(f"{path} ends in a problem that is not among these: the data has changed")
     for some in find_failures(speaker, problems[done:], args.responses, args.keep):
         write_failures(path, some, speaker.tokenizer)
     count = len(path.read_text().splitlines())
@@ -820,7 +891,8 @@ def main(argv: list[str] | None = None) -> None:
     flag(every, "--device", "cpu, cuda or mps")
     flag(every, "--temperature", "of sampling; 0: greedy", type=real, default=1.0)
     flag(every, "--max-new-tokens", "the longest turn", type=positive)
-    flag(every, "--rows", "conversations held at once; fewer need less memory", type=positive)
+    held = "tokens whose keys and values are held at once; fewer need less memory"
+    flag(every, "--cache-tokens", held, type=positive)
     flag(most, "--data", "a JSON, JSONL or parquet file of problems, or a dataset's hub id")
     flag(most, "--skip-bad", "go on without bad records of --data", action="store_true")
     flag(most, "--train-size", "problems of --data to train on", type=positive)
@@ -835,7 +907,8 @@ def main(argv: list[str] | None = None) -> None:
     flag(most, "--name", "the folder in runs/ (default: task, model, seed, and time)")
     flag("train", "--problems", "look for failures in so many problems", type=positive)
     flag("train failures", "--responses", "tries at most at a problem", type=positive)
-    keep = "keep a problem if any of its tries fails, or, to have only the hardest, if all fail"
+    keep = ("keep a problem if any of its tries fails (it is tried no more: cheap, and it may be "
+            "solved at times, so that there is something to learn) or if all fail")  # fmt: skip
     flag("train failures", "--keep", keep, choices=("any", "all"), default="any")
     flag("train", "--fresh", "make the tiny base model anew", action="store_true")
     flag("train", "--controls", "measure what else could explain the gain", action="store_true")
@@ -848,6 +921,10 @@ def main(argv: list[str] | None = None) -> None:
     flag("train", "--beta", "weight of the KL term", type=real, default=0.001)
     flag("train", "--clip", "epsilon of the clipped ratio", type=real, default=0.2)
     flag("train", "--loss", "what a token weighs", choices=grpo.LOSSES, default="dapo")
+    flag("train", "--skip-equal", "leave groups of equal rewards out of the KL term too (without "
+         "KL they always are: it changes nothing)", action="store_true")  # fmt: skip
+    flag("train", "--micro-tokens", "tokens in one forward and backward pass", type=positive)
+    flag("train", "--checkpointing", "compute layers twice to store less", action="store_true")
     flag("train", "--no-std", "do not divide advantages by the deviation", action="store_true")
     args = parser.parse_args(argv)
     try:

@@ -476,8 +476,9 @@ def tiny(args) -> None:
     from tasks import Countdown
 
     flags = argparse.Namespace(
-        model=args.tiny_model, task="countdown", seed=0, device="cpu", temperature=1.0, rows=None,
-        max_new_tokens=None, date=None, fresh=False, group=8,
+        model=args.tiny_model, task="countdown", seed=0, device="cpu", temperature=1.0,
+        cache_tokens=None, revision=None,
+        max_new_tokens=None, date="2025-05-30", fresh=False, group=8,
     )  # fmt: skip
     speaker = r3.load_speaker(flags)
     problems = Countdown(tiny=True).load(split="train")

@@ -91,7 +91,7 @@ def test_how_the_work_is_split_changes_nothing(speaker, task, monkeypatch):
         return [(c.problem, c.attempt, c.reflection, c.retry, c.second) for c in tries]
 
     together = turns()
-    speaker.rows = 3
+    speaker.cache_tokens = 300
     assert turns() == together
 
 
@@ -131,7 +131,7 @@ def test_a_dataset_of_failures_holds_first_wrong_tries(speaker, task, lenient):
     problems = task.load(split="train", limit=20)
     tries = r3.attempt(speaker, problems, 4, (r3.COLLECT, 0))
     assert 0 < sum(c.first.right for c in tries) < 80
-    small = replace(speaker, rows=7)  # the work is split, the samples are the same
+    small = replace(speaker, cache_tokens=7 * 1_024)  # the work is split, the samples are the same
     kept = {}
     for keep in ("any", "all"):
         found = list(r3.find_failures(small, problems, 4, keep))
@@ -396,7 +396,17 @@ def test_the_papers_settings_are_a_folders_defaults(small, folder, lenient, caps
 
 
 def test_a_dataset_of_failures_goes_on_where_it_was_killed(small, lenient, monkeypatch, capsys):
-    command = ["failures", "--model", "tiny", "--limit", "30", "--rows", "8", "--responses", "3"]
+    command = [
+        "failures",
+        "--model",
+        "tiny",
+        "--limit",
+        "30",
+        "--cache-tokens",
+        "8192",
+        "--responses",
+        "3",
+    ]
     command += ["--max-new-tokens", "12", "--name"]
     r3.main([*command, "whole"])
     write, calls = r3.write_failures, []
@@ -456,7 +466,7 @@ def test_problems_that_might_outgrow_the_context_are_dropped_and_counted(
 def test_padded_rows_of_the_head_are_neither_sampled_nor_trained(folder):
     args = r3.argparse.Namespace(
         model=str(folder), task="countdown", seed=0, device=None, temperature=1.0,
-        date="2025-05-30", revision=None, max_new_tokens=40, rows=None,
+        date="2025-05-30", revision=None, max_new_tokens=40, cache_tokens=None,
     )  # fmt: skip
     speaker = r3.load_speaker(args)
     assert speaker.model.words == 258 < speaker.model.config.vocab_size == 300
