@@ -9,6 +9,7 @@ import datetime
 import importlib.util
 import itertools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import model as ours_module
 from model import Tokenizer
+from r3 import Speaker
+from tasks import APIGen, tools_in_words
+
+RECORDS = Path(__file__).resolve().parents[2] / "shared" / "data" / "apigen_bfcl.json"
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -159,6 +164,33 @@ def test_which_templates_show_the_tools(family):
     if family in SHOWS_TOOLS:  # and as they are, escaped nowhere
         text = ours.render([USER], TOOLS)
         assert '"type": {' in text and "<outside> & in Zürich, 東京 or O'Hare" in text
+
+
+@pytest.mark.skipif(not RECORDS.is_file(), reason="the real records are not here")
+@every_family
+def test_every_real_record_is_asked_with_all_its_tools(family):
+    """Query and tools stand in the text as they are; some questions are compared whole."""
+    ours, theirs = both(family)
+    task, compared = APIGen(), 0
+    speaker = Speaker(None, ours, task, max_new_tokens=1)
+    problems = task.load(str(RECORDS), split="all")
+    assert len(problems) == 1_000
+    for problem in problems:
+        ids = speaker.question(problem)
+        text = ours.tokenizer.decode(ids, skip_special_tokens=False)
+        assert text.count(problem.query.strip()) == 1  # some templates strip what is said
+        chat, tools = task.messages(problem)
+        dense = re.sub(r"\s", "", text)  # some templates indent the tools
+        for tool in tools:
+            function = json.dumps(tool["function"], ensure_ascii=False)
+            assert re.sub(r"\s", "", function) in dense
+        if problem.id % 20 == 0 or not problem.query.isascii():
+            if family not in SHOWS_TOOLS:
+                chat, tools = tools_in_words(chat, tools), None
+            options = dict(tools=tools, add_generation_prompt=True, return_dict=False)
+            assert ids == theirs.apply_chat_template(chat, tokenize=True, **options)
+            compared += 1
+    assert compared >= 60
 
 
 def test_showing_is_seen_in_the_text_not_guessed():
