@@ -47,10 +47,11 @@ SILENT = dict(
 )  # fmt: skip
 ARCHITECTURES = {
     "llama": {},
-    "mistral": {"sliding_window": 4096},
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
     "qwen2": {"qkv_bias": True},  # a bias on q, k and v, none on o
     "qwen3": {"qk_norm": True, "head_dim": 128},  # RMSNorm on each head's query and key
-    "phi3": {"fused": True},  # one matrix for q, k and v, and one for gate and up
+    # one matrix for q, k and v, and one for gate and up
+    "phi3": {"fused": True, "rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
 }
 SUPPORTED = {  # the rest is refused, by name
     "model_type": list(ARCHITECTURES),

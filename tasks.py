@@ -112,7 +112,8 @@ class Task:
         """Problems of a JSON, JSONL or parquet file, or of a folder of such, that are in a split.
 
         A fixed shuffle, whatever the seed, gives a fifth of them, at most the paper's number, to
-        "test" and the rest to "train"; "all" is everything; "dev" is what explicit sizes leave.
+        "test" and the rest to "train"; "all" is everything; "dev" is what explicit sizes leave. (A
+        problem that has copies in an earlier split is left out.)
         """
         problems = self.read(path, skip_bad)
         if split != "all":

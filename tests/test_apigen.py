@@ -117,6 +117,12 @@ def test_json_equality(label, said, right):
     assert task.verify(request(call("add", a=label)), text).right is right
 
 
+def test_how_often_a_call_is_made_counts():
+    one, two = call("add", a=1), call("add", a=2)
+    for said, reason in (([one, two, one], "right"), ([one, two, two], "wrong_arguments")):
+        assert task.verify(request(one, one, two), json.dumps(said)).reason == reason
+
+
 ONE = json.dumps([call("add", a=1)])
 
 
@@ -282,9 +288,11 @@ def test_the_papers_split(tmp_path):
 
 
 def test_problems_that_are_alike_stay_on_one_side(tmp_path):
-    path = written(tmp_path, records(30) * 3, "jsonl")
+    """The split is cut within a query: what is left of it is on neither side."""
+    others = [{**record, "tools": json.dumps(TOOLS[:1])} for record in records(28)]
+    path = written(tmp_path, records(28) + others * 2, "jsonl")
     train, test = task.load(path, split="train"), task.load(path, split="test")
-    assert len(train) + len(test) == 90 and len(test) == 18
+    assert (len(train), len(test)) == (84 - 16 - 2, 16)
     assert not {p.query for p in train} & {p.query for p in test}
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from grpo import Batch, Settings, gradients, textbook, token_logprobs
-from model import INDEX, Model, Tokenizer, generate
+from model import INDEX, Model, Tokenizer, generate, read_config
 
 SHORT, LONG = [1.0, 1.2, 1.7, 2.5], [1.5, 3.0, 4.5, 6.0]
 LONGROPE = dict(
@@ -111,6 +111,15 @@ def test_what_we_save_transformers_opens(kind, tmp_path):
     assert opened.dtype == torch.float32
 
 
+@pytest.mark.parametrize("more", [dict(factor=3.0), dict(attention_factor=1.4)])
+@torch.no_grad()
+def test_longropes_scale_may_be_given(more, tmp_path):
+    """By itself, or by a factor that is not the ratio of the two contexts."""
+    theirs, ours = made("llama, longrope", tmp_path, rope_parameters={**LONGROPE, **more})
+    ids = torch.randint(0, 61, (1, T))
+    close(ours(ids), theirs(ids).logits)
+
+
 @pytest.mark.parametrize("kind", ["llama, longrope", "phi3, longrope", "mistral, window"])
 @torch.no_grad()
 def test_a_sampled_conversation_that_leaves_the_original_context(kind, tmp_path):
@@ -130,6 +139,40 @@ def test_a_sampled_conversation_that_leaves_the_original_context(kind, tmp_path)
                 assert logits.max() - logits[token] < 1e-4
                 seen += len(context) + i == 16
     assert seen >= 3  # rows did cross
+
+
+@torch.no_grad()
+def test_what_was_read_anew_is_in_the_cache_of_the_next_turn(tmp_path):
+    """Also where a row leaves the original context after others have left the batch."""
+    _, ours = made("phi3, longrope", tmp_path)
+    prompts, late = torch.randint(12, 61, (8, 8)).tolist(), 0
+    for seed in range(6):
+        one = generate(ours, prompts, max_new_tokens=12, stop=range(8), seed=seed)
+        told = [turn[-1:] for [turn] in one.tokens]
+        two = generate(ours, told, max_new_tokens=1, cache=one.cache)
+        for row, [[token]], [[logprob]] in zip(range(8), two.tokens, two.logprobs, strict=True):
+            logits = ours(torch.tensor([prompts[row] + one.tokens[row][0]]))[0, -1]
+            assert abs(logits.log_softmax(-1)[token] - logprob) < 1e-4
+        turns = [len(turn) for [turn] in one.tokens]
+        gone = sum(turn <= 5 for turn in turns) > 2
+        late += gone and max(turns) > 9 and 9 not in turns  # at 9, the next turn reads all anew
+    assert late >= 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+def test_what_a_config_does_not_say_is_as_in_transformers(kind):
+    said = dict(
+        model_type=kind, vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=8, max_position_embeddings=8192, pad_token_id=0,
+    )  # fmt: skip
+    ours, theirs = read_config(said), transformers.AutoConfig.for_model(**said)
+    for name in ("rms_norm_eps", "tie_word_embeddings", "sliding_window"):
+        assert getattr(ours, name) == getattr(theirs, name, None), name
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 32 // 8)
+    if kind[:4] != "qwen":
+        assert ours.num_key_value_heads == theirs.num_key_value_heads == 8
+    if kind == "phi3":
+        assert ours.original_max_position_embeddings == theirs.original_max_position_embeddings
 
 
 @pytest.mark.parametrize("kind", ["llama, llama3", "llama, longrope", "phi3, longrope"])

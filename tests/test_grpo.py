@@ -164,6 +164,27 @@ def test_groups_of_equal_rewards_are_left_out_at_no_price(tiny, monkeypatch):
             assert ((ours - exact).norm() / exact.norm()).item() < 1e-9
 
 
+def test_metrics_are_means_over_the_trained_tokens(tiny):
+    model, _ = tiny
+    batch = random_batch(model)
+    metrics, _ = gradient_of(model, batch, Settings(micro_tokens=40))
+    nll, entropy, kl, moved = [], [], [], []
+    for i, (row, [(start, end)]) in enumerate(zip(batch.ids, batch.spans, strict=True)):
+        with torch.no_grad():
+            log_p = model(torch.tensor([row]))[0].log_softmax(-1)
+        recorded = zip(batch.old_logprobs[i], batch.ref_logprobs[i], strict=True)
+        for t, (old, ref) in zip(range(start, end), recorded, strict=True):
+            now = log_p[t - 1, row[t]].item()
+            nll.append(-now)
+            entropy.append(torch.distributions.Categorical(logits=log_p[t - 1]).entropy().item())
+            kl.append(math.exp(ref - now) - (ref - now) - 1)
+            moved.append(abs(now - old))
+    for name, values in (("nll", nll), ("entropy", entropy), ("kl", kl)):
+        assert metrics[name] == pytest.approx(sum(values) / len(values), rel=1e-4), name
+    assert metrics["mismatch"] == pytest.approx(max(moved), rel=1e-4)
+    assert metrics["tokens"] == len(moved)
+
+
 def test_clip_takes_the_worse_of_both_for_both_signs():
     """min(ratio A, clip(ratio) A): good tokens stop being pushed up, bad ones down."""
     for A, ratio, flows in ((1, 1.5, False), (1, 0.5, True), (-1, 0.5, False), (-1, 1.5, True)):
@@ -239,7 +260,7 @@ def test_the_loop_clips_schedules_and_starts_every_step_afresh(tiny):
     model, _ = tiny
     settings = Settings(steps=2, lr=0.1, warmup=0.5, beta=0.0, max_grad_norm=0.01)
     batch, expected = random_batch(model, beta_ref=False), copy.deepcopy(model)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.2)]  # its own, scheduled alike
     for _, metrics in grpo.train(model, lambda step: batch, settings, optimizers):
         assert metrics["grad_norm"] > 0.01
         _, gradient = gradient_of(expected, batch, settings)
@@ -250,7 +271,7 @@ def test_the_loop_clips_schedules_and_starts_every_step_afresh(tiny):
                 gradient.split([p.numel() for p in expected.parameters()]),
                 strict=True,
             ):
-                p -= metrics["lr"] * g.view_as(p)
+                p -= 2 * metrics["lr"] * g.view_as(p)
         for one, other in zip(model.parameters(), expected.parameters(), strict=True):
             assert torch.allclose(one, other, atol=1e-7)
     assert metrics["lr"] == pytest.approx(0.1 * grpo.lr_share(1, 2, 0.5))

@@ -9,6 +9,7 @@ import datetime
 import importlib.util
 import itertools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import model as ours_module
 from model import Tokenizer
+from r3 import Speaker
+from tasks import APIGen, Request, tools_in_words
+
+RECORDS = Path(__file__).resolve().parents[2] / "shared" / "data" / "apigen_bfcl.json"
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -159,6 +164,46 @@ def test_which_templates_show_the_tools(family):
     if family in SHOWS_TOOLS:  # and as they are, escaped nowhere
         text = ours.render([USER], TOOLS)
         assert '"type": {' in text and "<outside> & in Zürich, 東京 or O'Hare" in text
+
+
+def asked(theirs, family: str, problem: Request) -> list[int]:
+    """A question's tokens by transformers, its tools in words where the template has no place."""
+    chat, tools = APIGen().messages(problem)
+    if family not in SHOWS_TOOLS:
+        chat, tools = tools_in_words(chat, tools), None
+    return theirs.apply_chat_template(
+        chat, tools=tools, add_generation_prompt=True, return_dict=False
+    )
+
+
+@every_family
+def test_drawn_problems_are_asked_with_their_tools(family):
+    ours, theirs = both(family)
+    speaker = Speaker(None, ours, APIGen(), max_new_tokens=1)
+    for problem in speaker.task.load(limit=5):
+        assert speaker.question(problem) == asked(theirs, family, problem)
+
+
+@pytest.mark.skipif(not RECORDS.is_file(), reason="the real records are not here")
+@every_family
+def test_every_real_record_is_asked_with_all_its_tools(family):
+    """Query and tools stand in the text as they are; some questions are compared whole."""
+    ours, theirs = both(family)
+    speaker, compared = Speaker(None, ours, APIGen(), max_new_tokens=1), 0
+    problems = speaker.task.load(str(RECORDS), split="all")
+    assert len(problems) == 1_000
+    for problem in problems:
+        ids = speaker.question(problem)
+        text = ours.tokenizer.decode(ids, skip_special_tokens=False)
+        assert text.count(problem.query.strip()) == 1  # some templates strip what is said
+        dense = re.sub(r"\s", "", text)  # some templates indent the tools
+        for tool in speaker.task.messages(problem)[1]:
+            function = json.dumps(tool["function"], ensure_ascii=False)
+            assert re.sub(r"\s", "", function) in dense
+        if problem.id % 20 == 0 or not problem.query.isascii():
+            assert ids == asked(theirs, family, problem)
+            compared += 1
+    assert compared >= 60
 
 
 def test_showing_is_seen_in_the_text_not_guessed():
