@@ -118,10 +118,10 @@ def grpo_loss(
 def k3(difference: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(pi || pi_ref) per token, from log pi_ref - log pi.
 
-    Its *value* estimates that KL, and is never negative but for rounding; its gradient, used as a
-    loss, is the one of the forward KL.
+    Its *value* estimates that KL and is never negative; its gradient, used as a loss, is the one of
+    the forward KL. (expm1(d) is exp(d) - 1 without the rounding where d is small.)
     """
-    return difference.exp() - difference - 1
+    return torch.expm1(difference) - difference
 
 
 # -- One optimiser step ----------------------------------------------------------------------------

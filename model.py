@@ -129,11 +129,11 @@ def at_least_float32(x: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + D/2) of a head by the angle of their position: RoPE.
 
-    x: (B, heads, T, D); cos, sin: (B, 1, T, D/2). The dot product of a query and a key turned so
+    x: (B, heads, T, D); cos, sin: (B, 1, T, D), of the angles twice, and the first sines negative:
+    (a, b) becomes (a cos - b sin, b cos + a sin). The dot product of a query and a key turned so
     depends on the two positions by their difference alone.
     """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 @dataclass
@@ -145,8 +145,8 @@ class Pass:
     """
 
     shape: tuple[int, int]
-    rope: list[Tensor]  # cos and sin, (B, 1, T, D/2)
-    mask: Tensor | None  # (B, T, C + T): which columns a token sees; None: all up to itself
+    rope: list[Tensor]  # cos and sin, (B, 1, T, D)
+    mask: Tensor | None  # (B, T, C + T): 0 where a token sees, else -inf; None: all up to itself
     places: Tensor | None  # (N,), None where all places hold a token
     cache: "Cache | None"  # what was read before
     keep: list | None  # where the keys and values of this pass go
@@ -227,8 +227,8 @@ class Attention(nn.Module):
         k, v = this.cache.write(self.layer, k, v)  # (P, K, S, c, D)
         met = (q.flatten(2, 3) @ keys.mT).view(*q.shape[:-1], C)
         scores = torch.cat([met, q @ k.mT], dim=-1).unflatten(3, (shares, T))
-        unseen = ~this.mask.view(P, 1, S, 1, T, -1)
-        weights = at_least_float32(scores.masked_fill_(unseen, -math.inf)).softmax(-1).to(q.dtype)
+        scores = at_least_float32(scores + this.mask.view(P, 1, S, 1, T, -1))
+        weights = scores.softmax(-1).to(q.dtype)
         met, own = weights.flatten(3, 4).split([C, k.shape[3]], dim=-1)
         x = (met.flatten(2, 3) @ values).view(q.shape) + own @ v
         return x.unflatten(3, (shares, T)).transpose(1, 2).reshape(P * S, K * shares, T, D)
@@ -342,14 +342,16 @@ class Model(nn.Module):
             column = torch.arange(read.shape[1], device=ids.device)
             own = column[-T:, None]  # (T, 1)
             # A token sees the live ones up to itself; a hole sees itself: its softmax must exist.
-            mask = (column <= own) & read[:, None] | (column == own)  # (B, T, C + T)
+            seen = (column <= own) & read[:, None] | (column == own)  # (B, T, C + T)
+            mask = torch.where(seen, 0.0, -math.inf).to(self.lm_head.weight.dtype)
         turns = self.turns.to(ids.device)
         if len(turns) == 2:  # longrope: each row by its length
             turns = turns[(lengths > c.original_max_position_embeddings).long()][:, None]
         positions = (lengths - live.sum(1))[:, None] + live.cumsum(1) - 1  # (B, T)
         angle = positions[..., None] * turns  # (B, T, D/2)
-        x = self.model.embed_tokens.weight
-        rope = [(f(angle) * self.turn_scale).to(x.dtype)[:, None] for f in (torch.cos, torch.sin)]
+        cos, sin = (f(angle) * self.turn_scale for f in (torch.cos, torch.sin))
+        rope = [torch.cat(pair, -1)[:, None] for pair in ((cos, cos), (-sin, sin))]
+        rope = [x.to(self.lm_head.weight.dtype) for x in rope]
         this = Pass((B, T), rope, mask, places, cache, keep)
         x = self.model.embed_tokens(this.gather(ids[..., None]).squeeze(-1))  # (N, E)
         for block in self.model.layers:
@@ -684,7 +686,8 @@ class Cache:
 
     def __init__(self, contexts, ids: Tensor, live: Tensor | None, samples=1, room=0):
         """contexts: each layer's keys and values, (P, K, C, D); ids, live: (P, C)."""
-        self.contexts, self.ids, self.samples = contexts, ids, samples
+        self.contexts = [(k.contiguous(), v.contiguous()) for k, v in contexts]  # as it is read
+        self.ids, self.samples = ids, samples
         self.live = torch.ones_like(ids, dtype=torch.bool) if live is None else live
         (P, K, _, D), self.length = contexts[0][0].shape, 0  # length: of the suffixes, so far
         empty = (contexts[0][0].new_zeros(P, K, samples, room, D) for _ in range(2 * len(contexts)))

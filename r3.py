@@ -652,6 +652,8 @@ def load_speaker(args: argparse.Namespace) -> Speaker:
     settings = [f"{k} {v}" for k, v in flags.items() if k in {*DEFAULTS, "beta", "clip", "loss"}]
     print(f"Settings ({whose} where not given): {', '.join(settings)}")
     model = Model.from_pretrained(path, device=args.device, revision=args.revision)
+    if args.compile:
+        Model.hidden = torch.compile(Model.hidden, dynamic=True)
     c = model.config  # the keys and values of a token: a vector for each head and layer, float32
     size = 2 * 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * args.cache_tokens
     print(f"Keys and values of {args.cache_tokens} tokens take up to {size / 1e9:.1f} GB")
@@ -925,6 +927,7 @@ def main(argv: list[str] | None = None) -> None:
          "KL they always are: it changes nothing)", action="store_true")  # fmt: skip
     flag("train", "--micro-tokens", "tokens in one forward and backward pass", type=positive)
     flag("train", "--checkpointing", "compute layers twice to store less", action="store_true")
+    flag(every, "--compile", "torch.compile the decoder: minutes at first", action="store_true")
     flag("train", "--no-std", "do not divide advantages by the deviation", action="store_true")
     args = parser.parse_args(argv)
     try:

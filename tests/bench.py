@@ -175,7 +175,13 @@ def vllm_rollout(w: dict) -> dict:
     from vllm import LLM, SamplingParams
 
     longest = max(map(len, w["contexts"])) + 2 * NEW + len(w["between"])
-    llm = LLM(w["model"], dtype="float32", enable_prefix_caching=True, max_model_len=longest + 1)
+    llm = LLM(
+        w["model"],
+        dtype="float32",
+        enable_prefix_caching=True,
+        max_model_len=longest + 1,
+        gpu_memory_utilization=0.5,
+    )  # of the main memory, here
 
     def say(prompts, n, greedy):
         limits = dict(max_tokens=NEW, min_tokens=NEW, ignore_eos=True, detokenize=False)
@@ -341,7 +347,7 @@ def run(name: str, w: dict, python: str = sys.executable) -> dict:
 
         def watch():
             nonlocal peak
-            while not done.wait(0.05):
+            while not done.wait(0.5):
                 peak = max(peak, resident(process.pid))
 
         thread = threading.Thread(target=watch)
@@ -402,6 +408,7 @@ def rollout(args, config: dict, w: dict) -> None:
     for name in names:
         found[name] = run(name, w, args.vllm if name == "vllm_rollout" else sys.executable)
         agree(args.model, w, found["our_rollout"]["greedy"], found[name]["greedy"])
+        print(f"{names[name]}: {found[name]['seconds']:.1f} s", flush=True)
     ours, limit = found["our_rollout"]["seconds"], flop / rate
     tokens = 2 * NEW * args.failures * args.group
     rows = [
@@ -435,6 +442,7 @@ def step(args, config: dict, w: dict) -> None:
             checked = run(name, {**w, "repeat": 0, "gradient": file})
             gradients[name] = torch.load(file, weights_only=True)
         found[name] = run(name, w)
+        print(f"{names[name]}: {found[name]['seconds']:.1f} s", flush=True)
         cosine = torch.cosine_similarity(gradients[name], gradients["our_step"], dim=0).item()
         if cosine < 0.9999 or abs(checked["loss"] - found["our_step"]["loss"]) > 1e-4:
             sys.exit(f"{name} computes another step: cosine {cosine}, loss {checked['loss']}")
@@ -477,7 +485,7 @@ def tiny(args) -> None:
 
     flags = argparse.Namespace(
         model=args.tiny_model, task="countdown", seed=0, device="cpu", temperature=1.0,
-        cache_tokens=None, revision=None,
+        cache_tokens=None, revision=None, compile=False,
         max_new_tokens=None, date="2025-05-30", fresh=False, group=8,
     )  # fmt: skip
     speaker = r3.load_speaker(flags)

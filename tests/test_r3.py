@@ -475,7 +475,7 @@ def test_problems_that_might_outgrow_the_context_are_dropped_and_counted(
 def test_padded_rows_of_the_head_are_neither_sampled_nor_trained(folder):
     args = r3.argparse.Namespace(
         model=str(folder), task="countdown", seed=0, device=None, temperature=1.0,
-        date="2025-05-30", revision=None, max_new_tokens=40, cache_tokens=None,
+        date="2025-05-30", revision=None, max_new_tokens=40, cache_tokens=None, compile=False,
     )  # fmt: skip
     speaker = r3.load_speaker(args)
     assert speaker.tokenizer.date == datetime.date(2025, 5, 30)
