@@ -188,26 +188,25 @@ def reflection_batch(
 
 
 def micro_batches(batch: Batch, micro_tokens: int, skip_equal: bool = False) -> Iterator[list[int]]:
-    """Row numbers, whole groups of similar length, up to `micro_tokens` tokens when padded.
+    """Row numbers, whole groups of similar length up to `micro_tokens` tokens, shortest row first.
 
     Where all rewards of a group are equal its advantages are zero, and no policy gradient comes
     from it: skip_equal leaves such groups out (all but one, where all are such).
     """
-    G, sizes, chosen = batch.group, {}, []
+    G, sizes = batch.group, {}
     for first in range(0, len(batch.ids), G):
-        start = batch.spans[first][0][0]  # where the group's context ends
-        longest = max(map(len, batch.ids[first : first + G])) - start
-        sizes[first] = start, longest
+        context = batch.spans[first][0][0]
+        sizes[first] = context + sum(len(row) - context for row in batch.ids[first : first + G])
     if skip_equal:
         unequal = {first for first in sizes if batch.advantages[first : first + G].any()}
         sizes = {first: sizes[first] for first in unequal or list(sizes)[:1]}
-    for first in sorted(sizes, key=lambda first: sum(sizes[first])):
-        start, longest = (max(sizes[f][i] for f in [*chosen, first]) for i in (0, 1))
-        if chosen and (start + G * longest) * (len(chosen) + 1) > micro_tokens:
-            yield [row for f in chosen for row in range(f, f + G)]
-            chosen = []
-        chosen.append(first)
-    yield [row for f in chosen for row in range(f, f + G)]
+    rows: list[int] = []
+    for first in sorted(sizes, key=sizes.get):
+        if rows and (len(rows) // G + 1) * sizes[first] > micro_tokens:
+            yield sorted(rows, key=lambda row: len(batch.ids[row]))
+            rows = []
+        rows += range(first, first + G)
+    yield sorted(rows, key=lambda row: len(batch.ids[row]))
 
 
 def padded(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
@@ -219,8 +218,8 @@ def padded(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
 
 
 def predictions(model: Model, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The hidden states that some rows' targets are predicted from, (n, T, E), these targets, and
-    which of them are trained, (n, T) both.
+    """The hidden states that some rows' trained tokens are predicted from, (tokens, E), these
+    tokens, (tokens,), and where they stand: the mask, (n, T), whose order is theirs.
 
     A group's context is several times longer than its reflections, so it is read once:
 
@@ -229,28 +228,38 @@ def predictions(model: Model, batch: Batch, rows: list[int]) -> tuple[Tensor, Te
                           ┴ reflection_G      per reflection, at a fraction of its arithmetic
 
     The context's last position predicts the first token of each; a reflection's positions but the
-    last one predict the others.
+    last one predict the others. Reflections of about one length are read together.
     """
-    c, G, ids = model.config, batch.group, [batch.ids[row] for row in rows]
-    spans = [batch.spans[row] for row in rows]
-    beyond = c.rope_type == "longrope" and max(map(len, ids)) > c.original_max_position_embeddings
-    if G == 1 or beyond:  # (longrope reads a context otherwise where what follows is long)
-        ids, live = padded(ids, model.device)
+    c, G, spans = model.config, batch.group, [batch.spans[row] for row in rows]
+    longest = max(len(batch.ids[row]) for row in rows)
+    if G == 1 or c.rope_type == "longrope" and longest > c.original_max_position_embeddings:
+        # (longrope reads a context otherwise where what follows is long)
+        ids, live = padded([batch.ids[row] for row in rows], model.device)
         mask = trained_mask(spans, ids.shape[1]).to(ids.device)
-        return model.hidden(ids, live=live)[:, :-1], ids[:, 1:], mask
-    starts = [row_spans[0][0] for row_spans in spans]
-    contexts = [row[:start] for row, start in zip(ids[::G], starts[::G], strict=True)]
+        return model.hidden(ids, live=live)[:, :-1][mask], ids[:, 1:][mask], mask
+    groups = sorted({row // G for row in rows})
+    starts = [batch.spans[group * G][0][0] for group in groups]  # where contexts end
+    contexts = [batch.ids[g * G][:start] for g, start in zip(groups, starts, strict=True)]
     contexts, live = padded(contexts, model.device)  # (P, C)
-    hidden, cache = model.read(contexts, live, samples=G)
-    last = hidden[torch.arange(len(contexts)), live.sum(1) - 1].repeat_interleave(G, dim=0)
-    hidden = last[:, None]  # (n, 1, E)
-    tails = [row[start:] for row, start in zip(ids, starts, strict=True)]
-    targets, live = padded(tails, model.device)  # (n, T)
-    if targets.shape[1] > 1:
-        inner = model.hidden(targets[:, :-1], cache, live[:, 1:])
-        hidden = torch.cat([hidden, inner], dim=1)
-    spans = [[(a - s + 1, b - s + 1) for a, b in row] for row, s in zip(spans, starts, strict=True)]
-    return hidden, targets, trained_mask(spans, targets.shape[1] + 1).to(targets.device)
+    hidden, cache = model.read(contexts, live)
+    owner = [groups.index(row // G) for row in rows]  # each row's context
+    last = hidden[owner, live.sum(1)[owner] - 1]  # (n, E)
+    tails = [batch.ids[row][starts[own] :] for row, own in zip(rows, owner, strict=True)]
+    spans = [[(a - starts[own] + 1, b - starts[own] + 1) for a, b in row]
+             for row, own in zip(spans, owner, strict=True)]  # fmt: skip
+    mask = trained_mask(spans, 1 + max(map(len, tails))).to(model.device)  # (n, T)
+    states, targets, start = [], [], 0
+    while start < len(rows):
+        limit = 1.25 * len(tails[start]) + 8
+        end = next((i for i in range(start, len(rows)) if len(tails[i]) > limit), len(rows))
+        ids, live = padded(tails[start:end], model.device)
+        h = last[start:end, None]
+        if ids.shape[1] > 1:
+            inner = model.hidden(ids[:, :-1], cache.of(owner[start:end]), live[:, 1:])
+            h = torch.cat([h, inner], dim=1)  # (rows, T, E)
+        trained = mask[start:end, : ids.shape[1]]
+        states, targets, start = [*states, h[trained]], [*targets, ids[trained]], end
+    return torch.cat(states), torch.cat(targets), mask
 
 
 LOGITS = 2**24  # that exist at once
@@ -272,7 +281,7 @@ def token_logprobs(
         entropy = -(log_p.detach().exp() * log_p.detach()).sum(dim=-1)
         return log_p.gather(1, targets[:, None]).squeeze(1), entropy
 
-    parts = [x[mask].split(max(1, LOGITS // model.words)) for x in (hidden, targets)]
+    parts = [x.split(max(1, LOGITS // model.words)) for x in (hidden, targets)]
     again = len(parts[0]) > 1 and torch.is_grad_enabled()
     scored = [
         checkpoint(score, *part, use_reentrant=False) if again else score(*part)
@@ -397,7 +406,7 @@ def check(model: Model, batch: Batch, s: Settings, seed: int = 0) -> dict[str, f
         return [(torch.tensor(v) + n).tolist() for v, n in zip(old, noise, strict=True)]
 
     ids, spans = [batch.ids[row] for row in rows], [batch.spans[row] for row in rows]
-    small = Batch(ids, spans, A + 0.5 * A.abs(), moved(), moved(), group=batch.group)
+    small = Batch(ids, spans, A + 0.9 * A.abs(), moved(), moved(), group=batch.group)
     model.zero_grad(set_to_none=True)
     metrics = gradients(model, None, small, s)
     ours = torch.cat([p.grad.flatten().double() for p in model.parameters()])

@@ -208,30 +208,36 @@ class Attention(nn.Module):
         return self.o_proj(this.gather(x.transpose(1, 2).flatten(2)))
 
     def on_shared_contexts(self, q: Tensor, k: Tensor, v: Tensor, this: Pass) -> Tensor:
-        """One softmax over two pieces: the context that S rows share, and each row's own suffix.
+        """Attention of P S rows to P contexts and to their own suffixes: (B, H, T, D), B = P S.
+
+        A token that was just drawn (T = 1) is one softmax over two pieces, so that the queries of
+        all S rows, and of the heads that share a key head, meet the context's keys in one matrix
+        product, where row by row it would be as many products of a vector:
 
                       context, C columns      suffix of row 1    of row 2
             row 1   [ one matrix product    |  its own         |           ]
             row 2   [ for all rows          |                  |  its own  ]
 
-        The queries of all S rows (and of the heads that share a key head) meet the context's keys
-        in one matrix product, where row by row it would be S products of a vector. (B, H, T, D) in
-        and out; B = P S rows, on P contexts.
+        A longer block is a matrix product in each row anyway.
         """
         keys, values = this.cache.contexts[self.layer]  # (P, K, C, D)
         P, K, C, D = keys.shape
         S, T, shares = len(q) // P, q.shape[2], q.shape[1] // K
-        q = q.view(P, S, K, shares, T, D).transpose(1, 2).flatten(3, 4)  # (P, K, S, shares T, D)
-        q = q * D**-0.5
         k, v = (x.view(P, S, K, T, D).transpose(1, 2) for x in (k, v))
         k, v = this.cache.write(self.layer, k, v)  # (P, K, S, c, D)
+        if T > 1:
+            pairs = ((keys, k), (values, v))
+            rows = ((x[:, None].expand(-1, S, -1, -1, -1), own.transpose(1, 2)) for x, own in pairs)
+            k, v = (torch.cat(parts, dim=3).flatten(0, 1) for parts in rows)  # (B, K, C + c, D)
+            mask = this.mask[:, None]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        q = q.view(P, S, K, shares, D).transpose(1, 2) * D**-0.5  # (P, K, S, shares, D)
         met = (q.flatten(2, 3) @ keys.mT).view(*q.shape[:-1], C)
-        scores = torch.cat([met, q @ k.mT], dim=-1).unflatten(3, (shares, T))
-        scores = at_least_float32(scores + this.mask.view(P, 1, S, 1, T, -1))
-        weights = scores.softmax(-1).to(q.dtype)
-        met, own = weights.flatten(3, 4).split([C, k.shape[3]], dim=-1)
+        scores = torch.cat([met, q @ k.mT], dim=-1) + this.mask.view(P, 1, S, 1, -1)
+        weights = at_least_float32(scores).softmax(-1).to(q.dtype)
+        met, own = weights.split([C, k.shape[3]], dim=-1)
         x = (met.flatten(2, 3) @ values).view(q.shape) + own @ v
-        return x.unflatten(3, (shares, T)).transpose(1, 2).reshape(P * S, K * shares, T, D)
+        return x.transpose(1, 2).reshape(P * S, K * shares, 1, D)
 
 
 class MLP(nn.Module):
@@ -726,6 +732,11 @@ class Cache:
             return False
         before, original = self.lengths(), c.original_max_position_embeddings
         return bool(((before > 0) & (before <= original) & (before + live.sum(1) > original)).any())
+
+    def of(self, owner: list[int]) -> "Cache":
+        """A cache of new rows, each on the context of this number."""
+        contexts = [(k[owner], v[owner]) for k, v in self.contexts]
+        return Cache(contexts, self.ids[owner], self.live[owner])
 
     def pick(self, rows: Tensor, extra: int) -> "Cache":
         """A copy of some rows, (P', S') numbers, one context a line; room for `extra` columns."""

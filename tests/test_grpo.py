@@ -229,11 +229,11 @@ def test_the_end_of_turn_is_trained_and_the_context_is_not(tiny):
     )
     assert batch.ids == [[5, 6, 7, 8, 9, 0], [5, 6, 7, 8, 0]]
     _, targets, mask = grpo.predictions(tiny[0], batch, [0, 1])
-    assert targets.tolist() == [[8, 9, 0], [8, 0, 0]]  # the last 0 is padding, the others are not
+    assert targets.tolist() == [8, 9, 0, 8, 0]  # a third 0 would be padding
     assert mask.int().tolist() == [[1, 1, 1], [1, 1, 0]]
     batch.group = 1  # a row of its own each
     _, targets, mask = grpo.predictions(tiny[0], batch, [0, 1])
-    assert targets.tolist() == [[6, 7, 8, 9, 0], [6, 7, 8, 0, 0]]
+    assert targets.tolist() == [8, 9, 0, 8, 0]
     assert mask.int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 1, 1, 0]]
 
 

@@ -162,10 +162,32 @@ def test_the_next_turn_on_a_cache_is_the_conversation_read_anew(tiny, task):
     turns = [turn for group in first.tokens for turn in group]
     keys = [(7, i) for i in range(8)]
     told = [tokenizer.next_turn(turn, bridge)[len(turn) - 1 :] for turn in turns]
+    assert len(first.cache.contexts[0][0]) == 4  # each prompt's keys are stored once
     onward = generate(model, told, max_new_tokens=9, stop=range(30), keys=keys, cache=first.cache)
     whole = [prompts[i // 2] + tokenizer.next_turn(turns[i], bridge) for i in range(8)]
     anew = generate(model, whole, max_new_tokens=9, stop=range(30), keys=keys)
     assert onward.tokens == anew.tokens
+
+
+def test_finished_rows_leave_and_are_found_again(tiny, task):
+    """The longer a turn, the fewer rows it has; the next one goes on from all of them."""
+    model, _ = tiny
+    sizes, hidden = [], Model.hidden
+    prompts = prompts_of(tiny, task, 6)
+    try:
+        Model.hidden = lambda self, ids, *a, **k: (
+            sizes.append(len(ids)) or hidden(self, ids, *a, **k)
+        )
+        first = generate(model, prompts, samples=5, max_new_tokens=40, stop=range(12))
+    finally:
+        Model.hidden = hidden
+    assert sizes[:2] == [6, 30] and sizes[1:] == sorted(sizes[1:], reverse=True)
+    assert 0 < sizes[-1] < 10
+    turns = [turn for group in first.tokens for turn in group]
+    options = dict(max_new_tokens=5, keys=[(1, i) for i in range(30)])
+    onward = generate(model, [turn[-1:] + [7] for turn in turns], cache=first.cache, **options)
+    whole = [prompts[i // 5] + turn + [7] for i, turn in enumerate(turns)]
+    assert onward.tokens == generate(model, whole, **options).tokens
 
 
 @pytest.mark.parametrize(

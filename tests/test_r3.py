@@ -95,6 +95,39 @@ def test_how_the_work_is_split_changes_nothing(speaker, task, monkeypatch):
     assert turns() == together
 
 
+def test_what_a_template_forgets_is_not_read_from_the_cache(speaker, task, monkeypatch):
+    tries = r3.attempt(speaker, task.load(split="dev", limit=4), 1, (0, 0))
+    reflected, cache = r3.reflect(speaker, tries, 2, (0, 0))
+    odd = {tuple(c.reflection) for c in reflected[1:4]}
+    monkeypatch.setattr(models.Tokenizer, "forgets", lambda self, turn: tuple(turn) in odd)
+    asked, speak = [], r3.Speaker.speak
+
+    def heard(self, prompts, *rest, cache=None):
+        assert cache is None
+        asked.extend(prompts)
+        return speak(self, prompts, *rest, cache=cache)
+
+    monkeypatch.setattr(r3.Speaker, "speak", heard)
+    r3.retry(speaker, reflected, (0, 0), cache)
+    for c, ids in zip(reflected, asked, strict=True):
+        turns = zip((c.attempt, c.reflection), (task.reflect, task.again), strict=True)
+        chat = [*task.messages(c.problem)[0]]
+        for turn, told in turns:
+            chat.append({"role": "assistant", "content": speaker.tokenizer.decode(turn)})
+            chat.append({"role": "user", "content": told})
+        if tuple(c.reflection) in odd:
+            assert ids == speaker.tokenizer.prompt(chat)
+        else:
+            assert ids[: len(c.context + c.reflection) - 1] == (c.context + c.reflection)[:-1]
+
+
+def test_work_is_split_by_a_budget_of_tokens():
+    sizes = [5, 3, 9, 1, 1, 1, 40, 2]
+    bunches = list(r3.chunks(sizes, lambda size: size, 20, ""))
+    assert bunches == [[5, 3], [9, 1], [1, 1], [40], [2]]  # one that does not fit goes alone
+    assert list(r3.chunks([], len, 20, "")) == []
+
+
 def test_rewards_go_to_reflections_and_cut_ones_earn_nothing(speaker, task, lenient):
     speaker.tokenizer.stop_ids = [0, *range(20, 30)]  # so that some turns end and some are cut
     failures = r3.attempt(speaker, task.load(split="dev", limit=3), 1, (0, 0))

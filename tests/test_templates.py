@@ -22,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 import model as ours_module
 from model import Tokenizer
 from r3 import Speaker
-from tasks import APIGen, Request, tools_in_words
+from tasks import APIGen, Countdown, Request, tools_in_words
 
 RECORDS = Path(__file__).resolve().parents[2] / "shared" / "data" / "apigen_bfcl.json"
 
@@ -247,6 +247,26 @@ def test_turn_by_turn_gives_the_ids_of_the_whole(family):
             for words, end, instruction in zip(said, ends, told, strict=True):
                 ids += ours.next_turn(ours.encode(words) + end, ours.bridge(instruction))
             assert ids == whole
+
+
+@every_family
+def test_a_turn_with_thinking_is_shown_as_its_template_does(family):
+    """Whole conversations are transformers', also where the template drops earlier thinking."""
+    ours, theirs = both(family)
+    speaker = Speaker(None, ours, Countdown(), max_new_tokens=1)
+    [problem], task, end = speaker.task.load(limit=1), speaker.task, ours.stop_ids[:1]
+    thought, plain = "<think>hm, 3?</think>\n\nIt is 3.", "I see."
+    for turns in itertools.product((thought, plain), repeat=2):
+        chat, said, ids = [*speaker.chat(problem)[0]], [], speaker.question(problem)
+        for turn, told in zip(turns, (task.reflect, task.again), strict=True):
+            said.append((ours.encode(turn) + end, told))
+            ids = speaker.after(problem, ids, *said)
+            chat.append({"role": "assistant", "content": turn})
+            chat.append({"role": "user", "content": told})
+            options = dict(add_generation_prompt=True, return_dict=False)
+            assert ids == theirs.apply_chat_template(chat, **options)
+    assert ours.forgets(ours.encode(thought)) is (family == "qwen3")
+    assert not ours.forgets(ours.encode(plain))
 
 
 def test_thinking_stays_as_sampled():
