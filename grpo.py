@@ -393,7 +393,7 @@ def check(model: Model, batch: Batch, s: Settings, seed: int = 0) -> dict[str, f
     the positive ones are made larger. Raises ValueError where no micro-batch has both signs of A.
     """
     rng = torch.Generator().manual_seed(seed)
-    for rows in micro_batches(batch, s.micro_tokens):
+    for rows in map(sorted, micro_batches(batch, s.micro_tokens)):  # group by group
         A = batch.advantages[rows]
         if A.min() < 0 < A.max():
             break
