@@ -118,14 +118,15 @@ def step_flop(config: dict, w: dict, shared: bool) -> float:
 # -- The contenders, each in a process of its own --------------------------------------------------
 
 
-def timed(function, repeat: int) -> float:
-    """Seconds: the least of a few runs, after one that is not counted."""
+def timed(function, w: dict) -> float:
+    """Seconds, the least of a few runs. Memory is watched from here on."""
+    Path(w.get("mark", os.devnull)).touch()
     times = []
-    for _ in range(repeat + 1):
+    for _ in range(w["repeat"]):
         begun = time.perf_counter()
         function()
         times.append(time.perf_counter() - begun)
-    return min(times[1:]) if repeat else times[0]
+    return min(times)
 
 
 def our_rollout(w: dict) -> dict:
@@ -141,7 +142,7 @@ def our_rollout(w: dict) -> dict:
         two = generate(model, told, cache=one.cache, seed=1, **options)
         return [turns, [turn for [turn] in two.tokens]]
 
-    return {"greedy": two_turns(0.0, 1), "seconds": timed(two_turns, w["repeat"])}
+    return {"greedy": two_turns(0.0, 1), "seconds": timed(two_turns, w)}
 
 
 def transformers_rollout(w: dict) -> dict:
@@ -168,7 +169,7 @@ def transformers_rollout(w: dict) -> dict:
         )
         return [rows[:, width:].tolist(), two.sequences[:, told.shape[1] :].tolist()]
 
-    return {"greedy": two_turns(False, 1), "seconds": timed(two_turns, w["repeat"])}
+    return {"greedy": two_turns(False, 1), "seconds": timed(two_turns, w)}
 
 
 def vllm_rollout(w: dict) -> dict:
@@ -201,7 +202,7 @@ def vllm_rollout(w: dict) -> dict:
         two = say(told, 1, greedy)
         return [[turn for turns in one for turn in turns], [turn for [turn] in two]]
 
-    return {"greedy": two_turns(True, 1), "seconds": timed(two_turns, w["repeat"])}
+    return {"greedy": two_turns(True, 1), "seconds": timed(two_turns, w)}
 
 
 def batch_of(w: dict):
@@ -218,7 +219,6 @@ def batch_of(w: dict):
 
 def our_step(w: dict, shared: bool = True) -> dict:
     """One failure a micro-batch: its context once, or (shared=False) in each of its G rows."""
-    import torch
 
     import grpo
     from model import Model
@@ -230,18 +230,16 @@ def our_step(w: dict, shared: bool = True) -> dict:
     settings = grpo.Settings(beta=0.0, micro_tokens=longest)
     [optimizer] = grpo.adamw(model, 1e-6)
 
-    def step():
+    def step(look=None):
         loss = grpo.gradients(model, None, batch, settings)["loss"]
-        parts = [p.grad.flatten() for p in model.parameters()] if w.get("gradient") else []
+        if look:
+            look(model)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss, torch.cat(parts) if parts else None
+        return loss
 
-    loss, gradient = step()
-    if gradient is not None:
-        torch.save(gradient, w["gradient"])
-        w["gradient"] = None
-    return {"loss": loss, "seconds": timed(step, w["repeat"])}
+    loss = step(lambda model: save_gradient(model, w))
+    return {"loss": loss, "seconds": timed(step, w)}
 
 
 def our_rows_step(w: dict) -> dict:
@@ -261,7 +259,7 @@ def transformers_step(w: dict) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
     tokens = sum(end - start for [(start, end)] in batch.spans)
 
-    def step():
+    def step(look=None):
         total = 0.0
         for first in range(0, len(batch.ids), 8):
             rows, spans = batch.ids[first : first + 8], batch.spans[first : first + 8]
@@ -285,28 +283,21 @@ def transformers_step(w: dict) -> dict:
             )
             loss.backward()
             total += loss.item()
-        names = grpo_names(w)
-        own = dict(model.named_parameters())
-        parts = [own[name].grad.flatten() for name in names] if w.get("gradient") else []
+        if look:
+            look(model)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return total, torch.cat(parts) if parts else None
+        return total
 
-    loss, gradient = step()
-    if gradient is not None:
-        torch.save(gradient, w["gradient"])
-        w["gradient"] = None
-    return {"loss": loss, "seconds": timed(step, w["repeat"])}
+    loss = step(lambda model: save_gradient(model, w))
+    return {"loss": loss, "seconds": timed(step, w)}
 
 
-def grpo_names(w: dict) -> list[str]:
-    """The parameters' names in our order."""
-    import torch
+def save_gradient(model, w: dict) -> None:
+    from safetensors.torch import save_file
 
-    from model import Model, read_json
-
-    with torch.device("meta"):
-        return list(Model(read_json(Path(w["model"]) / "config.json")).tensors())
+    grads = {name: p.grad.contiguous() for name, p in model.named_parameters()}
+    save_file(grads, w["gradient"])
 
 
 CONTENDERS = {
@@ -339,7 +330,8 @@ def run(name: str, w: dict, python: str = sys.executable) -> dict:
     """A contender in a fresh process: what it says, and the most memory that it held."""
     with tempfile.TemporaryDirectory() as folder:
         given, said = Path(folder) / "work.json", Path(folder) / "said.json"
-        given.write_text(json.dumps(w))
+        mark = Path(folder) / "mark"
+        given.write_text(json.dumps({**w, "mark": str(mark)}))
         command = [python, __file__, "--contender", name, str(given), str(said)]
         log = open(Path(folder) / "log", "w+")  # noqa: SIM115
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -348,7 +340,7 @@ def run(name: str, w: dict, python: str = sys.executable) -> dict:
         def watch():
             nonlocal peak
             while not done.wait(0.5):
-                peak = max(peak, resident(process.pid))
+                peak = max(peak, resident(process.pid)) if mark.exists() else 0
 
         thread = threading.Thread(target=watch)
         thread.start()
@@ -369,7 +361,7 @@ def matrix_rate() -> float:
     import torch
 
     a = torch.randn(2048, 2048)
-    return 2 * 2048**3 / timed(lambda: a @ a, 10)
+    return 2 * 2048**3 / timed(lambda: a @ a, {"repeat": 10})
 
 
 def agree(model: str, w: dict, one: list, other: list) -> None:
@@ -428,7 +420,7 @@ def rollout(args, config: dict, w: dict) -> None:
 
 
 def step(args, config: dict, w: dict) -> None:
-    import torch
+    from safetensors.torch import load_file
 
     rate, parameters = matrix_rate(), sum(products(config))  # (norms are negligible)
     names = {
@@ -438,15 +430,18 @@ def step(args, config: dict, w: dict) -> None:
     found, gradients, cosines = {}, {}, {}
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            file = str(Path(folder) / "gradient.pt")
-            checked = run(name, {**w, "repeat": 0, "gradient": file})
-            gradients[name] = torch.load(file, weights_only=True)
-        found[name] = run(name, w)
+            file = str(Path(folder) / "gradient.safetensors")
+            found[name] = run(name, {**w, "gradient": file})
+            gradients[name] = load_file(file)
+        dot = [
+            sum((gradients[a][key] * gradients[b][key]).sum().item() for key in gradients[a])
+            for a, b in ((name, "our_step"), (name, name), ("our_step", "our_step"))
+        ]
+        cosines[name] = dot[0] / (dot[1] * dot[2]) ** 0.5
+        off = abs(found[name]["loss"] - found["our_step"]["loss"])
+        if cosines[name] < 0.9999 or off > 1e-4:
+            sys.exit(f"{name} computes another step: cosine {cosines[name]}, loss off by {off}")
         print(f"{names[name]}: {found[name]['seconds']:.1f} s", flush=True)
-        cosine = torch.cosine_similarity(gradients[name], gradients["our_step"], dim=0).item()
-        if cosine < 0.9999 or abs(checked["loss"] - found["our_step"]["loss"]) > 1e-4:
-            sys.exit(f"{name} computes another step: cosine {cosine}, loss {checked['loss']}")
-        cosines[name] = cosine
     ours = found["our_step"]["seconds"]
     rows = [["training step", "seconds", "ours is faster by", "TFLOP", "share of limit", "cosine",
              "GB above weights, gradients, moments"]]  # fmt: skip
@@ -471,7 +466,9 @@ def scaling(args, config: dict) -> None:
     for change in grid:
         w = work(argparse.Namespace(**{**base, **change}))
         label = ", ".join(f"{k} {v}" for k, v in {"group": 8, "context": 512, **change}.items())
-        times = [run(name, w)["seconds"] for name in ("our_rollout", "our_step")]
+        with tempfile.TemporaryDirectory() as folder:
+            w["gradient"] = str(Path(folder) / "gradient.safetensors")
+            times = [run(name, w)["seconds"] for name in ("our_rollout", "our_step")]
         rows.append([label, *(f"{t:.2f}" for t in times)])
     table(f"2 failures, {NEW} new tokens a turn", rows)
 
@@ -533,7 +530,8 @@ def tiny(args) -> None:
         ("rollout", plain, shared),
         ("update", lambda: update(1), lambda: update(8)),
     ):
-        a, b = timed(one, args.repeat), timed(other, args.repeat)
+        one(), other()
+        a, b = (timed(f, {"repeat": 3}) for f in (one, other))
         rows.append([label, f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}x"])
     table(f"{len(failures)} failures x 8 reflections x a retry, turns as long as they are", rows)
 
