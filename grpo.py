@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model import Model, replace_file
+from model import Model, padded, replace_file
 
 # -- From rewards to a loss ------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ class Settings:
     temperature: float = 1.0  # what sampling divided the logits by
     max_new_tokens: int = 512  # the longest reflection: the constant of "dr_grpo"
     max_grad_norm: float = 1.0
-    micro_tokens: int = 8_192  # tokens, padding included, in one forward and backward pass
+    micro_tokens: int = 8_192  # tokens in one forward and backward pass
     skip_equal: bool = False  # leave groups of equal rewards out with beta > 0 too
 
 
@@ -209,14 +209,6 @@ def micro_batches(batch: Batch, micro_tokens: int, skip_equal: bool = False) -> 
     yield sorted(rows, key=lambda row: len(batch.ids[row]))
 
 
-def padded(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Token ids as (n, T), padded on the right, and where they are live, (n, T) bool."""
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids, torch.arange(width, device=device) < lengths[:, None]
-
-
 def predictions(model: Model, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """The hidden states that some rows' trained tokens are predicted from, (tokens, E), these
     tokens, (tokens,), and where they stand: the mask, (n, T), whose order is theirs.
@@ -228,7 +220,8 @@ def predictions(model: Model, batch: Batch, rows: list[int]) -> tuple[Tensor, Te
                           ┴ reflection_G      per reflection, at a fraction of its arithmetic
 
     The context's last position predicts the first token of each; a reflection's positions but the
-    last one predict the others. Reflections of about one length are read together.
+    last one predict the others. Rows come shortest first; those of about one length are read
+    together.
     """
     c, G, spans = model.config, batch.group, [batch.spans[row] for row in rows]
     longest = max(len(batch.ids[row]) for row in rows)
@@ -299,9 +292,10 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
 def gradients(model: Model, reference: Model | None, batch: Batch, s: Settings) -> dict[str, float]:
     """Add the gradient of the whole step's loss to the parameters, a micro-batch at a time.
 
-    Returns the metrics: `loss`; the number of trained `tokens`; the means over them of nll,
-    entropy, `clipped` and, where there is a reference, kl; and `mismatch`, the largest difference
-    between a log-probability as recorded when its token was drawn and as it is computed here.
+    Returns the metrics: `loss`; the number of trained `tokens`; the means over them (without those
+    of groups left out) of nll, entropy, `clipped` and, with a reference, kl; and `mismatch`, the
+    largest difference between a log-probability as recorded when its token was drawn and as it is
+    computed here.
     """
     tokens = sum(end - start for spans in batch.spans for start, end in spans)
     N = len(batch.ids)
@@ -310,21 +304,19 @@ def gradients(model: Model, reference: Model | None, batch: Batch, s: Settings) 
     skip_equal = s.skip_equal or not s.beta
     seen = 0  # tokens that the means are over
     for rows in micro_batches(batch, s.micro_tokens, skip_equal):
-        logprobs, entropy, mask = token_logprobs(model, batch, rows, s.temperature)
-        A = batch.advantages[rows].to(model.device)
-
-        def recorded(values: list[list[float]], rows=rows, mask=mask, dtype=logprobs.dtype):
-            flat = [value for row in rows for value in values[row]]
-            return spread(torch.tensor(flat, dtype=dtype, device=mask.device), mask)
-
-        now = logprobs.detach()
-        old = now if batch.old_logprobs is None else recorded(batch.old_logprobs)
         ref = None
-        if batch.ref_logprobs is not None:
-            ref = recorded(batch.ref_logprobs)
-        elif s.beta:
-            with torch.no_grad():
+        if s.beta and batch.ref_logprobs is None:
+            with torch.no_grad():  # first: the other pass keeps what its gradient needs
                 ref, _, _ = token_logprobs(reference, batch, rows, s.temperature)
+        logprobs, entropy, mask = token_logprobs(model, batch, rows, s.temperature)
+        A, now = batch.advantages[rows].to(model.device), logprobs.detach()
+
+        def recorded(values: list[list[float]], rows=rows, mask=mask, now=now) -> Tensor:
+            flat = [value for row in rows for value in values[row]]
+            return spread(torch.tensor(flat, dtype=now.dtype, device=now.device), mask)
+
+        old = now if batch.old_logprobs is None else recorded(batch.old_logprobs)
+        ref = recorded(batch.ref_logprobs) if batch.ref_logprobs is not None else ref
         loss = grpo_loss(logprobs, old, ref, A, mask, s.clip, s.beta, s.loss, normalizer)
         loss.backward()
 

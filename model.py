@@ -140,7 +140,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Pass:
     """What the layers have in common while they read (B, T) tokens.
 
-    Where some of the B T places are holes, the matrices see the N tokens alone: `places` says where
+    Where some places of a block are holes, the matrices see its N tokens alone: `places` says where
     these belong, and they are laid out only where they meet each other, in the attention.
     """
 
@@ -196,7 +196,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *this.rope), rotate(k, *this.rope)
-        if this.keep is not None:
+        if this.keep is not None and len(this.keep) == self.layer:  # not when computed twice
             this.keep.append((k, v))
         if this.cache:
             x = self.on_shared_contexts(q, k, v, this)
@@ -389,11 +389,7 @@ class Model(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        path_or_id: str | Path,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        revision: str | None = None,
+        cls, path_or_id: str | Path, dtype=torch.float32, device="cpu", revision: str | None = None
     ) -> "Model":
         """Load a Hugging Face folder or hub id: config.json, and safetensors, sharded or not.
 
@@ -609,14 +605,11 @@ class Tokenizer:
         """A chat as the text that the model was trained on, by the checkpoint's own template."""
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         special = {name: special_token(self.settings, name) for name in names}
+        special = {name: token for name, token in special.items() if token is not None}
+        chat = dict(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
         named = "tool_use" if tools and "tool_use" in self.templates else "default"
         try:
-            return self.templates[named].render(
-                messages=messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                **{name: token for name, token in special.items() if token is not None},
-            )
+            return self.templates[named].render(chat, **special)
         except Exception as error:  # a template is a program of somebody else's
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
@@ -765,6 +758,14 @@ class Cache:
         self.own_live[chosen, new] = part.own_live[:, new]
 
 
+def padded(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
+    """Token ids as (n, T), padded on the right, and where they are live, (n, T) bool."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device) < lengths[:, None]
+
+
 @dataclass
 class Generation:
     """What `generate` drew, by prompt, by sample, by token; and the cache for the next turn."""
@@ -815,10 +816,8 @@ def generate(
     stops = torch.tensor(list(stop), dtype=torch.long, device=device)
 
     # Read the prompts, padded on the right with holes; keep the output at each one's last token.
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    width = int(lengths.max())
-    ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)  # (P, width)
-    live = torch.arange(width, device=device) < lengths[:, None]
+    ids, live = padded(prompts, device)  # (P, width)
+    lengths, width = live.sum(1), ids.shape[1]
     longest = int((lengths + (cache.lengths() if cache else 0)).max()) + max_new_tokens
     c = model.config
     if longest > c.context:
@@ -918,13 +917,10 @@ def tiny(words: list[str], seed: int = 0, context: int = 512) -> tuple[Model, To
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(special)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": TINY_TEMPLATE,
-        "eos_token": special[0],
-        "pad_token": special[0],
-        "model_max_length": context,
-    }
+    settings = dict(
+        tokenizer_class="PreTrainedTokenizerFast", chat_template=TINY_TEMPLATE,
+        eos_token=special[0], pad_token=special[0], model_max_length=context,
+    )  # fmt: skip
     config = dict(
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=len(vocabulary),
         hidden_size=96, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,

@@ -14,8 +14,8 @@ calls them. The rest of this file makes an experiment of it:
     python r3.py eval      measure a model
     python r3.py play      watch a model attempt, reflect and retry on a problem of yours
 
-A conversation is token ids from end to end. A turn that was sampled is never decoded and tokenised
-again: what is trained is what was sampled.
+A conversation is token ids from end to end: what is trained is what was sampled, never text that
+was decoded and tokenised again.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -112,21 +112,22 @@ Tries = list[Conversation]
 # below is its (purpose, step).
 MEASURE, COLLECT, TRAIN, AGAIN = range(4)  # purposes
 ATTEMPT, REFLECT, RETRY = range(3)  # turns
+BRIDGES = 50  # about so many tokens are put between two turns
 
 
-def chunks(items: list, tokens: Callable, budget: int, bar: str) -> Iterator[list]:
-    """Bunches of items that fit a budget of tokens, `tokens(item)` of which one item may need.
+def chunks(items: list, sizes: list[int], budget: int, bar: str) -> Iterator[list]:
+    """Bunches of items that fit a budget of tokens; `sizes` says how many each item may need.
 
     A bunch is stored as wide as its longest. Shows a progress bar of this name, if there is one.
     """
     bunch, longest = [], 0
     with tqdm(total=len(items), desc=bar, disable=not bar, leave=False) as progress:
-        for item in items:
-            longest = max(longest, tokens(item))
+        for item, size in zip(items, sizes, strict=True):
+            longest = max(longest, size)
             if bunch and longest * (len(bunch) + 1) > budget:
                 yield bunch
                 progress.update(len(bunch))
-                bunch, longest = [], tokens(item)
+                bunch, longest = [], size
             bunch.append(item)
         if bunch:
             yield bunch
@@ -134,17 +135,12 @@ def chunks(items: list, tokens: Callable, budget: int, bar: str) -> Iterator[lis
 
 def attempt(speaker: Speaker, problems: list, samples: int, key: tuple, bar="", first=0) -> Tries:
     """First tries: `samples` at each problem, problem by problem, numbered from `first`."""
-    tries = []
-    own = samples * speaker.max_new_tokens
-
-    def tokens(problem) -> int:
-        return len(speaker.question(problem)) + own
-
-    for some in chunks(problems, tokens, speaker.cache_tokens, bar):
-        prompts = [speaker.question(problem) for problem in some]
-        keys = [(*key, ATTEMPT, problem.id) for problem in some]
-        drawn = speaker.speak(prompts, samples, keys, first=first)
-        for problem, prompt, turns in zip(some, prompts, drawn.tokens, strict=True):
+    tries, asked = [], [(problem, speaker.question(problem)) for problem in problems]
+    sizes = [len(prompt) + samples * speaker.max_new_tokens for _, prompt in asked]
+    for some in chunks(asked, sizes, speaker.cache_tokens, bar):
+        keys = [(*key, ATTEMPT, problem.id) for problem, _ in some]
+        drawn = speaker.speak([prompt for _, prompt in some], samples, keys, first=first).tokens
+        for (problem, prompt), turns in zip(some, drawn, strict=True):
             for sample, turn in enumerate(turns, first):
                 verdict = speaker.verify(problem, turn)
                 tries.append(Conversation(problem, sample, prompt, turn, verdict))
@@ -171,46 +167,36 @@ def retry(speaker: Speaker, reflected: Tries, key: tuple, cache=None, bar="") ->
     reflections are another model's, or a control's) each conversation is read from its beginning.
     """
     told, again = speaker.task.reflect, speaker.task.again
-    if any(speaker.tokenizer.forgets(c.reflection) for c in reflected):
+    if any(
+        speaker.tokenizer.forgets(turn) for c in reflected for turn in (c.attempt, c.reflection)
+    ):
         cache = None  # what it has read is not what the template shows
 
-    def prompt(c: Conversation) -> list[int]:
-        return speaker.after(c.problem, c.context, (c.attempt, told), (c.reflection, again))
-
-    def tokens(c: Conversation) -> int:
-        return 0 if cache else len(prompt(c)) + speaker.max_new_tokens
-
-    tries, seen = [], Counter()
-    for some in chunks(reflected, tokens, speaker.cache_tokens, bar):
-        prompts, keys = [prompt(c) for c in some], []
+    tries, asked, sizes, seen = [], [], [], Counter()
+    for c in reflected:
+        ids = speaker.after(c.problem, c.context, (c.attempt, told), (c.reflection, again))
+        sizes.append(0 if cache else len(ids) + speaker.max_new_tokens)
         if cache:  # it has read all of a reflection but its last token
-            read = [len(c.context) + len(c.reflection) - 1 for c in some]
-            prompts = [ids[start:] for ids, start in zip(prompts, read, strict=True)]
-        for c in some:
-            keys.append((*key, RETRY, c.problem.id, c.sample, seen[c.problem.id, c.sample]))
-            seen[c.problem.id, c.sample] += 1
-        drawn = speaker.speak(prompts, 1, keys, cache=cache)
-        for c, (turn,) in zip(some, drawn.tokens, strict=True):
+            ids = ids[len(c.context) + len(c.reflection) - 1 :]
+        asked.append((c, ids, (*key, RETRY, c.problem.id, c.sample, seen[c.problem.id, c.sample])))
+        seen[c.problem.id, c.sample] += 1
+    for some in chunks(asked, sizes, speaker.cache_tokens, bar):
+        _, prompts, keys = map(list, zip(*some, strict=True))
+        drawn = speaker.speak(prompts, 1, keys, cache=cache).tokens
+        for (c, _, _), [turn] in zip(some, drawn, strict=True):
             tries.append(replace(c, retry=turn, second=speaker.verify(c.problem, turn)))
     return tries
 
 
 def second_tries(speaker: Speaker, failures: Tries, samples: int, key: tuple, bar="") -> Tries:
     """Reflect `samples` times on each failure, and retry after each reflection."""
-
-    def tokens(f: Conversation) -> int:
-        return (
-            len(f.prompt + f.attempt) + BRIDGES + samples * (2 * speaker.max_new_tokens + BRIDGES)
-        )
-
-    done = []
-    for some in chunks(failures, tokens, speaker.cache_tokens, bar):
+    done, own = [], samples * (2 * speaker.max_new_tokens + BRIDGES)
+    sizes = [len(f.prompt + f.attempt) + BRIDGES + own for f in failures]
+    for some in chunks(failures, sizes, speaker.cache_tokens, bar):
         reflected, cache = reflect(speaker, some, samples, key)
         done += retry(speaker, reflected, key, cache)
+        del cache  # before the next one is made
     return done
-
-
-BRIDGES = 50  # about so many tokens are put between two turns
 
 
 # -- Training --------------------------------------------------------------------------------------
@@ -764,8 +750,10 @@ def train_command(args: argparse.Namespace) -> None:
         rows = controls(speakers, {"vanilla": failed, "trained": own})
         tables[f"Controls, on {fixed}, after …"] = rows
     was, now = (float(np.mean([len(c.reflection) for c in tries])) for tries in (failed, own))
-    files = (file.read_bytes() for file in models.shards(folder / "model"))
-    weights = hashlib.sha256(b"".join(files)).hexdigest()
+    digest = hashlib.sha256()
+    for file in models.shards(folder / "model"):
+        digest.update(file.read_bytes())
+    weights = digest.hexdigest()
     report(folder, {"tables": tables, "reflection tokens": [was, now], "weights sha256": weights})
     print(f"Tokens in a reflection on these failures: vanilla {was:.0f}, trained {now:.0f}")
     draw_curves(folder)
@@ -790,15 +778,11 @@ def failures_command(args: argparse.Namespace) -> None:
     """Collect problems that a model gets wrong, with a wrong answer each, for train --failures.
     Run again, it goes on where it was stopped."""
     folder = run_folder(args, "failures")
-    begun = models.read_json(folder / "config.json") if folder.exists() else {}
+    config = folder / "config.json"
+    begun = models.read_json(config) if config.exists() else {}
     args.date = begun.get("date", args.date)  # it may have been begun on another day
     speaker = load_speaker(args)
-    free = (
-        "function",
-        "device",
-        "cache_tokens",
-        "skip_bad",
-    )  # what may change when it is continued
+    free = ("function", "device", "cache_tokens", "skip_bad")  # may change when it goes on
     for name, value in vars(args).items():
         if begun and name not in free and begun.get(name) != value:
             was = f"{begun.get(name)}, not {value}"
@@ -852,15 +836,14 @@ def play_command(args: argparse.Namespace) -> None:
         key = (AGAIN, number)  # asked again, it may answer otherwise
         try:
             [c] = attempt(speaker, [speaker.task.parse(line)], 1, key)
+            say("question", c.prompt)
+            say("attempt", c.attempt, c.first)
+            if not c.first.right:
+                [c] = second_tries(speaker, [c], 1, key)
+                say("reflection", c.reflection)
+                say("retry", c.retry, c.second)
         except ValueError as error:
             print(f"  {error}")
-            continue
-        say("question", c.prompt)
-        say("attempt", c.attempt, c.first)
-        if not c.first.right:
-            [c] = second_tries(speaker, [c], 1, key)
-            say("reflection", c.reflection)
-            say("retry", c.retry, c.second)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -934,6 +917,8 @@ def main(argv: list[str] | None = None) -> None:
         args.function(args)
     except (ValueError, OSError) as error:
         sys.exit(f"r3.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("r3.py: out of GPU memory; lower --cache-tokens or --micro-tokens")
     except EOFError:
         print()
     except KeyboardInterrupt:

@@ -123,9 +123,9 @@ def test_what_a_template_forgets_is_not_read_from_the_cache(speaker, task, monke
 
 def test_work_is_split_by_a_budget_of_tokens():
     sizes = [5, 3, 9, 1, 1, 1, 40, 2]
-    bunches = list(r3.chunks(sizes, lambda size: size, 20, ""))
+    bunches = list(r3.chunks(sizes, sizes, 20, ""))
     assert bunches == [[5, 3], [9, 1], [1, 1], [40], [2]]  # one that does not fit goes alone
-    assert list(r3.chunks([], len, 20, "")) == []
+    assert list(r3.chunks([], [], 20, "")) == []
 
 
 def test_rewards_go_to_reflections_and_cut_ones_earn_nothing(speaker, task, lenient):
