@@ -236,7 +236,8 @@ def predictions(model: Model, batch: Batch, rows: list[int]) -> tuple[Tensor, Te
     contexts, live = padded(contexts, model.device)  # (P, C)
     hidden, cache = model.read(contexts, live)
     owner = [groups.index(row // G) for row in rows]  # each row's context
-    last = hidden[owner, live.sum(1)[owner] - 1]  # (n, E)
+    last = hidden[torch.arange(len(groups)), live.sum(1) - 1]  # (P, E)
+    last = last.index_select(0, torch.tensor(owner, device=last.device))  # (n, E)
     tails = [batch.ids[row][starts[own] :] for row, own in zip(rows, owner, strict=True)]
     spans = [[(a - starts[own] + 1, b - starts[own] + 1) for a, b in row]
              for row, own in zip(spans, owner, strict=True)]  # fmt: skip

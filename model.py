@@ -728,7 +728,9 @@ class Cache:
 
     def of(self, owner: list[int]) -> "Cache":
         """A cache of new rows, each on the context of this number."""
-        contexts = [(k[owner], v[owner]) for k, v in self.contexts]
+        owner = torch.tensor(owner, device=self.ids.device)
+        # index_select, since the gradient of [owner] adds up in whatever order threads come
+        contexts = [tuple(x.index_select(0, owner) for x in pair) for pair in self.contexts]
         return Cache(contexts, self.ids[owner], self.live[owner])
 
     def pick(self, rows: Tensor, extra: int) -> "Cache":

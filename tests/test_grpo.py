@@ -135,6 +135,15 @@ def test_a_shared_context_changes_nothing(tiny, loss, sizes):
         assert ((ours - exact).norm() / exact.norm()).item() < 1e-9
 
 
+def test_a_step_is_the_same_bits_each_time(tiny):
+    """Invariant 6: no sum whose order is left to the threads."""
+    model, _ = tiny
+    batch = packed_batch(model, [(90, 40)] * 16, G=8)
+    _, one = gradient_of(model, batch, Settings(beta=0.2))
+    for _ in range(5):
+        assert torch.equal(gradient_of(model, batch, Settings(beta=0.2))[1], one)
+
+
 def test_the_head_in_parts_is_the_head_in_one(tiny, monkeypatch):
     model, _ = tiny
     batch = packed_batch(model, [(9, 7), (5, 12)], G=4)
