@@ -8,12 +8,10 @@ reward r. Then
     mask = 1 on the reflection's own tokens, 0 on everything else        trained_mask
     loss = - sum mask * (min(ratio A, clip(ratio) A) - beta KL) / sum mask       grpo_loss
 
-where ratio = pi(token) / pi_old(token), clip(ratio) lies in [1 - clip, 1 + clip], and KL is the k3
-estimate against the model that training started from. The retry comes after the last reflection
-token, so training never reads it: a row is the failure's context and one reflection.
-
-The cold start of the tiny model goes through the same code: with an advantage of one on every
-assistant token and pi_old = pi, the gradient of this loss is that of the mean log-likelihood.
+where ratio = pi(token) / pi_old(token) and KL is against the model that training started with. The
+retry comes after the last reflection token, so training never reads it: a row is a failure's
+context and one reflection. (The cold start of the tiny model goes through the same code: with an
+advantage of one and pi_old = pi, the gradient of this loss is that of the mean log-likelihood.)
 
 This file knows token ids and rewards. What the tokens say is r3.py's business.
 """
@@ -118,8 +116,8 @@ def grpo_loss(
 def k3(difference: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(pi || pi_ref) per token, from log pi_ref - log pi.
 
-    Its *value* estimates that KL and is never negative; its gradient, used as a loss, is the one of
-    the forward KL. (expm1(d) is exp(d) - 1 without the rounding where d is small.)
+    Never negative; its gradient, used as a loss, is that of the forward KL. (expm1(d) is exp(d) - 1
+    without the rounding where d is small.)
     """
     return torch.expm1(difference) - difference
 
@@ -380,10 +378,10 @@ def adamw(model: Model, lr: float) -> list[torch.optim.Optimizer]:
 def check(model: Model, batch: Batch, s: Settings, seed: int = 0) -> dict[str, float]:
     """Compare one micro-batch's loss and gradients with `textbook`, as relative differences.
 
-    On-policy, every ratio is 1 and clipping sleeps, so the old and the reference log-probabilities
-    are first moved by noise that gets a good part of the tokens clipped. And a group's advantages
-    add up to zero, and so nearly does the loss, of which no relative difference could then be told:
-    the positive ones are made larger. Raises ValueError where no micro-batch has both signs of A.
+    On-policy, every ratio is 1 and clipping sleeps, so noise first moves the old and the reference
+    log-probabilities until a good part of the tokens is clipped. And advantages that add up to zero
+    give a loss of about zero, to which nothing can be relative, so the positive ones are made
+    larger. Raises ValueError where no micro-batch has both signs of A.
     """
     rng = torch.Generator().manual_seed(seed)
     for rows in map(sorted, micro_batches(batch, s.micro_tokens)):  # group by group

@@ -794,9 +794,9 @@ def generate(
 ) -> Generation:
     """Draw `samples` continuations of each prompt, each up to a token of `stop` (which is kept).
 
-    Every prompt is read once, however many samples are drawn from it, and its keys and values are
-    stored once. Rows that are finished leave the batch. With a `cache` (of the turn before), prompt
-    r is appended to what row r has read, which is everything but the last token that was drawn: the
+    Every prompt is read and stored once, however many samples are drawn from it. Rows that are
+    finished leave the batch, many at a time. With a `cache` (of the turn before), prompt r is
+    appended to what row r has read, which is everything but the last token that was drawn: the
     prompt begins in that one's place; `samples` is then 1.
 
     A row's randomness is its own: token t of sample s of prompt p is decided by number t of a

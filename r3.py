@@ -7,12 +7,7 @@ If the second try is right, the tokens of the reflection are rewarded, and no ot
 taught no answer, it is taught to reflect.
 
 The method is three functions, `attempt`, `reflect` and `retry`, and the loop in `reinforce` that
-calls them. The rest of this file makes an experiment of it:
-
-    python r3.py train     make or load a model, measure it, collect failures, train, measure again
-    python r3.py failures  collect a dataset of failures, to train on later
-    python r3.py eval      measure a model
-    python r3.py play      watch a model attempt, reflect and retry on a problem of yours
+calls them. The rest of this file makes an experiment of it: train, failures, eval and play.
 
 A conversation is token ids from end to end: what is trained is what was sampled, never text that
 was decoded and tokenised again.
