@@ -19,6 +19,7 @@ import datetime
 import hashlib
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -197,18 +198,19 @@ def second_tries(speaker: Speaker, failures: Tries, samples: int, key: tuple, ba
 # -- Training --------------------------------------------------------------------------------------
 
 
-def find_failures(speaker: Speaker, problems: list, responses: int, keep: str) -> Iterator[Tries]:
+def find_failures(
+    speaker: Speaker, problems: list, responses: int, keep: str
+) -> Iterator[tuple[int, Tries]]:
     """A dataset of failures: one wrong try at each problem that the model gets wrong.
 
     keep says which these are: "any" keeps a problem if any of up to `responses` tries is wrong, and
     stops trying at the first that is; "all" keeps it if all are, and stops at the first that is
-    right. Yields the failures of a bunch of problems at a time, in their order.
+    right. Yields (problems done, failures of the last bunch, in the order of the problems).
     """
     kept, size = 0, max(1, speaker.cache_tokens // 1_024)
     with tqdm(total=len(problems), desc="failures", leave=False) as bar:
         for start in range(0, len(problems), size):
             undecided, wrong = problems[start : start + size], {}  # wrong: by their problems' ids
-            bar.update(len(undecided))
             for number in range(responses):
                 tries = attempt(speaker, undecided, 1, (COLLECT, 0), first=number)
                 for c in tries:
@@ -218,8 +220,9 @@ def find_failures(speaker: Speaker, problems: list, responses: int, keep: str) -
                         wrong.pop(c.problem.id, None)
                 undecided = [c.problem for c in tries if c.first.right == (keep == "any")]
             kept += len(wrong)
+            bar.update(len(problems[start : start + size]))
             bar.set_postfix_str(f"{kept / bar.n:.0%} of the problems failed")
-            yield [wrong[p.id] for p in problems[start : start + size] if p.id in wrong]
+            yield bar.n, [wrong[p.id] for p in problems[start : start + size] if p.id in wrong]
 
 
 def sample_batch(
@@ -697,7 +700,7 @@ def train_command(args: argparse.Namespace) -> None:
     else:
         training = load_problems(args, vanilla, "train", args.problems)
         found = find_failures(vanilla, training, args.responses, args.keep)
-        failures = [failure for some in found for failure in some]
+        failures = [failure for _, some in found for failure in some]
     if not failures:
         raise ValueError("no training problem was got wrong: there is nothing to learn from")
     if args.check:
@@ -784,16 +787,18 @@ def failures_command(args: argparse.Namespace) -> None:
             raise ValueError(f"{folder} was begun with {name} {was}; choose another --name")
     problems = load_problems(args, speaker, args.split, args.limit)
     write_config(folder, args)
-    path = folder / "failures.jsonl"
+    path, progress = folder / "failures.jsonl", folder / "progress.json"
+    done = {"problems": 0, "of": len(problems), "bytes": 0}
+    done |= models.read_json(progress) if progress.exists() else {}
+    if done["of"] != len(problems):
+        raise ValueError(f"{folder} was begun with {done['of']} problems, not {len(problems)}")
     path.touch()
-    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-    models.replace_file(path, "".join(lines))  # a line that was cut is found again
-    places = {problem.id: place for place, problem in enumerate(problems)}
-    done = 1 + places.get(json.loads(lines[-1])["problem"]["id"], -1) if lines else 0
-    if lines and not done:
-        raise ValueError(f"{path} ends in a problem that is not among these: the data has changed")
-    for some in find_failures(speaker, problems[done:], args.responses, args.keep):
+    os.truncate(path, done["bytes"])  # what was written after the last report is found again
+    before = done["problems"]
+    for number, some in find_failures(speaker, problems[before:], args.responses, args.keep):
         write_failures(path, some, speaker.tokenizer)
+        done |= {"problems": before + number, "bytes": path.stat().st_size}
+        models.replace_file(progress, json.dumps(done))
     count = len(path.read_text().splitlines())
     print(f"{count} failures on {len(problems)} {args.split} problems, in {path}")
 

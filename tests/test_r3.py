@@ -168,8 +168,10 @@ def test_a_dataset_of_failures_holds_first_wrong_tries(speaker, task, lenient):
     kept = {}
     for keep in ("any", "all"):
         found = list(r3.find_failures(small, problems, 4, keep))
-        assert [{problems.index(c.problem) // 7 for c in some} for some in found] == [{0}, {1}, {2}]
-        failures = [failure for some in found for failure in some]
+        assert [done for done, _ in found] == [7, 14, 20]
+        for place, (_, some) in enumerate(found):
+            assert {problems.index(c.problem) // 7 for c in some} == {place}
+        failures = [failure for _, some in found for failure in some]
         kept[keep] = [failure.problem.id for failure in failures]
         for problem in problems:
             wrong = [c for c in tries if c.problem == problem and not c.first.right]
@@ -438,17 +440,8 @@ def test_the_papers_settings_are_a_folders_defaults(small, folder, lenient, caps
 
 
 def test_a_dataset_of_failures_goes_on_where_it_was_killed(small, lenient, monkeypatch, capsys):
-    command = [
-        "failures",
-        "--model",
-        "tiny",
-        "--limit",
-        "30",
-        "--cache-tokens",
-        "8192",
-        "--responses",
-        "3",
-    ]
+    command = ["failures", "--model", "tiny", "--limit", "30", "--responses", "3"]
+    command += ["--cache-tokens", "8192"]
     command += ["--max-new-tokens", "12", "--name"]
     r3.main([*command, "whole"])
     write, calls = r3.write_failures, []
@@ -469,9 +462,15 @@ def test_a_dataset_of_failures_goes_on_where_it_was_killed(small, lenient, monke
         file.write('{"problem": {"id"')  # the next line was being written
     config = small / "killed" / "config.json"  # begun on another day
     config.write_text(json.dumps({**json.loads(config.read_text()), "date": "2025-05-30"}))
-    for _ in range(2):  # the second time there is nothing left to do
+    asked, attempt = [], r3.attempt
+    monkeypatch.setattr(
+        r3, "attempt", lambda s, p, *a, **k: asked.extend(p) or attempt(s, p, *a, **k)
+    )
+    for left in (22, 0):  # of 30 problems, 8 were reported; the second time nothing is left to do
+        asked.clear()
         r3.main([*command, "killed", "--cache-tokens", "5000"])  # how the work is split may change
         assert (small / "killed" / "failures.jsonl").read_text() == whole
+        assert len({problem.id for problem in asked}) == left
         count = len(whole.splitlines())
         assert f"{count} failures on 30 train problems" in capsys.readouterr().out
     assert json.loads(config.read_text())["date"] == "2025-05-30"
