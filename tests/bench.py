@@ -219,7 +219,6 @@ def batch_of(w: dict):
 
 def our_step(w: dict, shared: bool = True) -> dict:
     """One failure a micro-batch: its context once, or (shared=False) in each of its G rows."""
-
     import grpo
     from model import Model
 
@@ -228,18 +227,7 @@ def our_step(w: dict, shared: bool = True) -> dict:
     if not shared:
         longest, batch.group = w["group"] * (max(map(len, w["contexts"])) + NEW), 1
     settings = grpo.Settings(beta=0.0, micro_tokens=longest)
-    [optimizer] = grpo.adamw(model, 1e-6)
-
-    def step(look=None):
-        loss = grpo.gradients(model, None, batch, settings)["loss"]
-        if look:
-            look(model)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    loss = step(lambda model: save_gradient(model, w))
-    return {"loss": loss, "seconds": timed(step, w)}
+    return steps(model, lambda: grpo.gradients(model, None, batch, settings)["loss"], w)
 
 
 def our_rows_step(w: dict) -> dict:
@@ -256,10 +244,9 @@ def transformers_step(w: dict) -> dict:
     model = transformers.AutoModelForCausalLM.from_pretrained(w["model"], dtype=torch.float32)
     model.train()
     batch = batch_of(w)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
     tokens = sum(end - start for [(start, end)] in batch.spans)
 
-    def step(look=None):
+    def gradients() -> float:
         total = 0.0
         for first in range(0, len(batch.ids), 8):
             rows, spans = batch.ids[first : first + 8], batch.spans[first : first + 8]
@@ -283,21 +270,31 @@ def transformers_step(w: dict) -> dict:
             )
             loss.backward()
             total += loss.item()
-        if look:
-            look(model)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         return total
 
-    loss = step(lambda model: save_gradient(model, w))
-    return {"loss": loss, "seconds": timed(step, w)}
+    return steps(model, gradients, w)
 
 
-def save_gradient(model, w: dict) -> None:
+def steps(model, gradients, w: dict) -> dict:
+    """A step, whose gradients are kept for comparison, and then steps against the clock.
+
+    gradients() adds the gradients to the model's parameters and returns the loss.
+    """
+    import torch
     from safetensors.torch import save_file
 
-    grads = {name: p.grad.contiguous() for name, p in model.named_parameters()}
-    save_file(grads, w["gradient"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    loss = gradients()
+    found = {name: p.grad.contiguous() for name, p in model.named_parameters()}
+    save_file(found, w["gradient"])
+    del found
+    update()
+    return {"loss": loss, "seconds": timed(lambda: (gradients(), update()), w)}
 
 
 CONTENDERS = {
