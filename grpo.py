@@ -17,20 +17,25 @@ This file knows token ids and rewards. What the tokens say is r3.py's business.
 """
 
 import copy
+import hashlib
 import json
 import math
+import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model import Model, padded, replace_file
+from model import Model, padded, read_json, replace_file
 
 # -- From rewards to a loss ------------------------------------------------------------------------
 
@@ -143,6 +148,8 @@ class Settings:
     max_grad_norm: float = 1.0
     micro_tokens: int = 8_192  # tokens in one forward and backward pass
     skip_equal: bool = False  # leave groups of equal rewards out with beta > 0 too
+    save_every: int = 25  # steps between two checkpoints
+    keep_checkpoints: int = 2  # the last ones
 
 
 @dataclass
@@ -288,10 +295,10 @@ def gradients(model: Model, reference: Model | None, batch: Batch, s: Settings) 
     tokens = sum(end - start for spans in batch.spans for start, end in spans)
     N = len(batch.ids)
     normalizer = {"dapo": tokens, "grpo": N, "dr_grpo": N * s.max_new_tokens}[s.loss]
-    total, mismatch = dict.fromkeys(("loss", "nll", "entropy", "clipped"), 0.0), 0.0
-    skip_equal = s.skip_equal or not s.beta
-    seen = 0  # tokens that the means are over
-    for rows in micro_batches(batch, s.micro_tokens, skip_equal):
+    total, mismatch = dict.fromkeys(("seen", "loss", "nll", "entropy", "clipped", "kl"), 0.0), 0.0
+    process, processes = rank()  # each takes its share of the micro-batches
+    micro = list(micro_batches(batch, s.micro_tokens, s.skip_equal or not s.beta))
+    for rows in micro[process::processes]:
         ref = None
         if s.beta and batch.ref_logprobs is None:
             with torch.no_grad():  # first: the other pass keeps what its gradient needs
@@ -309,16 +316,23 @@ def gradients(model: Model, reference: Model | None, batch: Batch, s: Settings) 
         loss.backward()
 
         beyond = ((now - old).exp() - 1) * A[:, None].sign() > s.clip  # where the clip bites
-        seen += len(entropy)
+        total["seen"] += len(entropy)
         total["loss"] += loss.item()
         total["nll"] -= now.sum().item()
         if ref is not None:
-            total["kl"] = total.get("kl", 0.0) + k3(ref - now).sum().item()
+            total["kl"] += k3(ref - now).sum().item()
         total["entropy"] += entropy.sum().item()
         total["clipped"] += beyond.sum().item()
         mismatch = max(mismatch, (now - old).abs().max().item())
-    means = {name: value / seen for name, value in total.items() if name != "loss"}
-    return {"loss": total["loss"], **means, "mismatch": mismatch, "tokens": tokens}
+    if processes > 1:
+        names, values = zip(*total.items(), strict=True)
+        total = dict(zip(names, all_reduce(torch.tensor(values).double()).tolist(), strict=True))
+        mismatch = all_reduce(torch.tensor(mismatch), dist.ReduceOp.MAX).item()
+    loss, seen = total.pop("loss"), total.pop("seen")
+    if not s.beta and batch.ref_logprobs is None:
+        del total["kl"]
+    means = {name: value / seen for name, value in total.items()}
+    return {"loss": loss, **means, "mismatch": mismatch, "tokens": tokens}
 
 
 def train(
@@ -328,24 +342,44 @@ def train(
     optimizers: list[torch.optim.Optimizer],
     reference: Model | None = None,
     start: int = 0,
+    folder: Path | None = None,
+    files: tuple[Path, ...] = (),
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """The loop. `batches(step)` samples what a step learns from; yields (step, metrics) after each.
 
     Every step samples from the model as the step before left it (on-policy, one update a batch).
-    The caller logs, evaluates and saves between the steps, in its own for loop.
+    The caller logs and evaluates between the steps, in its own for loop; then, with a `folder`,
+    the step is saved there (every s.save_every steps), and how long the caller's `files` are.
+    A step whose loss or gradient is not finite is skipped and counted. Raises ValueError after
+    five in a row, and Stopped where STOP was set.
     """
-    parameters = list(model.parameters())
+    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    skipped, in_a_row = 0, 0
     for step in range(start, s.steps):
         batch = batches(step)
         metrics = gradients(model, reference, batch, s)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # it had no micro-batch
+            all_reduce(p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm).item()
+        finite = math.isfinite(norm) and math.isfinite(metrics["loss"])
+        in_a_row, skipped = (0, skipped) if finite else (in_a_row + 1, skipped + 1)
+        if in_a_row == 5:
+            raise ValueError(f"step {step + 1}: no finite loss or gradient in 5 steps in a row")
         share = lr_share(step, s.steps, s.warmup)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
-            optimizer.step()
+            if finite:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        yield step, {**batch.metrics, **metrics, "grad_norm": norm.item(), "lr": s.lr * share}
+        metrics |= {"grad_norm": norm, "lr": s.lr * share, "skipped": skipped}
+        yield step, {**batch.metrics, **metrics}
+        last, stop = step + 1 == s.steps, stopping()
+        if folder and (last or stop or (step + 1) % s.save_every == 0):
+            save_checkpoint(folder, step + 1, optimizers, files, s.keep_checkpoints)
+        if stop:
+            raise Stopped
 
 
 def lr_share(step: int, steps: int, warmup: float) -> float:
@@ -356,9 +390,69 @@ def lr_share(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def adamw(model: Model, lr: float) -> list[torch.optim.Optimizer]:
-    """What R3 trains with."""
+def adamw(model: Model, lr: float, offload: bool = False) -> list[torch.optim.Optimizer]:
+    """What R3 trains with: AdamW on float32 weights, or on float32 copies of them."""
+    if offload or next(model.parameters()).dtype != torch.float32:
+        return [Masters(model, lr, offload)]
     return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)]
+
+
+class Masters(torch.optim.AdamW):
+    """AdamW on float32 masters of the weights, kept in main memory with `offload`.
+
+    A bfloat16 has 8 significant bits: at a learning rate of 5e-7 nearly every update of a weight
+    rounds away. So updates add up in a float32 copy, from which the weight is rounded anew after
+    each step. Gradients, too, add up over the micro-batches in float32: each goes to its master as
+    soon as a backward pass has it, and the model itself never holds any.
+    """
+
+    def __init__(self, model: Model, lr: float, offload: bool):
+        self.weights = list(model.parameters())
+        device = "cpu" if offload else model.device
+        masters = [p.detach().to(device, torch.float32, copy=True) for p in self.weights]
+        super().__init__(masters, lr=lr, weight_decay=0.0, fused=True)
+        for weight, master in zip(self.weights, masters, strict=True):
+            weight.register_post_accumulate_grad_hook(partial(self.collect, master))
+
+    @staticmethod
+    def collect(master: Tensor, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad.to(master), None
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+    def step(self) -> None:
+        super().step()
+        self.round()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        for weight, master in zip(self.weights, self.param_groups[0]["params"], strict=True):
+            weight.copy_(master)
+
+
+# -- Several processes: torchrun starts one a GPU --------------------------------------------------
+
+STOP = threading.Event()  # set by a signal: finish the step, save it, and leave
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved what it did."""
+
+
+def rank() -> tuple[int, int]:
+    """The number of this process, and of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_reduce(values: Tensor, how=dist.ReduceOp.SUM) -> Tensor:
+    """Sum over all processes, in place; every one gets the same bits."""
+    if rank()[1] > 1:
+        dist.all_reduce(values, how)
+    return values
+
+
+def stopping() -> bool:
+    """Whether any process was asked to stop: all of them agree."""
+    return bool(all_reduce(torch.tensor(float(STOP.is_set()))))
 
 
 # -- Is it right? The same step by the textbook, in float64 ----------------------------------------
@@ -428,38 +522,100 @@ def textbook(model: Model, batch: Batch, s: Settings) -> tuple[float, Tensor]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: Model, optimizers: list[torch.optim.Optimizer]
+    folder: Path,
+    step: int,
+    optimizers: list[torch.optim.Optimizer],
+    files: tuple[Path, ...] = (),
+    keep: int = 2,
 ) -> None:
-    """What training needs to go on after `step` steps, in `folder`/step-N/: complete or absent."""
-    tensors, groups = {f"model.{name}": p for name, p in model.tensors().items()}, []
-    for number, state in enumerate(optimizer.state_dict() for optimizer in optimizers):
+    """What training needs to go on after `step` steps, in folder/step-N/: complete or absent.
+
+    The optimisers' weights (float32 masters, where there are any) and states, how long `files`
+    are, and SHA-256 sums of it all. There is no random state: each draw is keyed by its step.
+    """
+    if rank()[0] > 0:
+        return
+    tensors, groups = {}, []
+    for number, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
         groups.append(state["param_groups"])
-        for parameter, values in state["state"].items():
-            for name, value in values.items():
-                tensors[f"{number}.{parameter}.{name}"] = value
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        for i, weight in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            for name, value in {"weight": weight, **state["state"].get(i, {})}.items():
+                tensors[f"{number}.{i}.{name}"] = value.detach().cpu().contiguous()
+    lengths = {file.name: file.stat().st_size for file in files}
     final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     replace_file(temporary / "state.safetensors", tensors)
-    replace_file(temporary / "state.json", json.dumps({"step": step, "param_groups": groups}))
+    state = {"step": step, "param_groups": groups, "files": lengths}
+    replace_file(temporary / "state.json", json.dumps(state))
+    replace_file(temporary / "SHA256SUMS", sha256_sums(temporary))
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
 
 
-def load_checkpoint(path: Path, model: Model, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Put a checkpoint's weights and optimiser states back; returns the number of steps done."""
-    tensors = safetensors.torch.load_file(path / "state.safetensors")
-    saved = json.loads((path / "state.json").read_text())
-    for name, parameter in model.tensors().items():
-        parameter.data.copy_(tensors.pop(f"model.{name}"))
-    states: list[dict] = [{} for _ in optimizers]
-    for key, tensor in tensors.items():
-        number, parameter, name = key.split(".")
-        states[int(number)].setdefault(int(parameter), {})[name] = tensor
-    for optimizer, state, groups in zip(optimizers, states, saved["param_groups"], strict=True):
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return saved["step"]
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, in the order of their steps."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def load_checkpoint(
+    folder: Path, optimizers: list[torch.optim.Optimizer], files: tuple[Path, ...] = ()
+) -> int:
+    """Go back to the last checkpoint in a folder; returns the steps done, 0 where there is none.
+
+    Weights and optimiser states are those of that step, and `files` are cut to what they were.
+    Raises ValueError for a checkpoint that is damaged, or of another model.
+    """
+    path = next(reversed(checkpoints(folder)), None)
+    lengths, step = {}, 0
+    if path:
+        sums = path / "SHA256SUMS"
+        if not sums.is_file() or sums.read_bytes() != sha256_sums(path).encode():
+            raise ValueError(f"{path} is damaged; delete it to go on from the one before it")
+        tensors = safetensors.torch.load_file(path / "state.safetensors")
+        saved = read_json(path / "state.json")
+        step, lengths = saved["step"], saved["files"]
+        if len(saved["param_groups"]) != len(optimizers):
+            raise ValueError(f"{path} is of another training")
+        for number, (optimizer, groups) in enumerate(
+            zip(optimizers, saved["param_groups"], strict=True)
+        ):
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            states: dict[int, dict] = {i: {} for i in range(len(weights))}
+            for key in [key for key in tensors if key.startswith(f"{number}.")]:
+                _, i, name = key.split(".")
+                states.setdefault(int(i), {})[name] = tensors[key]
+            shapes = [getattr(states[i].get("weight"), "shape", None) for i in range(len(weights))]
+            if len(states) > len(weights) or shapes != [p.shape for p in weights]:
+                raise ValueError(f"{path} is of another model")
+            for i, weight in enumerate(weights):
+                weight.data.copy_(states[i].pop("weight"))
+            states = {i: state for i, state in states.items() if state}
+            optimizer.load_state_dict({"state": states, "param_groups": groups})
+            if isinstance(optimizer, Masters):
+                optimizer.round()
+    for file in files:
+        length = lengths.get(file.name, 0)
+        if length > (file.stat().st_size if file.exists() else 0):
+            raise ValueError(f"{file} is shorter than when {path} was saved")
+        if file.exists() and rank()[0] == 0:
+            os.truncate(file, length)
+    return step
+
+
+def sha256_sums(folder: Path) -> str:
+    """The sums of a checkpoint's files, as `sha256sum -c SHA256SUMS` reads them."""
+    files = sorted(file for file in folder.iterdir() if file.name != "SHA256SUMS")
+    return "".join(f"{sha256(file)}  {file.name}\n" for file in files)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -- Muon, for the cold start of the tiny model ----------------------------------------------------

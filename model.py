@@ -394,11 +394,12 @@ class Model(nn.Module):
         """Load a Hugging Face folder or hub id: config.json, and safetensors, sharded or not.
 
         Tensors go from the mapped file into the model one at a time, so that the memory taken is
-        one copy of the model and one tensor. Raises FileNotFoundError where a file is absent, and
+        one copy of the model and one tensor. On the device "meta" nothing is read but the config:
+        there are shapes, and no numbers. Raises FileNotFoundError where a file is absent, and
         ValueError if this decoder does not compute such a model, or if a tensor, which is named, is
         missing, left over or misshapen.
         """
-        path = model_folder(path_or_id, revision)
+        path = model_folder(path_or_id, revision, weights=str(device) != "meta")
         try:
             with torch.device("meta"):  # shapes without memory
                 model = cls(read_json(path / "config.json")).to(dtype)
@@ -406,6 +407,8 @@ class Model(nn.Module):
             raise ValueError(f"{path / 'config.json'} is incomplete: {error!r}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        if str(device) == "meta":
+            return model
         model.to_empty(device=device).tie()
         own = model.tensors()
         missing = set(own)
@@ -478,13 +481,15 @@ def is_hub_id(text: str | Path) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(text)) is not None
 
 
-def model_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """A folder as it is; a hub id (org/name) as the folder that the hub's files are cached in."""
+def model_folder(path_or_id: str | Path, revision: str | None = None, weights=False) -> Path:
+    """A folder as it is; a hub id (org/name) as the folder that the hub's files are cached in,
+    with the weights or without."""
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     if not is_hub_id(path_or_id):
         raise FileNotFoundError(f"{path_or_id}: no such folder, and no hub id (org/name) either")
-    needed = ["*config.json", "tokenizer.json", "chat_template.jinja", "model*.safetensors*"]
+    needed = ["*config.json", "tokenizer.json", "chat_template.jinja"]
+    needed += ["model*.safetensors*"] if weights else []
     return from_hub(str(path_or_id), needed, "model", revision)
 
 
@@ -516,16 +521,23 @@ def read_json(path: Path) -> dict:
 
 
 def replace_file(path: str | Path, content: str | dict[str, Tensor]) -> None:
-    """Write text, or tensors, under a temporary name, then rename: the old file or the new one."""
+    """Write text, or tensors, under a temporary name, then rename: the old file or the new one.
+
+    Raises OSError, with the path in the message.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    if isinstance(content, dict):
-        safetensors.torch.save_file(content, temporary, metadata={"format": "pt"})
-    else:
-        temporary.write_bytes(content.encode())
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        if isinstance(content, dict):
+            safetensors.torch.save_file(content, temporary, metadata={"format": "pt"})
+        else:
+            temporary.write_bytes(content.encode())
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:  # a full disk, for one
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from None
 
 
 # -- Tokens and chat templates ---------------------------------------------------------------------
@@ -767,7 +779,7 @@ class Generation:
 
     tokens: list[list[list[int]]]
     logprobs: list[list[list[float]]]
-    cache: Cache
+    cache: Cache | None
 
 
 @torch.no_grad()
@@ -784,6 +796,7 @@ def generate(
     keys: list[tuple[int, ...]] | None = None,
     cache: Cache | None = None,
     first: int = 0,
+    cache_tokens: int | None = None,
 ) -> Generation:
     """Draw `samples` continuations of each prompt, each up to a token of `stop` (which is kept).
 
@@ -797,6 +810,9 @@ def generate(
     (but for a draw that falls between two roundings of a probability). `keys` holds non-negative
     integers and is (p,) by default; with a cache, p counts rows; s counts from `first`.
 
+    cache_tokens bounds the memory: the tokens, prompts and rows to their full length, whose keys
+    and values are held at once. More prompts than that are taken by halves, and leave no cache.
+
     temperature 0 takes the likeliest token. `logprobs` are those of the distribution at the given
     temperature (at 0: at 1) before top_k and top_p cut it, as the trainer computes them. Raises
     ValueError for an empty prompt, or a conversation that might outgrow the model's context.
@@ -805,6 +821,13 @@ def generate(
         raise ValueError("generate needs at least one prompt, and every prompt at least one token")
     P, R, device = len(prompts), len(prompts) * samples, model.device
     keys = [(p,) for p in range(P)] if keys is None else keys
+    widest = max(map(len, prompts)) + samples * max_new_tokens
+    if cache is None and P > 1 and P * widest > (cache_tokens or math.inf):
+        how = (samples, max_new_tokens, temperature, top_k, top_p, stop, seed)
+        rest = dict(first=first, cache_tokens=cache_tokens)
+        halves = slice(P // 2), slice(P // 2, P)
+        one, two = (generate(model, prompts[h], *how, keys=keys[h], **rest) for h in halves)
+        return Generation(one.tokens + two.tokens, one.logprobs + two.logprobs, None)
     streams = ([seed, *key, s] for key in keys for s in range(first, first + samples))
     uniform = [np.random.default_rng(key).random(max_new_tokens, np.float32) for key in streams]
     uniform = torch.tensor(np.array(uniform), device=device)  # (R, max_new_tokens)

@@ -21,15 +21,19 @@ import json
 import math
 import os
 import random
+import re
+import shutil
+import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import grpo
@@ -51,6 +55,7 @@ class Speaker:
     temperature: float = 1.0
     seed: int = 0
     cache_tokens: int = 131_072  # whose keys and values are held at once: this bounds the memory
+    folder: Path | None = None  # of the run, where what was measured is kept
 
     def chat(self, problem) -> tuple[list[dict], list | None]:
         """The question. Tools that the chat template has no place for go into the text."""
@@ -111,36 +116,16 @@ ATTEMPT, REFLECT, RETRY = range(3)  # turns
 BRIDGES = 50  # about so many tokens are put between two turns
 
 
-def chunks(items: list, sizes: list[int], budget: int, bar: str) -> Iterator[list]:
-    """Bunches of items that fit a budget of tokens; `sizes` says how many each item may need.
-
-    A bunch is stored as wide as its longest. Shows a progress bar of this name, if there is one.
-    """
-    bunch, longest = [], 0
-    with tqdm(total=len(items), desc=bar, disable=not bar, leave=False) as progress:
-        for item, size in zip(items, sizes, strict=True):
-            longest = max(longest, size)
-            if bunch and longest * (len(bunch) + 1) > budget:
-                yield bunch
-                progress.update(len(bunch))
-                bunch, longest = [], size
-            bunch.append(item)
-        if bunch:
-            yield bunch
-
-
-def attempt(speaker: Speaker, problems: list, samples: int, key: tuple, bar="", first=0) -> Tries:
+def attempt(speaker: Speaker, problems: list, samples: int, key: tuple, first=0) -> Tries:
     """First tries: `samples` at each problem, problem by problem, numbered from `first`."""
-    tries, asked = [], [(problem, speaker.question(problem)) for problem in problems]
-    sizes = [len(prompt) + samples * speaker.max_new_tokens for _, prompt in asked]
-    for some in chunks(asked, sizes, speaker.cache_tokens, bar):
-        keys = [(*key, ATTEMPT, problem.id) for problem, _ in some]
-        drawn = speaker.speak([prompt for _, prompt in some], samples, keys, first=first).tokens
-        for (problem, prompt), turns in zip(some, drawn, strict=True):
-            for sample, turn in enumerate(turns, first):
-                verdict = speaker.verify(problem, turn)
-                tries.append(Conversation(problem, sample, prompt, turn, verdict))
-    return tries
+    prompts = [speaker.question(problem) for problem in problems]
+    keys = [(*key, ATTEMPT, problem.id) for problem in problems]
+    drawn = speaker.speak(prompts, samples, keys, first=first).tokens
+    return [
+        Conversation(problem, sample, prompt, turn, speaker.verify(problem, turn))
+        for problem, prompt, turns in zip(problems, prompts, drawn, strict=True)
+        for sample, turn in enumerate(turns, first)
+    ]
 
 
 def reflect(speaker: Speaker, failures: Tries, samples: int, key: tuple) -> tuple[Tries, Cache]:
@@ -156,73 +141,156 @@ def reflect(speaker: Speaker, failures: Tries, samples: int, key: tuple) -> tupl
     return reflected, drawn.cache
 
 
-def retry(speaker: Speaker, reflected: Tries, key: tuple, cache=None, bar="") -> Tries:
+def retry(speaker: Speaker, reflected: Tries, key: tuple, cache: Cache | None = None) -> Tries:
     """A second try after each reflection.
 
     With the cache from `reflect`, only what lies between the turns is read; without one (the
     reflections are another model's, or a control's) each conversation is read from its beginning.
     """
     told, again = speaker.task.reflect, speaker.task.again
-    if any(
-        speaker.tokenizer.forgets(turn) for c in reflected for turn in (c.attempt, c.reflection)
-    ):
+    turns = (turn for c in reflected for turn in (c.attempt, c.reflection))
+    if any(map(speaker.tokenizer.forgets, turns)):
         cache = None  # what it has read is not what the template shows
-
-    tries, asked, sizes, seen = [], [], [], Counter()
+    asked, keys, seen = [], [], Counter()
     for c in reflected:
         ids = speaker.after(c.problem, c.context, (c.attempt, told), (c.reflection, again))
-        sizes.append(0 if cache else len(ids) + speaker.max_new_tokens)
-        if cache:  # it has read all of a reflection but its last token
-            ids = ids[len(c.context) + len(c.reflection) - 1 :]
-        asked.append((c, ids, (*key, RETRY, c.problem.id, c.sample, seen[c.problem.id, c.sample])))
+        # The cache has read all of a reflection but its last token.
+        asked.append(ids[len(c.context) + len(c.reflection) - 1 :] if cache else ids)
+        keys.append((*key, RETRY, c.problem.id, c.sample, seen[c.problem.id, c.sample]))
         seen[c.problem.id, c.sample] += 1
-    for some in chunks(asked, sizes, speaker.cache_tokens, bar):
-        _, prompts, keys = map(list, zip(*some, strict=True))
-        drawn = speaker.speak(prompts, 1, keys, cache=cache).tokens
-        for (c, _, _), [turn] in zip(some, drawn, strict=True):
-            tries.append(replace(c, retry=turn, second=speaker.verify(c.problem, turn)))
+    drawn = speaker.speak(asked, 1, keys, cache=cache).tokens
+    return [
+        replace(c, retry=turn, second=speaker.verify(c.problem, turn))
+        for c, [turn] in zip(reflected, drawn, strict=True)
+    ]
+
+
+def second_tries(speaker: Speaker, failures: Tries, samples: int, key: tuple) -> Tries:
+    """Reflect `samples` times on each failure, and retry after each reflection."""
+    reflected, cache = reflect(speaker, failures, samples, key)
+    return retry(speaker, reflected, key, cache)
+
+
+# -- Long work, in bunches -------------------------------------------------------------------------
+
+
+def bunches(items: list, sizes: list[int], budget: int, most: int) -> list[list]:
+    """Items in bunches of up to `most` that fit a budget of tokens, each as wide as its longest."""
+    bunch, longest, found = [], 0, []
+    for item, size in zip(items, sizes, strict=True):
+        longest = max(longest, size)
+        if bunch and (longest * (len(bunch) + 1) > budget or len(bunch) == most):
+            found, bunch, longest = [*found, bunch], [], size
+        bunch.append(item)
+    return [*found, bunch] if bunch else found
+
+
+def work_through(
+    speaker: Speaker, work: Callable, items: list, samples: int, turns: int, name: str = ""
+) -> Tries:
+    """The conversations that `work` makes of all items, problems or conversations, in their order.
+
+    It is given as many at once as the cache has room for, each item with `samples` times `turns`
+    more turns. Of several processes each takes its share. With a name, it shows a progress bar, and
+    in a run's folder what came of each bunch is a line of measured/NAME.jsonl: a run that was
+    stopped goes on behind the last whole line. Raises grpo.Stopped where the run is to stop.
+    """
+    process, processes = grpo.rank()
+    own, sizes = samples * turns * (speaker.max_new_tokens + BRIDGES), []
+    for item in items:
+        if isinstance(item, Conversation):
+            read = len(item.prompt) + len(item.attempt) + len(item.reflection) + 2 * BRIDGES
+        else:
+            read = len(speaker.question(item))
+        sizes.append(read + own)
+    todo = bunches(items, sizes, speaker.cache_tokens, math.ceil(len(items) / processes))
+    path, tries, lines = None, [], []
+    if name and speaker.folder:
+        path = speaker.folder / "measured" / (re.sub(r"\W+", "-", name) + ".jsonl")
+        problems = {p.id: p for p in (getattr(item, "problem", item) for item in items)}
+        lines = whole_lines(path)
+        tries = [restored(record, problems) for line in lines for record in line]
+    with tqdm(total=len(items), desc=name, disable=not name or process > 0, leave=False) as bar:
+        bar.update(sum(map(len, todo[: len(lines)])))
+        for start in range(len(lines), len(todo), processes):
+            now = todo[start : start + processes]
+            found = gathered(work(now[process]) if process < len(now) else [])[: len(now)]
+            for bunch in found:
+                tries += bunch
+                if path:
+                    line = [kept(c) for c in bunch]
+                    log(path, [digest(line), line])
+            bar.update(sum(map(len, now)))
+            bar.set_postfix_str(f"{len(tries)} found")
+            if path and grpo.stopping():
+                raise grpo.Stopped
     return tries
 
 
-def second_tries(speaker: Speaker, failures: Tries, samples: int, key: tuple, bar="") -> Tries:
-    """Reflect `samples` times on each failure, and retry after each reflection."""
-    done, own = [], samples * (2 * speaker.max_new_tokens + BRIDGES)
-    sizes = [len(f.prompt + f.attempt) + BRIDGES + own for f in failures]
-    for some in chunks(failures, sizes, speaker.cache_tokens, bar):
-        reflected, cache = reflect(speaker, some, samples, key)
-        done += retry(speaker, reflected, key, cache)
-        del cache  # before the next one is made
-    return done
+def gathered(mine: Tries) -> list[Tries]:
+    """What every process found."""
+    everyone = [mine] * grpo.rank()[1]
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def kept(c: Conversation) -> dict:
+    """A conversation as JSON, its problem by number."""
+    return {**asdict(c), "problem": c.problem.id}
+
+
+def restored(record: dict, problems: dict) -> Conversation:
+    first, second = Verdict(**record["first"]), record["second"] and Verdict(**record["second"])
+    known = {"problem": problems[record["problem"]], "first": first, "second": second}
+    return Conversation(**{**record, **known})
+
+
+def digest(line: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()
+
+
+def whole_lines(path: Path) -> list[list[dict]]:
+    """What the lines of a file in measured/ hold; it is cut behind the last whole one."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    length = text.rfind(b"\n") + 1
+    if grpo.rank()[0] == 0:
+        os.truncate(path, length)
+    try:
+        lines = [json.loads(line) for line in text[:length].splitlines()]
+        if all(digest(line) == known for known, line in lines):
+            return [line for _, line in lines]
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(f"{path} is damaged; delete it, and that is measured anew")
 
 
 # -- Training --------------------------------------------------------------------------------------
 
 
-def find_failures(
-    speaker: Speaker, problems: list, responses: int, keep: str
-) -> Iterator[tuple[int, Tries]]:
+def find_failures(speaker: Speaker, problems: list, responses: int, keep: str) -> Tries:
     """A dataset of failures: one wrong try at each problem that the model gets wrong.
 
     keep says which these are: "any" keeps a problem if any of up to `responses` tries is wrong, and
     stops trying at the first that is; "all" keeps it if all are, and stops at the first that is
-    right. Yields (problems done, failures of the last bunch, in the order of the problems).
+    right.
     """
-    kept, size = 0, max(1, speaker.cache_tokens // 1_024)
-    with tqdm(total=len(problems), desc="failures", leave=False) as bar:
-        for start in range(0, len(problems), size):
-            undecided, wrong = problems[start : start + size], {}  # wrong: by their problems' ids
-            for number in range(responses):
-                tries = attempt(speaker, undecided, 1, (COLLECT, 0), first=number)
-                for c in tries:
-                    if not c.first.right:
-                        wrong.setdefault(c.problem.id, c)
-                    elif keep == "all":
-                        wrong.pop(c.problem.id, None)
-                undecided = [c.problem for c in tries if c.first.right == (keep == "any")]
-            kept += len(wrong)
-            bar.update(len(problems[start : start + size]))
-            bar.set_postfix_str(f"{kept / bar.n:.0%} of the problems failed")
-            yield bar.n, [wrong[p.id] for p in problems[start : start + size] if p.id in wrong]
+
+    def look(some: list) -> Tries:
+        undecided, wrong = some, {}  # wrong: by their problems' ids
+        for number in range(responses):
+            tries = attempt(speaker, undecided, 1, (COLLECT, 0), first=number) if undecided else []
+            for c in tries:
+                if not c.first.right:
+                    wrong.setdefault(c.problem.id, c)
+                elif keep == "all":
+                    wrong.pop(c.problem.id, None)
+            undecided = [c.problem for c in tries if c.first.right == (keep == "any")]
+        return [wrong[problem.id] for problem in some if problem.id in wrong]
+
+    return work_through(speaker, look, problems, 1, 1, "failures")
 
 
 def sample_batch(
@@ -234,7 +302,11 @@ def sample_batch(
     length is worth 0. shuffle_rewards deals the step's rewards out anew among its reflections: a
     control, from which nothing can be learnt.
     """
-    tries = second_tries(speaker, failures, args.group, (TRAIN, step))
+
+    def work(some: Tries) -> Tries:
+        return second_tries(speaker, some, args.group, (TRAIN, step))
+
+    tries = work_through(speaker, work, failures, args.group, 2)
     cut = np.array([c.reflection[-1] not in speaker.tokenizer.stop_ids for c in tries])
     rewards = np.array([c.second.right for c in tries]) & ~cut
     if shuffle_rewards:
@@ -251,35 +323,44 @@ def sample_batch(
 
 
 def reinforce(
-    speaker: Speaker, failures: Tries, args, samples_file=None, shuffle_rewards: bool = False
-) -> Iterator[tuple[int, dict[str, float], list[torch.optim.Optimizer]]]:
+    speaker: Speaker, failures: Tries, args, reference: Model | None, shuffle_rewards=False
+) -> Iterator[tuple[int, dict[str, float]]]:
     """Train the speaker's model by R3 on a dataset of failures, in place.
 
-    Yields (steps done, metrics, optimisers) before the first step and after each; what was sampled
-    goes into samples_file.
+    Yields (steps done, metrics) before the first step and after each. Checkpoints go into the run's
+    folder, from where it goes on, and what was sampled into samples.jsonl.
     """
-    reference = copy.deepcopy(speaker.model).requires_grad_(False) if args.beta else None
-    optimizers = grpo.adamw(speaker.model, args.lr)
+    folder, files = speaker.folder / "checkpoints", ("metrics.jsonl", "samples.jsonl")
+    files = tuple(speaker.folder / name for name in files)
+    if shuffle_rewards:
+        folder, files = speaker.folder / "checkpoints" / "shuffled", ()
+    optimizers = grpo.adamw(speaker.model, args.lr, args.offload)
+    start = grpo.load_checkpoint(folder, optimizers, files)
 
     def batches(step: int) -> grpo.Batch:
         chosen = draw_failures(failures, step, args.batch, speaker.seed)
         tries, batch = sample_batch(speaker, chosen, args, step, shuffle_rewards)
-        if samples_file:
-            write_samples(samples_file, step + 1, tries, batch, speaker.tokenizer)
+        if not shuffle_rewards:
+            write_samples(files[1], step + 1, tries, batch, speaker.tokenizer)
         return batch
 
-    steps = grpo.train(speaker.model, batches, settings_of(args), optimizers, reference)
-    yield 0, {}, optimizers
-    with tqdm(total=args.steps, desc="R3, rewards shuffled" if shuffle_rewards else "R3") as bar:
+    settings = settings_of(args)
+    steps = grpo.train(
+        speaker.model, batches, settings, optimizers, reference, start, folder, files
+    )
+    if start == 0:
+        yield 0, {}
+    name = "R3, rewards shuffled" if shuffle_rewards else "R3"
+    with tqdm(total=args.steps, desc=name, initial=start, disable=grpo.rank()[0] > 0) as bar:
         for step, m in steps:
             bar.set_postfix_str(f"reward {m['reward']:.2f}, length {m['length']:.0f}")
             bar.update()
-            yield step + 1, m, optimizers
+            yield step + 1, m
 
 
 def settings_of(args: argparse.Namespace) -> grpo.Settings:
     names = ("steps", "lr", "clip", "beta", "loss", "temperature", "max_new_tokens")
-    names += ("micro_tokens", "skip_equal")
+    names += ("micro_tokens", "skip_equal", "save_every", "keep_checkpoints")
     return grpo.Settings(**{name: getattr(args, name) for name in names})
 
 
@@ -300,15 +381,23 @@ COLD = {"steps": 1_500, "dialogues": 16, "diligent": 0.7, "muon_lr": 0.01, "adam
 WINDOW = 8  # steps whose dialogues are drawn together
 
 
-def cold_start(task, seed: int) -> tuple[Model, Tokenizer]:
-    """A tiny model trained from random weights on dialogues: grpo.py with an advantage of one."""
+def unborn(task, seed: int) -> tuple[Model, Tokenizer]:
+    """The tiny model before its cold start."""
     model, tokenizer = models.tiny(task.words(), seed)
-    tokenizer.settings["texts"] = "tiny"  # this checkpoint was taught the task's short texts
+    tokenizer.settings["texts"] = "tiny"  # it is taught the task's short texts
+    return model, tokenizer
+
+
+def cold_start(task, seed: int, folder: Path) -> tuple[Model, Tokenizer]:
+    """A tiny model trained from random weights on dialogues: grpo.py with an advantage of one.
+    Checkpoints go into the folder, from where it goes on."""
+    model, tokenizer = unborn(task, seed)
     problems, size = task.load(split="cold", seed=seed), COLD["dialogues"]
     # What comes before each of the assistant's turns: the first follows the prompt itself.
     bridges = [[], tokenizer.bridge(task.reflect), tokenizer.bridge(task.again)]
     batches = []
-    for start in tqdm(range(0, COLD["steps"], WINDOW), "dialogues", leave=False):
+    quiet = grpo.rank()[0] > 0
+    for start in tqdm(range(0, COLD["steps"], WINDOW), "dialogues", leave=False, disable=quiet):
         rng, rows = random.Random(f"cold {seed} {start}"), []
         diligent = start < COLD["diligent"] * COLD["steps"]
         for _ in range(size * WINDOW):
@@ -328,9 +417,12 @@ def cold_start(task, seed: int) -> tuple[Model, Tokenizer]:
             batches.append(grpo.Batch(list(ids), list(spans), advantages=torch.ones(size)))
     settings = grpo.Settings(steps=COLD["steps"], lr=COLD["muon_lr"], beta=0.0)
     optimizers = grpo.muon(model, COLD["muon_lr"], COLD["adamw_lr"])
-    steps = grpo.train(model, batches.__getitem__, settings, optimizers)
-    for _, metrics in (bar := tqdm(steps, "cold start", settings.steps)):
-        bar.set_postfix_str(f"nll {metrics['nll']:.3f}", refresh=False)
+    done = grpo.load_checkpoint(folder, optimizers)
+    steps = grpo.train(model, batches.__getitem__, settings, optimizers, None, done, folder)
+    with tqdm(total=settings.steps, desc="cold start", initial=done, disable=quiet) as bar:
+        for _, metrics in steps:
+            bar.set_postfix_str(f"nll {metrics['nll']:.3f}", refresh=False)
+            bar.update()
     return model, tokenizer
 
 
@@ -342,22 +434,48 @@ def base_model(task, seed: int, fresh: bool) -> Path:
     architecture = models.tiny(task.words(), seed)[0].config_dict
     recipe = json.dumps([COLD, WINDOW, architecture, task.words(), said])
     path = RUNS / f"base-seed{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
-    if fresh or not (path / "model.safetensors").exists():
-        model, tokenizer = cold_start(task, seed)
-        tokenizer.save_pretrained(path)
-        model.save_pretrained(path)  # its weights come last: they say that the folder is complete
+    if fresh:
+        shutil.rmtree(path, ignore_errors=True)
+    if not (path / "model.safetensors").exists():
+        model, tokenizer = cold_start(task, seed, path / "checkpoints")
+        if grpo.rank()[0] == 0:
+            tokenizer.save_pretrained(path)
+            model.save_pretrained(path)  # the weights come last: they say that it is complete
+            shutil.rmtree(path / "checkpoints")
+        grpo.stopping()  # and so the others wait
     return path
 
 
 # -- Measuring -------------------------------------------------------------------------------------
 
 
-def measure(speaker: Speaker, problems: list, samples: int, bar: str) -> Tries:
+def measure(speaker: Speaker, problems: list, samples: int, name: str) -> Tries:
     """Attempt every problem `samples` times; reflect on each failure once, and retry once."""
-    tries = attempt(speaker, problems, samples, (MEASURE, 0), f"{bar}: first tries")
-    failures = [c for c in tries if not c.first.right]
-    second = iter(second_tries(speaker, failures, 1, (MEASURE, 0), f"{bar}: second tries"))
+
+    def first(some: list) -> Tries:
+        return attempt(speaker, some, samples, (MEASURE, 0))
+
+    tries = work_through(speaker, first, problems, samples, 1, f"{name}, first tries")
+    second = iter(once_more(speaker, [c for c in tries if not c.first.right], name))
     return [c if c.first.right else next(second) for c in tries]
+
+
+def once_more(speaker: Speaker, failures: Tries, name: str) -> Tries:
+    """Reflect once on each failure, and retry."""
+
+    def work(some: Tries) -> Tries:
+        return second_tries(speaker, some, 1, (MEASURE, 0))
+
+    return work_through(speaker, work, failures, 1, 2, f"{name}, second tries")
+
+
+def retry_all(speaker: Speaker, reflected: Tries, name: str) -> Tries:
+    """Retry after reflections that are another speaker's, or a control's."""
+
+    def work(some: Tries) -> Tries:
+        return retry(speaker, some, (MEASURE, 0))
+
+    return work_through(speaker, work, reflected, 1, 1, name)
 
 
 def first_right(tries: Tries) -> np.ndarray:
@@ -436,17 +554,20 @@ def controls(speakers: dict[str, Speaker], tries: dict[str, Tries]) -> dict:
             ("another problem's reflection", [elsewhere(own, i) for i in range(len(own))]),
         ):
             swapped = [replace(c, reflection=r) for c, r in zip(own, reflections, strict=True)]
-            done = retry(speakers[name], swapped, (MEASURE, 0), bar=f"{name}, {label}")
-            rows[label][name] = second_right(done)
+            rows[label][name] = second_right(retry_all(speakers[name], swapped, f"{name}, {label}"))
         label = "no failure in view: a second attempt"
         problems = list({c.problem.id: c.problem for c in own}.values())
         samples = 1 + max(c.sample for c in own)
-        fresh = attempt(speakers[name], problems, samples, (AGAIN, 0), f"{name}, {label}")
+
+        def anew(some: list, name=name, samples=samples) -> Tries:
+            return attempt(speakers[name], some, samples, (AGAIN, 0))
+
+        fresh = work_through(speakers[name], anew, problems, samples, 1, f"{name}, {label}")
         failed = {(c.problem.id, c.sample) for c in own}
         again = [c for c in fresh if (c.problem.id, c.sample) in failed]
         rows[label][name] = interval(first_right(again), again)
     label = "its own, trained on shuffled rewards"
-    shuffled = second_tries(speakers["shuffled"], failures, 1, (MEASURE, 0), label)
+    shuffled = once_more(speakers["shuffled"], failures, label)
     rows[label] = {"trained": second_right(shuffled)}
     return rows | equal_tokens(vanilla, failures, tries["trained"])
 
@@ -470,7 +591,11 @@ def equal_tokens(vanilla: Speaker, before: Tries, after: Tries) -> dict:
     k = min(n, spent[1] / spent[0])
     chosen = {c.problem.id: i for i, c in reversed(list(enumerate(before)))}.values()
     failures = [before[i] for i in chosen]
-    tries = second_tries(vanilla, failures, n, (AGAIN, 0), "equal tokens")
+
+    def work(some: Tries) -> Tries:
+        return second_tries(vanilla, some, n, (AGAIN, 0))
+
+    tries = work_through(vanilla, work, failures, n, 2, "equal tokens")
     right = np.array([c.second.right for c in tries]).reshape(-1, n).sum(axis=1).tolist()
 
     def chance(k: int) -> np.ndarray:
@@ -485,10 +610,12 @@ def equal_tokens(vanilla: Speaker, before: Tries, after: Tries) -> dict:
 # -- What a run leaves behind ----------------------------------------------------------------------
 
 
-def log(path: Path, record: dict) -> None:
-    """Append a line to a JSONL file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def log(path: Path, record: dict | list) -> None:
+    """Append a line to a JSONL file. (Of several processes, the first one writes.)"""
+    if grpo.rank()[0] == 0:
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def told(c: Conversation, tokenizer: Tokenizer) -> dict:
@@ -511,9 +638,12 @@ def write_samples(path: Path, step: int, tries: Tries, batch: grpo.Batch, tokeni
 
 def write_failures(path: Path, failures: Tries, tokenizer: Tokenizer) -> None:
     """A line a failure: the attempt as the verifier read it, and as token ids."""
+    lines = []
     for c in failures:
         attempted = {"attempt": tokenizer.decode(c.attempt), "attempt_ids": c.attempt}
-        log(path, {**told(c, tokenizer), **attempted})
+        lines.append(json.dumps({**told(c, tokenizer), **attempted}) + "\n")
+    if grpo.rank()[0] == 0:
+        models.replace_file(path, "".join(lines))
 
 
 def read_failures(path: Path, speaker: Speaker) -> Tries:
@@ -526,6 +656,8 @@ def read_failures(path: Path, speaker: Speaker) -> Tries:
             ids = list(map(int, record["attempt_ids"]))
             if not ids or not all(0 <= token < speaker.model.words for token in ids):
                 raise ValueError("no token ids of this model's vocabulary")
+            if len(ids) > speaker.max_new_tokens:
+                raise ValueError("an attempt longer than --max-new-tokens")
             prompt = speaker.question(problem)
             verdict = speaker.verify(problem, ids)
             if verdict.right or speaker.tokenizer.decode(ids) != record["attempt"]:
@@ -590,7 +722,8 @@ def draw_curves(folder: Path) -> None:
 
 def report(folder: Path, found: dict) -> None:
     """Write report.json, and print its tables."""
-    models.replace_file(folder / "report.json", json.dumps(found, indent=2))
+    if grpo.rank()[0] == 0:
+        models.replace_file(folder / "report.json", json.dumps(found, indent=2))
     print("\n" + show(found["tables"]))
 
 
@@ -601,28 +734,27 @@ def report(folder: Path, found: dict) -> None:
 DEFAULTS = {
     "steps": (18, 1_750), "batch": (32, 256), "group": (8, 8), "lr": (3e-4, 5e-7),
     "max_new_tokens": (134, 512), "samples": (4, 1), "responses": (4, 64),
-    "cache_tokens": (131_072, 65_536), "micro_tokens": (8_192, 2_048),
+    "cache_tokens": (131_072, 65_536), "micro_tokens": (8_192, 2_048), "save_every": (1, 25),
     "device": ("cpu", "cuda" if torch.cuda.is_available() else "cpu"),
+    "dtype": ("float32", "bfloat16" if torch.cuda.is_available() else "float32"),
 }  # fmt: skip
 HELD_OUT = (200, 2)  # development problems behind a point of the curves, and tries at each
 
 
-def load_speaker(args: argparse.Namespace) -> Speaker:
-    """The model that the flags name, on its task; flags that were not given get their defaults."""
+def open_speaker(args: argparse.Namespace) -> Speaker:
+    """A speaker as the flags name it, its model still without weights (see `load_weights`), so that
+    everything else is looked through first. Flags that were not given get their defaults."""
     flags = vars(args)  # a command has not all of them
     data = flags.get("data")
     if data and not Path(data).exists():
         if not models.is_hub_id(data):
             raise ValueError(f"--data {data}: no such file")
         args.data = str(models.from_hub(data, ["*.json", "*.jsonl", "*.parquet"], "dataset"))
-    try:
-        torch.empty(0, device=args.device or "cpu")
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {args.device}: torch finds no such device here") from None
-    path = args.model
-    if path == "tiny":
-        path = base_model(TASKS[args.task](tiny=True), args.seed, flags.get("fresh", False))
-    tokenizer = Tokenizer.from_pretrained(path, args.revision)
+    if args.model == "tiny":
+        model, tokenizer = unborn(TASKS[args.task](tiny=True), args.seed)
+    else:
+        model = Model.from_pretrained(args.model, device="meta", revision=args.revision)
+        tokenizer = Tokenizer.from_pretrained(args.model, args.revision)
     tokenizer.date = datetime.date.fromisoformat(args.date)
     tiny = tokenizer.settings.get("texts") == "tiny"  # it was taught the task's short texts
     if tiny and data:
@@ -632,18 +764,28 @@ def load_speaker(args: argparse.Namespace) -> Speaker:
             flags[name] = defaults[0 if tiny else 1]
     if flags.get("split", "no flag") is None:
         args.split = "test" if data else "dev"
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {args.device}: torch finds no such device here") from None
     whose = "the tiny model's" if tiny else "the paper's"
     settings = [f"{k} {v}" for k, v in flags.items() if k in {*DEFAULTS, "beta", "clip", "loss"}]
     print(f"Settings ({whose} where not given): {', '.join(settings)}")
-    model = Model.from_pretrained(path, device=args.device, revision=args.revision)
-    if args.compile:
-        Model.hidden = torch.compile(Model.hidden, dynamic=True)
-    c = model.config  # the keys and values of a token: a vector for each head and layer, float32
-    size = 2 * 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * args.cache_tokens
-    print(f"Keys and values of {args.cache_tokens} tokens take up to {size / 1e9:.1f} GB")
     model.words = min(model.words, tokenizer.words)
     limits = args.max_new_tokens, args.temperature, args.seed, args.cache_tokens
     return Speaker(model, tokenizer, TASKS[args.task](tiny=tiny), *limits)
+
+
+def load_weights(args: argparse.Namespace, speaker: Speaker) -> None:
+    """Give a speaker its model's weights; those of "tiny" are made where there are none yet."""
+    path, words = args.model, speaker.model.words
+    if path == "tiny":
+        path = base_model(speaker.task, args.seed, vars(args).get("fresh") and not args.resume)
+    dtype = getattr(torch, args.dtype)
+    speaker.model = Model.from_pretrained(path, dtype, args.device, args.revision)
+    speaker.model.words = words
+    if args.compile:
+        Model.hidden = torch.compile(Model.hidden, dynamic=True)
 
 
 def load_problems(args, speaker: Speaker, split: str, limit: int | None = None) -> list:
@@ -663,24 +805,110 @@ def load_problems(args, speaker: Speaker, split: str, limit: int | None = None) 
 
 
 def run_folder(args, kind: str) -> Path:
-    """Where a command leaves its files; refused if it is there, but for failures, which go on."""
+    """Where a command leaves its files: a new folder, or the one of the run that it resumes."""
+    if args.resume:
+        return Path(args.resume)
     path = Path(args.model).resolve()
     model = path.parent.name if path.name == "model" else path.name
-    stamp = "" if kind == "failures" else time.strftime("-%Y%m%d-%H%M%S")
     start = "" if kind == "train" else f"{kind}-"
-    folder = RUNS / (args.name or f"{start}{args.task}-{model}-seed{args.seed}{stamp}")
-    if folder.exists() and kind != "failures":
-        raise ValueError(f"{folder} exists; choose another --name")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = RUNS / (args.name or f"{start}{args.task}-{model}-seed{args.seed}-{stamp}")
+    if folder.exists():
+        raise ValueError(f"{folder} exists: choose another --name, or --resume {folder}")
+    args.name = folder.name
     return folder
 
 
 def write_config(folder: Path, args: argparse.Namespace) -> None:
-    """config.json: every flag, and what computed with it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """config.json: every flag, and what computed with it. With it a run can be resumed."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     flags = {name: value for name, value in vars(args).items() if name != "function"}
     config = {**flags, "versions": versions, "threads": torch.get_num_threads()}
-    models.replace_file(folder / "config.json", json.dumps(config, indent=2))
+    if grpo.rank()[0] == 0 and not args.resume:
+        folder.mkdir(parents=True)
+        models.replace_file(folder / "config.json", json.dumps(config, indent=2))
+    grpo.stopping()  # all processes wait here for the folder
+
+
+def resumed(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags of the run to resume. Raises ValueError if it is another command's, or done."""
+    folder = Path(args.resume)
+    config = models.read_json(folder / "config.json")
+    if config.get("command") != args.command:
+        raise ValueError(f"{folder} was begun by {config.get('command')}, not {args.command}")
+    last = "failures.jsonl" if args.command == "failures" else "report.json"
+    if (folder / last).exists():
+        raise ValueError(f"{folder} is done: there is {folder / last}")
+    if (torch.__version__, torch.get_num_threads()) != (
+        config["versions"]["torch"],
+        config["threads"],
+    ):
+        print("Another torch, or another number of threads: the last bits may come out otherwise")
+    given = {name: value for name, value in config.items() if name in vars(args)}
+    return argparse.Namespace(**{**vars(args), **given, "resume": args.resume})
+
+
+def memory(model: Model, args: argparse.Namespace, context: int) -> dict[str, dict[str, float]]:
+    """Bytes by part, on the device and in main memory, at the height of a training step.
+
+    A model's matrices are counted; what a layer keeps for its backward pass is counted token by
+    token, as autograd keeps it (norms' inputs and outputs, rotated queries, keys and values for
+    each row, the three stages of SwiGLU).
+    """
+    c, size = model.config, torch.finfo(getattr(torch, args.dtype)).bits // 8
+    weights = sum(p.numel() for p in model.parameters())
+    copies = 4 * weights if size < 4 or args.offload else 0
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    cache = 2 * c.num_hidden_layers * keys * size * args.cache_tokens
+    own = args.group * args.max_new_tokens
+    groups = max(1, args.micro_tokens // (context + own))
+    tokens = groups * (context + own)
+    rows = groups * args.group * (context + args.max_new_tokens)  # in which keys stand in attention
+    layer = tokens * (6 * c.hidden_size + 3 * queries + 4 * c.intermediate_size)
+    layer += (tokens + rows) * 2 * keys
+    layers = c.num_hidden_layers
+    kept = layers * tokens * c.hidden_size + layer if args.checkpointing else layers * layer
+    trained = min(groups * own, max(1, grpo.LOGITS // model.words)) * model.words
+    host = "main memory" if args.offload else "device"
+    parts = {
+        "weights": {"device": size * weights},
+        "reference": {"device": size * weights if args.beta else 0},
+        "gradients": {host: 4 * weights},
+        "float32 masters": {host: copies},
+        "moments": {host: 8 * weights},
+        "training: activations": {"device": size * kept},
+        "training: logits": {"device": 4 * 4 * trained},
+        "sampling: keys and values": {"device": cache},
+    }
+    training = sum(part.get("device", 0) for part in parts.values()) - cache
+    sampling = training - size * kept - 16 * trained - parts["gradients"].get("device", 0) + cache
+    parts["the most at a time"] = {
+        "device": max(training, sampling),
+        "main memory": sum(part.get("main memory", 0) for part in parts.values()),
+    }
+    return parts
+
+
+def print_plan(args, speaker: Speaker, folder: Path, failures: int, problems: list) -> None:
+    """What a training run would do and need."""
+    longest = max(len(speaker.question(problem)) for problem in problems)
+    context = longest + args.max_new_tokens + BRIDGES
+    weights = sum(p.numel() for p in speaker.model.parameters())
+    rows = min(args.batch, failures) * args.group
+    steps = f"{args.steps} steps of up to {rows} reflections on {rows // args.group} failures"
+    print(
+        f"{weights:,} parameters, {args.dtype}, on {args.device}\n{steps}\na step samples up to "
+        f"{2 * rows * args.max_new_tokens:,} tokens after contexts of up to {context}, and trains "
+        f"up to {rows * args.max_new_tokens:,} of them"
+    )
+    parts = memory(speaker.model, args, context)
+    cells = {k: {w: f"{n / 1e9:.2f}" for w, n in part.items()} for k, part in parts.items()}
+    print("\n" + show({"Memory, GB (estimated):": cells}))
+    kept, saved = 12 * weights * args.keep_checkpoints, parts["weights"]["device"]
+    print(
+        f"{folder}/ would hold {kept / 1e9:.2f} GB of checkpoints, a model of {saved / 1e9:.2f} "
+        "GB, config.json, failures.jsonl, metrics.jsonl, samples.jsonl, measured/, report.json"
+    )
 
 
 def train_command(args: argparse.Namespace) -> None:
@@ -691,43 +919,54 @@ def train_command(args: argparse.Namespace) -> None:
         raise ValueError("--temperature 0 draws equal reflections: there is nothing to compare")
     if args.failures and not Path(args.failures).is_file():
         raise ValueError(f"--failures {args.failures}: no such file")
-    folder, vanilla = run_folder(args, "train"), load_speaker(args)
+    folder, vanilla = run_folder(args, "train"), open_speaker(args)
     problems = load_problems(args, vanilla, args.split, args.limit)
     points = min(HELD_OUT[0], args.limit or HELD_OUT[0])
     held_out = load_problems(args, vanilla, args.split if args.data else "dev", points)
-    if args.failures:
-        failures = read_failures(Path(args.failures), vanilla)
-    else:
-        training = load_problems(args, vanilla, "train", args.problems)
-        found = find_failures(vanilla, training, args.responses, args.keep)
-        failures = [failure for _, some in found for failure in some]
+    training = [] if args.failures else load_problems(args, vanilla, "train", args.problems)
+    failures = read_failures(Path(args.failures), vanilla) if args.failures else []
+    if args.dry_run:
+        asked = [*problems, *held_out, *training, *(c.problem for c in failures)]
+        return print_plan(args, vanilla, folder, len(failures or training), asked)
+    if not args.check:
+        write_config(folder, args)
+        vanilla.folder = folder
+    load_weights(args, vanilla)
+    if not args.failures:
+        failures = find_failures(vanilla, training, args.responses, args.keep)
     if not failures:
         raise ValueError("no training problem was got wrong: there is nothing to learn from")
     if args.check:
         return check_step(vanilla, failures, args)
-    write_config(folder, args)
     write_failures(folder / "failures.jsonl", failures, vanilla.tokenizer)
     greedy = measure(replace(vanilla, temperature=0.0), problems, 1, "vanilla, greedy")
     before = measure(vanilla, problems, args.samples, "vanilla")
 
-    trained = replace(vanilla, model=copy.deepcopy(vanilla.model))
-    trained.model.checkpointing = args.checkpointing
-    for step, metrics, optimizers in reinforce(trained, failures, args, folder / "samples.jsonl"):
+    def apart() -> Speaker:
+        """The vanilla model once more, to be trained."""
+        speaker = replace(vanilla, model=copy.deepcopy(vanilla.model))
+        speaker.model.checkpointing = args.checkpointing
+        return speaker
+
+    trained, reference = apart(), vanilla.model if args.beta else None
+    vanilla.model.to(args.device if args.beta else "cpu")  # without KL it is not needed meanwhile
+    for step, metrics in reinforce(trained, failures, args, reference):
         if step % max(1, args.steps // 4) == 0 or step == args.steps:
-            metrics |= accuracy(at=measure(trained, held_out, HELD_OUT[1], "held out"))["at"]
-            if step > 0:
-                grpo.save_checkpoint(folder / "checkpoints", step, trained.model, optimizers)
+            done = measure(trained, held_out, HELD_OUT[1], f"held out, step {step}")
+            metrics |= accuracy(at=done)["at"]
         log(folder / "metrics.jsonl", {"step": step, **metrics})
         log(folder / "timings.jsonl", {"step": step, "seconds": round(time.time() - begun, 2)})
-    trained.model.save_pretrained(folder / "model")
-    trained.tokenizer.save_pretrained(folder / "model")
+    if grpo.rank()[0] == 0:
+        trained.model.save_pretrained(folder / "model")
+        trained.tokenizer.save_pretrained(folder / "model")
 
+    vanilla.model.to(args.device)
     greedy_after = measure(replace(trained, temperature=0.0), problems, 1, "trained, greedy")
     after = measure(trained, problems, args.samples, "trained")
     failed = [c for c in before if not c.first.right]
-    own = second_tries(trained, failed, 1, (MEASURE, 0), "2x2")
-    crossed = retry(trained, failed, (MEASURE, 0), bar="2x2")  # after vanilla reflections
-    back = retry(vanilla, own, (MEASURE, 0), bar="2x2")  # after trained ones
+    own = once_more(trained, failed, "2x2, trained")
+    crossed = retry_all(trained, failed, "2x2, trained after vanilla reflections")
+    back = retry_all(vanilla, own, "2x2, vanilla after trained reflections")
     on = f"{len(problems)} {args.split} problems"
     fixed = f"the vanilla model's {len(failed)} failures: % of retries right [95%]"
     way = f"{args.samples} samples each, temperature {args.temperature:g}"
@@ -741,21 +980,20 @@ def train_command(args: argparse.Namespace) -> None:
         "What the verifier said, times": reasons(vanilla.task, vanilla=before, trained=after),
     }
     if args.controls and failed:
-        shuffled = replace(vanilla, model=copy.deepcopy(vanilla.model))
-        for _ in reinforce(shuffled, failures, args, shuffle_rewards=True):
+        shuffled = apart()
+        for _ in reinforce(shuffled, failures, args, reference, shuffle_rewards=True):
             pass
         speakers = {"vanilla": vanilla, "trained": trained, "shuffled": shuffled}
         rows = controls(speakers, {"vanilla": failed, "trained": own})
         tables[f"Controls, on {fixed}, after …"] = rows
-    was, now = (float(np.mean([len(c.reflection) for c in tries])) for tries in (failed, own))
-    digest = hashlib.sha256()
-    for file in models.shards(folder / "model"):
-        digest.update(file.read_bytes())
-    weights = digest.hexdigest()
-    report(folder, {"tables": tables, "reflection tokens": [was, now], "weights sha256": weights})
-    print(f"Tokens in a reflection on these failures: vanilla {was:.0f}, trained {now:.0f}")
-    draw_curves(folder)
-    print(f"{(time.time() - begun) / 60:.1f} minutes; weights {weights[:16]}; all in {folder}/")
+    lengths = [[len(c.reflection) for c in tries] for tries in (failed, own)]
+    was, now = (sum(each) / max(1, len(each)) for each in lengths)
+    print(f"\nTokens in a reflection on these failures: vanilla {was:.0f}, trained {now:.0f}")
+    if grpo.rank()[0] == 0:
+        draw_curves(folder)
+        weights = " ".join(grpo.sha256(file)[:16] for file in models.shards(folder / "model"))
+        report(folder, {"tables": tables, "reflection tokens": [was, now], "weights": weights})
+        print(f"{(time.time() - begun) / 60:.1f} minutes; weights {weights}; all in {folder}/")
 
 
 def check_step(speaker: Speaker, failures: Tries, args) -> None:
@@ -773,43 +1011,28 @@ def check_step(speaker: Speaker, failures: Tries, args) -> None:
 
 
 def failures_command(args: argparse.Namespace) -> None:
-    """Collect problems that a model gets wrong, with a wrong answer each, for train --failures.
-    Run again, it goes on where it was stopped."""
-    folder = run_folder(args, "failures")
-    config = folder / "config.json"
-    begun = models.read_json(config) if config.exists() else {}
-    args.date = begun.get("date", args.date)  # it may have been begun on another day
-    speaker = load_speaker(args)
-    free = ("function", "device", "cache_tokens", "skip_bad")  # may change when it goes on
-    for name, value in vars(args).items():
-        if begun and name not in free and begun.get(name) != value:
-            was = f"{begun.get(name)}, not {value}"
-            raise ValueError(f"{folder} was begun with {name} {was}; choose another --name")
+    """Collect problems that a model gets wrong, with a wrong answer each, for train --failures."""
+    folder, speaker = run_folder(args, "failures"), open_speaker(args)
     problems = load_problems(args, speaker, args.split, args.limit)
     write_config(folder, args)
-    path, progress = folder / "failures.jsonl", folder / "progress.json"
-    done = {"problems": 0, "of": len(problems), "bytes": 0}
-    done |= models.read_json(progress) if progress.exists() else {}
-    if done["of"] != len(problems):
-        raise ValueError(f"{folder} was begun with {done['of']} problems, not {len(problems)}")
-    path.touch()
-    os.truncate(path, done["bytes"])  # what was written after the last report is found again
-    before = done["problems"]
-    for number, some in find_failures(speaker, problems[before:], args.responses, args.keep):
-        write_failures(path, some, speaker.tokenizer)
-        done |= {"problems": before + number, "bytes": path.stat().st_size}
-        models.replace_file(progress, json.dumps(done))
-    count = len(path.read_text().splitlines())
-    print(f"{count} failures on {len(problems)} {args.split} problems, in {path}")
+    speaker.folder = folder
+    load_weights(args, speaker)
+    found = find_failures(speaker, problems, args.responses, args.keep)
+    path = folder / "failures.jsonl"
+    write_failures(path, found, speaker.tokenizer)
+    print(f"{len(found)} failures on {len(problems)} {args.split} problems, in {path}")
 
 
 def eval_command(args: argparse.Namespace) -> None:
     """Measure a model: right at the first try, and within two."""
-    folder, speaker = run_folder(args, "eval"), load_speaker(args)
+    folder, speaker = run_folder(args, "eval"), open_speaker(args)
     problems = load_problems(args, speaker, args.split, args.limit)
     samples = args.samples if args.temperature else 1
-    tries = measure(speaker, problems, samples, "eval")
     write_config(folder, args)
+    speaker.folder = folder
+    load_weights(args, speaker)
+    tries = measure(speaker, problems, samples, "eval")
+    (folder / "conversations.jsonl").unlink(missing_ok=True)
     for c in tries:
         log(folder / "conversations.jsonl", told(c, speaker.tokenizer))
     way = f"{samples} samples each, temperature {args.temperature:g}"
@@ -823,9 +1046,10 @@ def eval_command(args: argparse.Namespace) -> None:
 def play_command(args: argparse.Namespace) -> None:
     """Watch a model attempt, reflect and retry on a problem you type."""
     if args.model is None:  # the model trained last, else the base that it would start from
-        saved = sorted(RUNS.glob("*/model/model.safetensors"), key=lambda p: p.stat().st_mtime)
+        saved = sorted(RUNS.glob("*/model/config.json"), key=lambda p: p.stat().st_mtime)
         args.model = str(saved[-1].parent) if saved else "tiny"
-    speaker = load_speaker(args)
+    speaker = open_speaker(args)
+    load_weights(args, speaker)
 
     def say(who: str, ids: list[int], verdict: Verdict | None = None) -> None:
         judged = f"   <- {verdict.reason.replace('_', ' ')}" if verdict else ""
@@ -854,7 +1078,7 @@ def main(argv: list[str] | None = None) -> None:
     for function in (train_command, failures_command, eval_command, play_command):
         name, about = function.__name__.removesuffix("_command"), function.__doc__
         subs[name] = commands.add_parser(name, help=about, description=about)
-        subs[name].set_defaults(function=function, date=today)
+        subs[name].set_defaults(function=function, command=name, date=today, resume=None)
 
     def flag(of: str, name: str, about: str, **kind) -> None:
         """Add a flag to the commands named in `of`."""
@@ -889,6 +1113,10 @@ def main(argv: list[str] | None = None) -> None:
     flag("train eval", "--limit", "measure on so many problems", type=at_least(2))
     flag("failures", "--limit", "look at so many problems", type=positive)
     flag("train eval", "--samples", "first tries at each of them", type=positive)
+    flag(most, "--resume", "go on with a run that was stopped, with the flags that it was begun "
+         "with", metavar="FOLDER")  # fmt: skip
+    flag(every, "--dtype", "of weights and computation (training keeps float32 masters)",
+         choices=("float32", "bfloat16"))  # fmt: skip
     flag(most, "--name", "the folder in runs/ (default: task, model, seed, and time)")
     flag("train", "--problems", "look for failures in so many problems", type=positive)
     flag("train failures", "--responses", "tries at most at a problem", type=positive)
@@ -897,6 +1125,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("train failures", "--keep", keep, choices=("any", "all"), default="any")
     flag("train", "--fresh", "make the tiny base model anew", action="store_true")
     flag("train", "--controls", "measure what else could explain the gain", action="store_true")
+    flag("train", "--dry-run", "only print the plan: nothing is loaded", action="store_true")
     flag("train", "--check", "only compare a step with the textbook", action="store_true")
     flag("train", "--failures", "reuse this failures.jsonl of another run", metavar="FILE")
     flag("train", "--steps", "optimiser steps", type=positive)
@@ -909,12 +1138,28 @@ def main(argv: list[str] | None = None) -> None:
     flag("train", "--skip-equal", "leave groups of equal rewards out of the KL term too (without "
          "KL they always are: it changes nothing)", action="store_true")  # fmt: skip
     flag("train", "--micro-tokens", "tokens in one forward and backward pass", type=positive)
+    flag("train", "--offload", "keep masters and moments in main memory", action="store_true")
+    flag("train", "--save-every", "steps between two checkpoints", type=positive)
+    flag("train", "--keep-checkpoints", "so many, the last ones", type=positive, default=2)
     flag("train", "--checkpointing", "compute layers twice to store less", action="store_true")
     flag(every, "--compile", "torch.compile the decoder: minutes at first", action="store_true")
     flag("train", "--no-std", "do not divide advantages by the deviation", action="store_true")
     args = parser.parse_args(argv)
     try:
+        join_processes(args)
+        if args.resume:
+            given = [text for text in (sys.argv[1:] if argv is None else argv) if text[:2] == "--"]
+            if len(given) > 1:
+                raise ValueError("--resume takes all other flags from the run")
+            args = resumed(args)
+        if args.command != "play":
+            grpo.STOP.clear()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, ask_to_stop)
         args.function(args)
+    except grpo.Stopped:
+        folder = args.resume or RUNS / args.name
+        sys.exit(f"r3.py: stopped, and saved; go on with: r3.py {args.command} --resume {folder}")
     except (ValueError, OSError) as error:
         sys.exit(f"r3.py: {error}")
     except torch.OutOfMemoryError:
@@ -923,6 +1168,31 @@ def main(argv: list[str] | None = None) -> None:
         print()
     except KeyboardInterrupt:
         sys.exit("r3.py: interrupted")
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        sys.exit(f"r3.py: another process of this run has died, or is out of reach: {reason}")
+
+
+def ask_to_stop(number: int, _frame) -> None:
+    """A signal: the step under way is finished and saved first; at the second one, it is not."""
+    if grpo.STOP.is_set():
+        raise KeyboardInterrupt
+    grpo.STOP.set()
+    print("\nr3.py: stopping as soon as this step is saved (again: at once)", file=sys.stderr)
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Under torchrun: meet the other processes. Each has a GPU of its own, the first one speaks."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return
+    if torch.cuda.is_available() and args.device in (None, "cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def at_least(least: int | float):

@@ -479,10 +479,11 @@ def tiny(args) -> None:
 
     flags = argparse.Namespace(
         model=args.tiny_model, task="countdown", seed=0, device="cpu", temperature=1.0,
-        cache_tokens=None, revision=None, compile=False,
+        cache_tokens=None, revision=None, compile=False, dtype=None, resume=None,
         max_new_tokens=None, date="2025-05-30", fresh=False, group=8,
     )  # fmt: skip
-    speaker = r3.load_speaker(flags)
+    speaker = r3.open_speaker(flags)
+    r3.load_weights(flags, speaker)
     problems = Countdown(tiny=True).load(split="train")
     failures = [c for c in r3.attempt(speaker, problems, 1, (0, 0)) if not c.first.right][:32]
     bridge = speaker.tokenizer.bridge(speaker.task.reflect)

@@ -3,11 +3,13 @@
 import copy
 import doctest
 import math
+import shutil
 
 import pytest
 import torch
 
 import grpo
+import model as models
 from grpo import Batch, Settings, group_advantages, grpo_loss, trained_mask
 
 
@@ -331,28 +333,143 @@ def test_muon_moves_all_directions_alike():
     )
 
 
-@pytest.mark.parametrize(
-    "optimizers_of", [lambda m: grpo.adamw(m, 1e-3), lambda m: grpo.muon(m, 0.01, 1e-3)]
-)
+OPTIMIZERS = [
+    lambda m: grpo.adamw(m, 1e-3),
+    lambda m: grpo.adamw(m, 1e-3, offload=True),
+    lambda m: grpo.muon(m, 0.01, 1e-3),
+]
+
+
+@pytest.mark.parametrize("optimizers_of", OPTIMIZERS)
 def test_a_checkpoint_goes_on_bit_for_bit(tiny, tmp_path, optimizers_of):
     model, _ = tiny
-    settings = Settings(steps=4, lr=1e-3, beta=0.1)
-    reference = copy.deepcopy(model).requires_grad_(False)
+    settings = Settings(steps=4, lr=1e-3, beta=0.1, save_every=2)
+    reference, log = copy.deepcopy(model).requires_grad_(False), tmp_path / "log"
 
     def batches(step):
         batch = random_batch(reference, seed=step, beta_ref=False)
         batch.metrics = {}
         return batch
 
+    def run(model, folder, start, optimizers):
+        steps = grpo.train(
+            model, batches, settings, optimizers, reference, start, folder, files=(log,)
+        )
+        for step, _ in steps:
+            with open(log, "a") as file:
+                file.write(f"{step}\n")
+
     optimizers = optimizers_of(model)
-    for step, _ in grpo.train(model, batches, settings, optimizers, reference):
-        if step == 1:
-            grpo.save_checkpoint(tmp_path, 2, model, optimizers)
+    assert grpo.load_checkpoint(tmp_path, optimizers, (log,)) == 0
+    run(model, tmp_path, 0, optimizers)
+    shutil.rmtree(tmp_path / "step-4")  # killed in the last step
+    log.write_text(log.read_text() + "4")
     again = copy.deepcopy(reference).requires_grad_(True)
     optimizers = optimizers_of(again)
-    start = grpo.load_checkpoint(tmp_path / "step-2", again, optimizers)
-    assert start == 2
-    for _ in grpo.train(again, batches, settings, optimizers, reference, start):
-        pass
+    start = grpo.load_checkpoint(tmp_path, optimizers, (log,))
+    assert start == 2 and log.read_text() == "0\n1\n"
+    run(again, tmp_path, start, optimizers)
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
+    assert log.read_text() == "0\n1\n2\n3\n"
+
+
+def saved(model, folder, steps=(1, 2, 3)):
+    optimizers = grpo.adamw(model, 1e-3)
+    for step in steps:
+        gradient_of(model, random_batch(model, beta_ref=False), Settings(beta=0.0))
+        optimizers[0].step()
+        grpo.save_checkpoint(folder, step, optimizers)
+    return optimizers
+
+
+def test_the_last_checkpoints_are_kept(tiny, tmp_path):
+    saved(tiny[0], tmp_path, range(8, 12))
+    assert [path.name for path in grpo.checkpoints(tmp_path)] == ["step-10", "step-11"]
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize("place", [3, 60, -2])
+def test_a_flipped_bit_or_a_cut_file_is_noticed(tiny, tmp_path, name, place):
+    optimizers = saved(tiny[0], tmp_path)
+    path = tmp_path / "step-3" / name
+    whole = bytearray(path.read_bytes())
+    changed = bytearray(whole)
+    changed[place] ^= 4
+    for content in (changed, whole[:-1], whole[: len(whole) // 2], b""):
+        path.write_bytes(bytes(content))
+        with pytest.raises(ValueError, match="step-3 is damaged; delete it"):
+            grpo.load_checkpoint(tmp_path, optimizers)
+    path.unlink()
+    with pytest.raises(ValueError, match="step-3 is damaged"):
+        grpo.load_checkpoint(tmp_path, optimizers)
+    shutil.rmtree(tmp_path / "step-3")
+    assert grpo.load_checkpoint(tmp_path, optimizers) == 2
+
+
+def test_another_models_checkpoint_is_refused(tiny, folder, tmp_path):
+    saved(tiny[0], tmp_path / "a")
+    for other in (models.tiny(["1", "2"])[0], models.Model.from_pretrained(folder)):
+        with pytest.raises(ValueError, match="step-3 is of another model"):
+            grpo.load_checkpoint(tmp_path / "a", grpo.adamw(other, 1e-3))
+    with pytest.raises(ValueError, match="is of another"):
+        grpo.load_checkpoint(tmp_path / "a", grpo.muon(tiny[0], 0.1, 0.1))
+    log = tmp_path / "log"
+    log.write_text("a line\n")
+    optimizers = grpo.adamw(tiny[0], 1e-3)
+    grpo.save_checkpoint(tmp_path / "a", 4, optimizers, (log,))
+    log.write_text("a li")
+    with pytest.raises(ValueError, match="log is shorter than"):
+        grpo.load_checkpoint(tmp_path / "a", optimizers, (log,))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_without_a_finite_gradient_is_skipped(tiny, bad):
+    """Skipped and counted; five in a row end the run; four and a good one do not."""
+    model, _ = tiny
+    settings = Settings(steps=12, lr=1e-3, beta=0.0)
+
+    def batches(step):
+        batch = random_batch(model, seed=step, beta_ref=False)
+        if step in (1, 2, 3, 4, 6, 7, 8, 9, 10):
+            batch.advantages[1] = bad
+        return batch
+
+    before, skipped = None, []
+    with pytest.raises(ValueError, match="step 11: no finite loss or gradient in 5 steps in a row"):
+        for step, metrics in grpo.train(model, batches, settings, grpo.adamw(model, 1e-3)):
+            weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+            assert bool(weights.isfinite().all())
+            if before is not None:
+                assert torch.equal(weights, before) == (step not in (0, 5))
+            before = weights.clone()
+            skipped.append(metrics["skipped"])
+    assert skipped == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
+
+
+def test_bfloat16_moves_with_masters_and_hardly_without(task):
+    """At the paper's learning rate: ten steps from the same bfloat16 weights, on the same data."""
+    low = models.tiny(task.words(), seed=1)[0].bfloat16()
+    start = copy.deepcopy(low).float()
+    settings = Settings(steps=10, lr=5e-7, beta=0.0, warmup=0.0)
+    data = [random_batch(start, rows=64, seed=i, beta_ref=False) for i in range(10)]
+    for batch in data:
+        batch.old_logprobs = None  # on-policy, as R3 trains
+
+    def moved(model, optimizer):
+        weights = optimizer.param_groups[0]["params"]
+        before = [p.detach().clone() for p in weights]
+        for _ in grpo.train(model, data.__getitem__, settings, [optimizer]):
+            pass
+        pairs = zip(weights, before, strict=True)
+        return torch.cat([(p.detach() - b).flatten().float() for p, b in pairs])
+
+    exact = moved(start, *grpo.adamw(start, 5e-7))
+    model = copy.deepcopy(low)
+    ours = moved(model, *grpo.adamw(model, 5e-7))
+    masters = grpo.adamw(model, 5e-7, offload=True)[0].param_groups[0]["params"]
+    assert all(p.dtype == torch.float32 for p in masters)
+    assert torch.cosine_similarity(ours, exact, dim=0) > 0.99
+    model = copy.deepcopy(low)
+    pure = moved(model, torch.optim.AdamW(model.parameters(), 5e-7, weight_decay=0.0))
+    assert 0 < (pure != 0).float().mean() < 0.02
