@@ -521,6 +521,9 @@ def textbook(model: Model, batch: Batch, s: Settings) -> tuple[float, Tensor]:
 # -- Checkpoints -----------------------------------------------------------------------------------
 
 
+PART = 2**28  # bytes in one file, about: writing a file takes a copy of it in memory
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -546,7 +549,12 @@ def save_checkpoint(
     final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    replace_file(temporary / "state.safetensors", tensors)
+    part, size = {}, 0
+    for number, (key, tensor) in enumerate(tensors.items(), 1):
+        part[key], size = tensor, size + tensor.nbytes
+        if size > PART or number == len(tensors):
+            replace_file(temporary / f"state-{number}.safetensors", part)
+            part, size = {}, 0
     state = {"step": step, "param_groups": groups, "files": lengths}
     replace_file(temporary / "state.json", json.dumps(state))
     replace_file(temporary / "SHA256SUMS", sha256_sums(temporary))
@@ -576,7 +584,8 @@ def load_checkpoint(
         sums = path / "SHA256SUMS"
         if not sums.is_file() or sums.read_bytes() != sha256_sums(path).encode():
             raise ValueError(f"{path} is damaged; delete it to go on from the one before it")
-        tensors = safetensors.torch.load_file(path / "state.safetensors")
+        files_of = [safetensors.torch.load_file(file) for file in path.glob("*.safetensors")]
+        tensors = {key: tensor for part in files_of for key, tensor in part.items()}
         saved = read_json(path / "state.json")
         step, lengths = saved["step"], saved["files"]
         if len(saved["param_groups"]) != len(optimizers):

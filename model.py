@@ -865,8 +865,10 @@ def generate(
         if t + 1 == max_new_tokens or t % 4 == 0 and bool(done.all()):
             break
         if t % 4 == 0 and steady:
-            # Finished rows leave: contexts without an unfinished row, and so many columns of the
-            # (P, S) table of rows as no context needs any more; unfinished rows come first.
+            # Finished rows leave. In the (P, S) table of rows, where a dot is a finished one,
+            #     a b . .       a b
+            #     . . . .  ->   c d     contexts without an unfinished row go, and so many columns
+            #     c . . d               as no context needs any more; unfinished rows come first.
             table = done.view(len(work.ids), -1)
             left = (~table).sum(1)
             if int((left > 0).sum()) * int(left.max()) <= 0.75 * len(done):

@@ -765,7 +765,8 @@ def open_speaker(args: argparse.Namespace) -> Speaker:
     if flags.get("split", "no flag") is None:
         args.split = "test" if data else "dev"
     try:
-        torch.empty(0, device=args.device)
+        if not flags.get("dry_run"):  # which may plan for another machine
+            torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {args.device}: torch finds no such device here") from None
     whose = "the tiny model's" if tiny else "the paper's"
@@ -870,9 +871,10 @@ def memory(model: Model, args: argparse.Namespace, context: int) -> dict[str, di
     kept = layers * tokens * c.hidden_size + layer if args.checkpointing else layers * layer
     trained = min(groups * own, max(1, grpo.LOGITS // model.words)) * model.words
     host = "main memory" if args.offload else "device"
+    vanilla = "device" if args.beta or args.device == "cpu" else "main memory"
     parts = {
         "weights": {"device": size * weights},
-        "reference": {"device": size * weights if args.beta else 0},
+        "vanilla model, the reference": {vanilla: size * weights},
         "gradients": {host: 4 * weights},
         "float32 masters": {host: copies},
         "moments": {host: 8 * weights},
@@ -1185,7 +1187,7 @@ def ask_to_stop(number: int, _frame) -> None:
 
 def join_processes(args: argparse.Namespace) -> None:
     """Under torchrun: meet the other processes. Each has a GPU of its own, the first one speaks."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available() and args.device in (None, "cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -50,7 +50,8 @@ def computed(text: str) -> Fraction:
                 return -value(operand)
             case ast.BinOp(left=left, op=op, right=right):
                 a, b = value(left), value(right)
-                return {ast.Add: a + b, ast.Sub: a - b, ast.Mult: a * b}.get(type(op)) or a / b
+                known = {ast.Add: a + b, ast.Sub: a - b, ast.Mult: a * b}
+                return known[type(op)] if type(op) in known else a / b
         raise AssertionError(f"{ast.dump(node)} was rewarded")
 
     return value(ast.parse(text, mode="eval").body)
@@ -77,7 +78,7 @@ def test_countdown_rewards_solutions_alone(amount):
     terms = st.permutations(["6", "10", "2"])
     sums = st.builds(
         lambda n, a, b: f"({n[0]}{a}{n[1]}){b}{n[2]}",
-        terms, st.sampled_from("+-*/"), st.sampled_from("+-*/"),
+        terms, st.sampled_from("+-"), st.sampled_from("*/"),
     )  # fmt: skip
     fuzz(amount, check, EXPRESSIONS, EXPRESSIONS | sums, EXPRESSIONS)
     assert rewarded  # or nothing was tried

@@ -388,11 +388,11 @@ def test_the_last_checkpoints_are_kept(tiny, tmp_path):
     assert [path.name for path in grpo.checkpoints(tmp_path)] == ["step-10", "step-11"]
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize("name", ["*.safetensors", "state.json", "SHA256SUMS"])
 @pytest.mark.parametrize("place", [3, 60, -2])
 def test_a_flipped_bit_or_a_cut_file_is_noticed(tiny, tmp_path, name, place):
     optimizers = saved(tiny[0], tmp_path)
-    path = tmp_path / "step-3" / name
+    path = next((tmp_path / "step-3").glob(name))
     whole = bytearray(path.read_bytes())
     changed = bytearray(whole)
     changed[place] ^= 4
