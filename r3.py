@@ -203,23 +203,25 @@ def work_through(
         else:
             read = len(speaker.question(item))
         sizes.append(read + own)
-    todo = bunches(items, sizes, speaker.cache_tokens, math.ceil(len(items) / processes))
-    path, tries, lines = None, [], []
+    path, tries, done = None, [], 0
     if name and speaker.folder:
         path = speaker.folder / "measured" / (re.sub(r"\W+", "-", name) + ".jsonl")
         problems = {p.id: p for p in (getattr(item, "problem", item) for item in items)}
-        lines = whole_lines(path)
-        tries = [restored(record, problems) for line in lines for record in line]
+        for line in whole_lines(path):
+            done += line["items"]
+            tries += [restored(record, problems) for record in line["found"]]
+    most = math.ceil(len(items) / processes)
+    todo = bunches(items[done:], sizes[done:], speaker.cache_tokens, most)
     with tqdm(total=len(items), desc=name, disable=not name or process > 0, leave=False) as bar:
-        bar.update(sum(map(len, todo[: len(lines)])))
-        for start in range(len(lines), len(todo), processes):
+        bar.update(done)
+        for start in range(0, len(todo), processes):
             now = todo[start : start + processes]
-            found = gathered(work(now[process]) if process < len(now) else [])[: len(now)]
-            for bunch in found:
-                tries += bunch
+            everyone = gathered(work(now[process]) if process < len(now) else [])
+            for bunch, found in zip(now, everyone, strict=False):
+                tries += found
                 if path:
-                    line = [kept(c) for c in bunch]
-                    log(path, [digest(line), line])
+                    line = {"items": len(bunch), "found": [kept(c) for c in found]}
+                    log(path, {"sha256": digest(line), **line})
             bar.update(sum(map(len, now)))
             bar.set_postfix_str(f"{len(tries)} found")
             if path and grpo.stopping():
@@ -246,11 +248,11 @@ def restored(record: dict, problems: dict) -> Conversation:
     return Conversation(**{**record, **known})
 
 
-def digest(line: list[dict]) -> str:
+def digest(line: dict) -> str:
     return hashlib.sha256(json.dumps(line).encode()).hexdigest()
 
 
-def whole_lines(path: Path) -> list[list[dict]]:
+def whole_lines(path: Path) -> list[dict]:
     """What the lines of a file in measured/ hold; it is cut behind the last whole one."""
     if not path.exists():
         return []
@@ -260,9 +262,9 @@ def whole_lines(path: Path) -> list[list[dict]]:
         os.truncate(path, length)
     try:
         lines = [json.loads(line) for line in text[:length].splitlines()]
-        if all(digest(line) == known for known, line in lines):
-            return [line for _, line in lines]
-    except (ValueError, TypeError):
+        if all(line.pop("sha256") == digest(line) for line in lines):
+            return lines
+    except (ValueError, TypeError, KeyError, AttributeError):
         pass
     raise ValueError(f"{path} is damaged; delete it, and that is measured anew")
 
@@ -994,7 +996,8 @@ def train_command(args: argparse.Namespace) -> None:
     if grpo.rank()[0] == 0:
         draw_curves(folder)
         weights = " ".join(grpo.sha256(file)[:16] for file in models.shards(folder / "model"))
-        report(folder, {"tables": tables, "reflection tokens": [was, now], "weights": weights})
+        found = {"tables": tables, "reflection tokens": [was, now], "weights sha256": weights}
+        report(folder, found)
         print(f"{(time.time() - begun) / 60:.1f} minutes; weights {weights}; all in {folder}/")
 
 

@@ -297,3 +297,23 @@ def test_templates_run_in_a_sandbox(tiny):
         evil = Tokenizer(tokenizer.tokenizer, {**tokenizer.settings, "chat_template": template}, {})
         with pytest.raises(ValueError, match="chat template"):
             evil.render([{"role": "user", "content": "1"}])
+
+
+def test_a_budget_of_tokens_splits_the_work_and_changes_nothing(tiny, monkeypatch):
+    model, tokenizer = tiny
+    prompts = [[5 + p] * (3 + p % 4) for p in range(9)]
+    options = dict(samples=2, max_new_tokens=7, stop=tokenizer.stop_ids, seed=4)
+    whole = generate(model, prompts, **options)
+    widths, read = [], type(model).read
+
+    def heard(self, ids, *rest, **more):
+        widths.append(len(ids))
+        return read(self, ids, *rest, **more)
+
+    monkeypatch.setattr(type(model), "read", heard)
+    parts = generate(model, prompts, **options, cache_tokens=60)
+    assert parts.tokens == whole.tokens and parts.cache is None
+    for one, other in zip(sum(parts.logprobs, []), sum(whole.logprobs, []), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    assert sum(widths) == 9 and max(widths) * (6 + 2 * 7) <= 60
+    assert generate(model, prompts, **options, cache_tokens=9_999).cache is not None

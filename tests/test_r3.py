@@ -121,6 +121,33 @@ def test_what_a_template_forgets_is_not_read_from_the_cache(speaker, task, monke
             assert ids[: len(c.context + c.reflection) - 1] == (c.context + c.reflection)[:-1]
 
 
+def test_what_was_measured_is_not_measured_again(speaker, task, tmp_path, monkeypatch):
+    """Another budget, or number of processes, cuts the work elsewhere: lines say how far they go."""
+    problems, asked = task.load(split="dev", limit=12), []
+
+    def measured():
+        tries = r3.measure(speaker, problems, 2, "m")
+        return [(c.problem, c.attempt, c.first, c.reflection, c.retry, c.second) for c in tries]
+
+    whole = measured()
+    speaker.folder, speaker.cache_tokens = tmp_path, 400
+    assert measured() == whole
+    path, attempt = tmp_path / "measured" / "m-first-tries.jsonl", r3.attempt
+    written = path.read_text().splitlines(keepends=True)
+    assert len(written) > 3
+    monkeypatch.setattr(r3, "attempt", lambda s, p, *rest: asked.extend(p) or attempt(s, p, *rest))
+    for lines_left, budget in ((2, 400), (1, 600), (3, 99_999), (len(written), 400)):
+        path.write_text("".join(written[:lines_left]) + written[0][:40])
+        asked.clear()
+        speaker.cache_tokens = budget
+        assert measured() == whole
+        done = sum(json.loads(line)["items"] for line in written[:lines_left])
+        assert asked == problems[done:]
+    path.write_text("".join(written).replace('"sample": 1', '"sample": 0', 1))
+    with pytest.raises(ValueError, match="m-first-tries.jsonl is damaged"):
+        measured()
+
+
 def test_work_is_split_by_a_budget_of_tokens():
     sizes = [5, 3, 9, 1, 1, 1, 40, 2]
     bunches = r3.bunches(sizes, sizes, 20, 9)
