@@ -23,6 +23,7 @@ import math
 import os
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -265,7 +266,8 @@ def token_logprobs(
     hidden, targets, mask = predictions(model, batch, rows)
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = F.log_softmax(model.head(hidden / temperature), dim=-1)  # (tokens, V)
+        logits = model.head(hidden)  # (tokens, V)
+        log_p = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
         entropy = -log_p.detach().exp().mul_(log_p.detach()).sum(dim=-1)
         return -F.nll_loss(log_p, targets, reduction="none"), entropy
 
@@ -324,10 +326,9 @@ def gradients(model: Model, reference: Model | None, batch: Batch, s: Settings) 
         total["entropy"] += entropy.sum().item()
         total["clipped"] += beyond.sum().item()
         mismatch = max(mismatch, (now - old).abs().max().item())
-    if processes > 1:
-        names, values = zip(*total.items(), strict=True)
-        total = dict(zip(names, all_reduce(torch.tensor(values).double()).tolist(), strict=True))
-        mismatch = all_reduce(torch.tensor(mismatch), dist.ReduceOp.MAX).item()
+    sums = all_reduce(torch.tensor(list(total.values()), dtype=torch.float64)).tolist()
+    total = dict(zip(total, sums, strict=True))
+    mismatch = all_reduce(torch.tensor(mismatch), dist.ReduceOp.MAX).item()
     loss, seen = total.pop("loss"), total.pop("seen")
     if not s.beta and batch.ref_logprobs is None:
         del total["kl"]
@@ -350,11 +351,11 @@ def train(
     Every step samples from the model as the step before left it (on-policy, one update a batch).
     The caller logs and evaluates between the steps, in its own for loop; then, with a `folder`,
     the step is saved there (every s.save_every steps), and how long the caller's `files` are.
-    A step whose loss or gradient is not finite is skipped and counted. Raises ValueError after
-    five in a row, and Stopped where STOP was set.
+    A step whose loss or gradient is not finite is skipped (`skipped` is 1). Raises ValueError
+    after five in a row, and Stopped where STOP was set.
     """
     parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    skipped, in_a_row = 0, 0
+    in_a_row = 0
     for step in range(start, s.steps):
         batch = batches(step)
         metrics = gradients(model, reference, batch, s)
@@ -363,7 +364,7 @@ def train(
             all_reduce(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm).item()
         finite = math.isfinite(norm) and math.isfinite(metrics["loss"])
-        in_a_row, skipped = (0, skipped) if finite else (in_a_row + 1, skipped + 1)
+        in_a_row = 0 if finite else in_a_row + 1
         if in_a_row == 5:
             raise ValueError(f"step {step + 1}: no finite loss or gradient in 5 steps in a row")
         share = lr_share(step, s.steps, s.warmup)
@@ -373,12 +374,13 @@ def train(
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        metrics |= {"grad_norm": norm, "lr": s.lr * share, "skipped": skipped}
+        metrics |= {"grad_norm": norm, "lr": s.lr * share, "skipped": int(not finite)}
         yield step, {**batch.metrics, **metrics}
         last, stop = step + 1 == s.steps, stopping()
         if folder and (last or stop or (step + 1) % s.save_every == 0):
             save_checkpoint(folder, step + 1, optimizers, files, s.keep_checkpoints)
         if stop:
+            stopping()  # all wait until it is saved
             raise Stopped
 
 
@@ -412,10 +414,11 @@ class Masters(torch.optim.AdamW):
         masters = [p.detach().to(device, torch.float32, copy=True) for p in self.weights]
         super().__init__(masters, lr=lr, weight_decay=0.0, fused=True)
         for weight, master in zip(self.weights, masters, strict=True):
-            weight.register_post_accumulate_grad_hook(partial(self.collect, master))
+            weight.register_post_accumulate_grad_hook(partial(self.collect, weakref.ref(master)))
 
     @staticmethod
-    def collect(master: Tensor, weight: Tensor) -> None:
+    def collect(to: weakref.ref, weight: Tensor) -> None:
+        master = to()  # the model outlives its masters
         gradient, weight.grad = weight.grad.to(master), None
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
@@ -544,14 +547,18 @@ def save_checkpoint(
         groups.append(state["param_groups"])
         for i, weight in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             for name, value in {"weight": weight, **state["state"].get(i, {})}.items():
-                tensors[f"{number}.{i}.{name}"] = value.detach().cpu().contiguous()
-    lengths = {file.name: file.stat().st_size for file in files}
+                tensors[f"{number}.{i}.{name}"] = value.detach()
+    lengths = {}
+    for file in files:
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+        lengths[file.name] = file.stat().st_size
     final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     part, size = {}, 0
     for number, (key, tensor) in enumerate(tensors.items(), 1):
-        part[key], size = tensor, size + tensor.nbytes
+        part[key], size = tensor.cpu().contiguous(), size + tensor.nbytes
         if size > PART or number == len(tensors):
             replace_file(temporary / f"state-{number}.safetensors", part)
             part, size = {}, 0
@@ -610,7 +617,7 @@ def load_checkpoint(
     for file in files:
         length = lengths.get(file.name, 0)
         if length > (file.stat().st_size if file.exists() else 0):
-            raise ValueError(f"{file} is shorter than when {path} was saved")
+            raise ValueError(f"{file} is shorter than when {path} was saved: delete {path}")
         if file.exists() and rank()[0] == 0:
             os.truncate(file, length)
     return step

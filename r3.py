@@ -22,7 +22,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import time
@@ -209,6 +208,8 @@ def work_through(
         problems = {p.id: p for p in (getattr(item, "problem", item) for item in items)}
         for line in whole_lines(path):
             done += line["items"]
+            if any(record["problem"] not in problems for record in line["found"]):
+                raise ValueError(f"{path} is of other problems: has --data changed?")
             tries += [restored(record, problems) for record in line["found"]]
     most = math.ceil(len(items) / processes)
     todo = bunches(items[done:], sizes[done:], speaker.cache_tokens, most)
@@ -229,8 +230,8 @@ def work_through(
     return tries
 
 
-def gathered(mine: Tries) -> list[Tries]:
-    """What every process found."""
+def gathered(mine) -> list:
+    """What every process has."""
     everyone = [mine] * grpo.rank()[1]
     if len(everyone) > 1:
         dist.all_gather_object(everyone, mine)
@@ -390,7 +391,7 @@ def unborn(task, seed: int) -> tuple[Model, Tokenizer]:
     return model, tokenizer
 
 
-def cold_start(task, seed: int, folder: Path) -> tuple[Model, Tokenizer]:
+def cold_start(task, seed: int, folder: Path | None) -> tuple[Model, Tokenizer]:
     """A tiny model trained from random weights on dialogues: grpo.py with an advantage of one.
     Checkpoints go into the folder, from where it goes on."""
     model, tokenizer = unborn(task, seed)
@@ -419,7 +420,7 @@ def cold_start(task, seed: int, folder: Path) -> tuple[Model, Tokenizer]:
             batches.append(grpo.Batch(list(ids), list(spans), advantages=torch.ones(size)))
     settings = grpo.Settings(steps=COLD["steps"], lr=COLD["muon_lr"], beta=0.0)
     optimizers = grpo.muon(model, COLD["muon_lr"], COLD["adamw_lr"])
-    done = grpo.load_checkpoint(folder, optimizers)
+    done = grpo.load_checkpoint(folder, optimizers) if folder else 0
     steps = grpo.train(model, batches.__getitem__, settings, optimizers, None, done, folder)
     with tqdm(total=settings.steps, desc="cold start", initial=done, disable=quiet) as bar:
         for _, metrics in steps:
@@ -428,23 +429,21 @@ def cold_start(task, seed: int, folder: Path) -> tuple[Model, Tokenizer]:
     return model, tokenizer
 
 
-def base_model(task, seed: int, fresh: bool) -> Path:
+def base_model(task, seed: int, fresh: bool, folder: Path | None) -> Path:
     """The folder of the tiny model for a seed, made or found; `fresh` makes it anew. Change the
-    recipe (the numbers, the architecture, the dialogues), and a base is made beside the old one."""
+    recipe (the numbers, the architecture, the dialogues), and a base is made beside the old one.
+    Checkpoints of the cold start go into the run's folder."""
     problems = task.load(split="cold", seed=seed)
     said = [task.cold_dialogue(problems, random.Random(i), i % 2 > 0)[1] for i in range(200)]
     architecture = models.tiny(task.words(), seed)[0].config_dict
     recipe = json.dumps([COLD, WINDOW, architecture, task.words(), said])
     path = RUNS / f"base-seed{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
-    if fresh:
-        shutil.rmtree(path, ignore_errors=True)
-    if not (path / "model.safetensors").exists():
-        model, tokenizer = cold_start(task, seed, path / "checkpoints")
+    if fresh or not (path / "model.safetensors").exists():
+        model, tokenizer = cold_start(task, seed, folder and folder / "checkpoints" / "cold")
         if grpo.rank()[0] == 0:
             tokenizer.save_pretrained(path)
-            model.save_pretrained(path)  # the weights come last: they say that it is complete
-            shutil.rmtree(path / "checkpoints")
-        grpo.stopping()  # and so the others wait
+            model.save_pretrained(path)  # its weights come last: they say that it is complete
+    grpo.stopping()  # and so the others wait
     return path
 
 
@@ -783,7 +782,7 @@ def load_weights(args: argparse.Namespace, speaker: Speaker) -> None:
     """Give a speaker its model's weights; those of "tiny" are made where there are none yet."""
     path, words = args.model, speaker.model.words
     if path == "tiny":
-        path = base_model(speaker.task, args.seed, vars(args).get("fresh") and not args.resume)
+        path = base_model(speaker.task, args.seed, vars(args).get("fresh"), speaker.folder)
     dtype = getattr(torch, args.dtype)
     speaker.model = Model.from_pretrained(path, dtype, args.device, args.revision)
     speaker.model.words = words
@@ -816,9 +815,10 @@ def run_folder(args, kind: str) -> Path:
     start = "" if kind == "train" else f"{kind}-"
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = RUNS / (args.name or f"{start}{args.task}-{model}-seed{args.seed}-{stamp}")
-    if folder.exists():
+    folder = gathered(folder)[0]  # the first process's time
+    if (folder / "config.json").exists():
         raise ValueError(f"{folder} exists: choose another --name, or --resume {folder}")
-    args.name = folder.name
+    args.name = str(folder.relative_to(RUNS))
     return folder
 
 
@@ -828,7 +828,7 @@ def write_config(folder: Path, args: argparse.Namespace) -> None:
     flags = {name: value for name, value in vars(args).items() if name != "function"}
     config = {**flags, "versions": versions, "threads": torch.get_num_threads()}
     if grpo.rank()[0] == 0 and not args.resume:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         models.replace_file(folder / "config.json", json.dumps(config, indent=2))
     grpo.stopping()  # all processes wait here for the folder
 
@@ -842,10 +842,11 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
     last = "failures.jsonl" if args.command == "failures" else "report.json"
     if (folder / last).exists():
         raise ValueError(f"{folder} is done: there is {folder / last}")
-    if (torch.__version__, torch.get_num_threads()) != (
-        config["versions"]["torch"],
-        config["threads"],
-    ):
+    versions = config.get("versions", {})
+    if [torch.__version__, torch.get_num_threads()] != [
+        versions.get("torch"),
+        config.get("threads"),
+    ]:
         print("Another torch, or another number of threads: the last bits may come out otherwise")
     given = {name: value for name, value in config.items() if name in vars(args)}
     return argparse.Namespace(**{**vars(args), **given, "resume": args.resume})
@@ -862,7 +863,8 @@ def memory(model: Model, args: argparse.Namespace, context: int) -> dict[str, di
     weights = sum(p.numel() for p in model.parameters())
     copies = 4 * weights if size < 4 or args.offload else 0
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    cache = 2 * c.num_hidden_layers * keys * size * args.cache_tokens
+    # A retry is sampled on copies of what its rows, and then the unfinished ones, have read.
+    cache = 2.5 * 2 * c.num_hidden_layers * keys * size * args.cache_tokens
     own = args.group * args.max_new_tokens
     groups = max(1, args.micro_tokens // (context + own))
     tokens = groups * (context + own)
@@ -875,7 +877,7 @@ def memory(model: Model, args: argparse.Namespace, context: int) -> dict[str, di
     host = "main memory" if args.offload else "device"
     vanilla = "device" if args.beta or args.device == "cpu" else "main memory"
     parts = {
-        "weights": {"device": size * weights},
+        "weights": {"device": size * weights * (2 if args.controls else 1)},
         "vanilla model, the reference": {vanilla: size * weights},
         "gradients": {host: 4 * weights},
         "float32 masters": {host: copies},
@@ -908,7 +910,8 @@ def print_plan(args, speaker: Speaker, folder: Path, failures: int, problems: li
     parts = memory(speaker.model, args, context)
     cells = {k: {w: f"{n / 1e9:.2f}" for w, n in part.items()} for k, part in parts.items()}
     print("\n" + show({"Memory, GB (estimated):": cells}))
-    kept, saved = 12 * weights * args.keep_checkpoints, parts["weights"]["device"]
+    kept, saved = 12 * weights * args.keep_checkpoints, parts["vanilla model, the reference"]
+    [saved] = saved.values()
     print(
         f"{folder}/ would hold {kept / 1e9:.2f} GB of checkpoints, a model of {saved / 1e9:.2f} "
         "GB, config.json, failures.jsonl, metrics.jsonl, samples.jsonl, measured/, report.json"
@@ -923,7 +926,10 @@ def train_command(args: argparse.Namespace) -> None:
         raise ValueError("--temperature 0 draws equal reflections: there is nothing to compare")
     if args.failures and not Path(args.failures).is_file():
         raise ValueError(f"--failures {args.failures}: no such file")
+    if args.check and grpo.rank()[1] > 1:
+        raise ValueError("--check is for one process")
     folder, vanilla = run_folder(args, "train"), open_speaker(args)
+    args.dtype = "float32" if args.check else args.dtype
     problems = load_problems(args, vanilla, args.split, args.limit)
     points = min(HELD_OUT[0], args.limit or HELD_OUT[0])
     held_out = load_problems(args, vanilla, args.split if args.data else "dev", points)
@@ -956,7 +962,8 @@ def train_command(args: argparse.Namespace) -> None:
     vanilla.model.to(args.device if args.beta else "cpu")  # without KL it is not needed meanwhile
     for step, metrics in reinforce(trained, failures, args, reference):
         if step % max(1, args.steps // 4) == 0 or step == args.steps:
-            done = measure(trained, held_out, HELD_OUT[1], f"held out, step {step}")
+            now = replace(trained, folder=None)  # not kept: the step is saved only after this
+            done = measure(now, held_out, HELD_OUT[1], f"held out, step {step}")
             metrics |= accuracy(at=done)["at"]
         log(folder / "metrics.jsonl", {"step": step, **metrics})
         log(folder / "timings.jsonl", {"step": step, "seconds": round(time.time() - begun, 2)})
@@ -1151,7 +1158,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("train", "--no-std", "do not divide advantages by the deviation", action="store_true")
     args = parser.parse_args(argv)
     try:
-        join_processes(args)
+        join_processes()
         if args.resume:
             given = [text for text in (sys.argv[1:] if argv is None else argv) if text[:2] == "--"]
             if len(given) > 1:
@@ -1181,20 +1188,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def ask_to_stop(number: int, _frame) -> None:
-    """A signal: the step under way is finished and saved first; at the second one, it is not."""
-    if grpo.STOP.is_set():
+    """A signal: the step under way is finished and saved first; at a second Ctrl-C, it is not."""
+    if grpo.STOP.is_set() and number == signal.SIGINT:
         raise KeyboardInterrupt
     grpo.STOP.set()
-    print("\nr3.py: stopping as soon as this step is saved (again: at once)", file=sys.stderr)
+    os.write(2, b"\nr3.py: stopping as soon as this step is saved (Ctrl-C again: at once)\n")
 
 
-def join_processes(args: argparse.Namespace) -> None:
+def join_processes() -> None:
     """Under torchrun: meet the other processes. Each has a GPU of its own, the first one speaks."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
-    if torch.cuda.is_available() and args.device in (None, "cuda"):
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

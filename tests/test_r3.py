@@ -122,7 +122,7 @@ def test_what_a_template_forgets_is_not_read_from_the_cache(speaker, task, monke
 
 
 def test_what_was_measured_is_not_measured_again(speaker, task, tmp_path, monkeypatch):
-    """Another budget, or number of processes, cuts the work elsewhere: lines say how far they go."""
+    """Another budget, or number of processes, cuts the work elsewhere; lines say how far it is."""
     problems, asked = task.load(split="dev", limit=12), []
 
     def measured():
@@ -154,6 +154,31 @@ def test_work_is_split_by_a_budget_of_tokens():
     assert bunches == [[5, 3], [9, 1], [1, 1], [40], [2]]  # one that does not fit goes alone
     assert r3.bunches(sizes[2:6], sizes[2:6], 99, 3) == [[9, 1, 1], [1]]
     assert r3.bunches([], [], 20, 9) == []
+
+
+def test_a_stop_during_a_held_out_measurement_saves_its_step(small, lenient, monkeypatch):
+    measure = r3.measure
+
+    def stops(speaker, problems, samples, name):
+        if name == "held out, step 2":
+            grpo.STOP.set()
+        return measure(speaker, problems, samples, name)
+
+    monkeypatch.setattr(r3, "measure", stops)
+    with pytest.raises(SystemExit, match="stopped, and saved; .*--resume .*/x/y"):
+        r3.main(["train", *SHORT, "--steps", "8", "--save-every", "25", "--name", "x/y"])
+    run = small / "x" / "y"
+    assert [path.name for path in grpo.checkpoints(run / "checkpoints")] == ["step-2"]
+    assert len(lines(run / "metrics.jsonl")) == 3
+    monkeypatch.setattr(r3, "measure", measure)
+    monkeypatch.setattr(r3.Speaker, "verify", lambda *_: Verdict(True, "right"))
+    with pytest.raises(SystemExit, match="failures.jsonl is of other problems"):
+        found = run / "measured" / "failures.jsonl"
+        line = json.loads(found.read_text().splitlines()[0])
+        line["found"][0]["problem"] = 99_999
+        line["sha256"] = r3.digest({"items": line["items"], "found": line["found"]})
+        found.write_text(json.dumps(line) + "\n")
+        r3.main(["train", "--resume", str(run)])
 
 
 def test_rewards_go_to_reflections_and_cut_ones_earn_nothing(speaker, task, lenient):
