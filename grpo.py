@@ -194,7 +194,7 @@ def reflection_batch(
 
 
 def micro_batches(batch: Batch, micro_tokens: int, skip_equal: bool = False) -> Iterator[list[int]]:
-    """Row numbers: whole groups, those of similar length together, up to `micro_tokens` tokens.
+    """Row numbers, whole groups of similar length up to `micro_tokens` tokens, shortest row first.
 
     Where all rewards of a group are equal its advantages are zero, and no policy gradient comes
     from it: skip_equal leaves such groups out (all but one, where all are such).
@@ -209,14 +209,14 @@ def micro_batches(batch: Batch, micro_tokens: int, skip_equal: bool = False) -> 
     rows: list[int] = []
     for first in sorted(sizes, key=sizes.get):
         if rows and (len(rows) // G + 1) * sizes[first] > micro_tokens:
-            yield rows
+            yield sorted(rows, key=lambda row: len(batch.ids[row]))
             rows = []
         rows += range(first, first + G)
-    yield rows
+    yield sorted(rows, key=lambda row: len(batch.ids[row]))
 
 
 def predictions(model: Model, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The hidden states that some groups' trained tokens are predicted from, (tokens, E), these
+    """The hidden states that some rows' trained tokens are predicted from, (tokens, E), these
     tokens, (tokens,), and where they stand: the mask, (n, T), whose order is theirs.
 
     A group's context is several times longer than its reflections, so it is read once:
@@ -226,7 +226,8 @@ def predictions(model: Model, batch: Batch, rows: list[int]) -> tuple[Tensor, Te
                           ┴ reflection_G      per reflection, at a fraction of its arithmetic
 
     The context's last position predicts the first token of each; a reflection's positions but the
-    last one predict the others.
+    last one predict the others. Rows come shortest first; those of about one length are read
+    together.
     """
     c, G, spans = model.config, batch.group, [batch.spans[row] for row in rows]
     longest = max(len(batch.ids[row]) for row in rows)
@@ -235,20 +236,31 @@ def predictions(model: Model, batch: Batch, rows: list[int]) -> tuple[Tensor, Te
         ids, live = padded([batch.ids[row] for row in rows], model.device)
         mask = trained_mask(spans, ids.shape[1]).to(ids.device)
         return model.hidden(ids, live=live)[:, :-1][mask], ids[:, 1:][mask], mask
-    ends = [row[0][0] for row in spans]  # where each row's context ends
-    contexts = [batch.ids[row][:end] for row, end in zip(rows[::G], ends[::G], strict=True)]
+    groups = sorted({row // G for row in rows})
+    ends = [batch.spans[group * G][0][0] for group in groups]  # where contexts end
+    contexts = [batch.ids[g * G][:end] for g, end in zip(groups, ends, strict=True)]
     contexts, live = padded(contexts, model.device)  # (P, C)
-    hidden, cache = model.read(contexts, live, samples=G)
-    last = hidden[torch.arange(len(contexts)), live.sum(1) - 1]  # (P, E)
-    hidden = last.repeat_interleave(G, dim=0)[:, None]  # (n, 1, E)
+    hidden, cache = model.read(contexts, live)
+    owner = [groups.index(row // G) for row in rows]  # each row's context
+    last = hidden[torch.arange(len(groups)), live.sum(1) - 1]  # (P, E)
+    last = last.index_select(0, torch.tensor(owner, device=last.device))  # (n, E)
+    ends = [ends[own] for own in owner]
     tails = [batch.ids[row][end:] for row, end in zip(rows, ends, strict=True)]
-    ids, live = padded(tails, model.device)
-    if ids.shape[1] > 1:
-        hidden = torch.cat([hidden, model.hidden(ids[:, :-1], cache, live[:, 1:])], dim=1)
     # Counted from the context's last token, which is token 0 here and predicts the first target.
     spans = [[(a - e + 1, b - e + 1) for a, b in row] for row, e in zip(spans, ends, strict=True)]
-    mask = trained_mask(spans, 1 + ids.shape[1]).to(ids.device)  # (n, T)
-    return hidden[mask], ids[mask], mask
+    mask = trained_mask(spans, 1 + max(map(len, tails))).to(model.device)  # (n, T)
+    states, targets, start = [], [], 0
+    while start < len(rows):
+        limit = 1.25 * len(tails[start]) + 8
+        end = next((i for i in range(start, len(rows)) if len(tails[i]) > limit), len(rows))
+        ids, live = padded(tails[start:end], model.device)
+        h = last[start:end, None]
+        if ids.shape[1] > 1:
+            inner = model.hidden(ids[:, :-1], cache.of(owner[start:end]), live[:, 1:])
+            h = torch.cat([h, inner], dim=1)  # (rows, T, E)
+        trained = mask[start:end, : ids.shape[1]]
+        states, targets, start = [*states, h[trained]], [*targets, ids[trained]], end
+    return torch.cat(states), torch.cat(targets), mask
 
 
 LOGITS = 2**25  # that exist at once
@@ -470,7 +482,7 @@ def check(model: Model, batch: Batch, s: Settings, seed: int = 0) -> dict[str, f
     larger. Raises ValueError where no micro-batch has both signs of A.
     """
     rng = torch.Generator().manual_seed(seed)
-    for rows in micro_batches(batch, s.micro_tokens):
+    for rows in map(sorted, micro_batches(batch, s.micro_tokens)):  # group by group
         A = batch.advantages[rows]
         if A.min() < 0 < A.max():
             break

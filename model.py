@@ -738,6 +738,17 @@ class Cache:
         before, original = self.lengths(), c.original_max_position_embeddings
         return bool(((before > 0) & (before <= original) & (before + live.sum(1) > original)).any())
 
+    def of(self, owner: list[int]) -> "Cache":
+        """A cache of new rows: S on each context where they come so, else each on its own copy."""
+        P = len(self.ids)
+        S = len(owner) // P
+        if owner == [p for p in range(P) for _ in range(S)]:
+            return Cache(self.contexts, self.ids, self.live, S)
+        owner = torch.tensor(owner, device=self.ids.device)
+        # index_select, since the gradient of [owner] adds up in whatever order threads come
+        contexts = [tuple(x.index_select(0, owner) for x in pair) for pair in self.contexts]
+        return Cache(contexts, self.ids[owner], self.live[owner])
+
     def pick(self, rows: Tensor, extra: int) -> "Cache":
         """A copy of some rows, (P', S') numbers, one context a line; room for `extra` columns."""
         p, s, chosen = rows // self.samples, rows % self.samples, rows.flatten()
