@@ -366,7 +366,7 @@ def train(
     A step whose loss or gradient is not finite is skipped (`skipped` is 1). Raises ValueError
     after five in a row, and Stopped where STOP was set.
     """
-    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    parameters = [p for optimizer in optimizers for p in moved_by(optimizer)]
     in_a_row = 0
     for step in range(start, s.steps):
         batch = batches(step)
@@ -394,6 +394,11 @@ def train(
         if stop:
             stopping()  # all wait until it is saved
             raise Stopped
+
+
+def moved_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The weights that an optimiser moves, in the order of its states' numbers."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def lr_share(step: int, steps: int, warmup: float) -> float:
@@ -557,7 +562,7 @@ def save_checkpoint(
     for number, optimizer in enumerate(optimizers):
         state = optimizer.state_dict()
         groups.append(state["param_groups"])
-        for i, weight in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        for i, weight in enumerate(moved_by(optimizer)):
             for name, value in {"weight": weight, **state["state"].get(i, {})}.items():
                 tensors[f"{number}.{i}.{name}"] = value.detach()
     lengths = {}
@@ -609,10 +614,8 @@ def load_checkpoint(
         step, lengths = saved["step"], saved["files"]
         if len(saved["param_groups"]) != len(optimizers):
             raise ValueError(f"{path} is of another training")
-        for number, (optimizer, groups) in enumerate(
-            zip(optimizers, saved["param_groups"], strict=True)
-        ):
-            weights = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, optimizer in enumerate(optimizers):
+            weights = moved_by(optimizer)
             states: dict[int, dict] = {i: {} for i in range(len(weights))}
             for key in [key for key in tensors if key.startswith(f"{number}.")]:
                 _, i, name = key.split(".")
@@ -623,6 +626,7 @@ def load_checkpoint(
             for i, weight in enumerate(weights):
                 weight.data.copy_(states[i].pop("weight"))
             states = {i: state for i, state in states.items() if state}
+            groups = saved["param_groups"][number]
             optimizer.load_state_dict({"state": states, "param_groups": groups})
             if isinstance(optimizer, Masters):
                 optimizer.round()

@@ -842,11 +842,8 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
     last = "failures.jsonl" if args.command == "failures" else "report.json"
     if (folder / last).exists():
         raise ValueError(f"{folder} is done: there is {folder / last}")
-    versions = config.get("versions", {})
-    if [torch.__version__, torch.get_num_threads()] != [
-        versions.get("torch"),
-        config.get("threads"),
-    ]:
+    computed = config.get("versions", {}).get("torch"), config.get("threads")
+    if computed != (torch.__version__, torch.get_num_threads()):
         print("Another torch, or another number of threads: the last bits may come out otherwise")
     given = {name: value for name, value in config.items() if name in vars(args)}
     return argparse.Namespace(**{**vars(args), **given, "resume": args.resume})
@@ -910,8 +907,8 @@ def print_plan(args, speaker: Speaker, folder: Path, failures: int, problems: li
     parts = memory(speaker.model, args, context)
     cells = {k: {w: f"{n / 1e9:.2f}" for w, n in part.items()} for k, part in parts.items()}
     print("\n" + show({"Memory, GB (estimated):": cells}))
-    kept, saved = 12 * weights * args.keep_checkpoints, parts["vanilla model, the reference"]
-    [saved] = saved.values()
+    kept = 12 * weights * args.keep_checkpoints
+    [saved] = parts["vanilla model, the reference"].values()
     print(
         f"{folder}/ would hold {kept / 1e9:.2f} GB of checkpoints, a model of {saved / 1e9:.2f} "
         "GB, config.json, failures.jsonl, metrics.jsonl, samples.jsonl, measured/, report.json"
