@@ -35,6 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# The first call of a vector function of MKL chooses its code, and where two threads make it at once
+# one of them may compute less exactly (pytorch issue 188792). So here one thread calls each first.
+for function in (torch.sin, torch.cos, torch.exp, torch.expm1, torch.log, torch.sqrt):
+    function(torch.ones(1))
+
 # -- The decoder -----------------------------------------------------------------------------------
 
 
