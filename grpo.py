@@ -157,7 +157,7 @@ class Settings:
 class Batch:
     """What one optimiser step learns from: N rows, with nothing after their last trained token.
 
-    `group` rows at a time begin alike, up to their first trained token: their shared context.
+    `group` rows at a time begin alike: they share a context, which is read once.
     """
 
     ids: list[list[int]]
@@ -169,6 +169,12 @@ class Batch:
     metrics: dict[str, float] = field(default_factory=dict)
     group: int = 1
 
+    def shared(self, first: int) -> int:
+        """How many tokens the group from row `first` on has in common before any trained one."""
+        rows = range(first, first + self.group)
+        start = min(self.spans[row][0][0] for row in rows)
+        return len(os.path.commonprefix([self.ids[row][:start] for row in rows]))
+
 
 def reflection_batch(
     contexts: list[list[int]],
@@ -177,17 +183,22 @@ def reflection_batch(
     rewards: Tensor,
     scale: bool = True,
 ) -> Batch:
-    """P failures with G reflections each as N = P * G rows; rewards: (P, G)."""
+    """P failures with G reflections each as N = P * G rows; rewards: (P, G).
+
+    Where more than the reflection is trained, a failure has G rows for each such turn, and all the
+    rows of one conversation get its advantage.
+    """
+    turns = len(contexts) // rewards.numel()
     return Batch(
         ids=[c + r for c, r in zip(contexts, reflections, strict=True)],
         spans=[[(len(c), len(c) + len(r))] for c, r in zip(contexts, reflections, strict=True)],
-        advantages=group_advantages(rewards, scale=scale).flatten(),
+        advantages=group_advantages(rewards, scale=scale).repeat(1, turns).flatten(),
         old_logprobs=logprobs,
-        rewards=rewards.flatten(),
-        group=rewards.shape[1],
+        rewards=rewards.repeat(1, turns).flatten(),
+        group=turns * rewards.shape[1],
         metrics={
             "reward": rewards.mean().item(),
-            "equal_groups": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
+            "mixed_groups": (rewards != rewards[:, :1]).any(dim=1).float().mean().item(),
             "length": sum(map(len, reflections)) / len(reflections),
         },
     )
@@ -201,7 +212,7 @@ def micro_batches(batch: Batch, micro_tokens: int, skip_equal: bool = False) -> 
     """
     G, sizes = batch.group, {}
     for first in range(0, len(batch.ids), G):
-        context = batch.spans[first][0][0]
+        context = batch.shared(first)
         sizes[first] = context + sum(len(row) - context for row in batch.ids[first : first + G])
     if skip_equal:
         unequal = {first for first in sizes if batch.advantages[first : first + G].any()}
@@ -237,7 +248,7 @@ def predictions(model: Model, batch: Batch, rows: list[int]) -> tuple[Tensor, Te
         mask = trained_mask(spans, ids.shape[1]).to(ids.device)
         return model.hidden(ids, live=live)[:, :-1][mask], ids[:, 1:][mask], mask
     groups = sorted({row // G for row in rows})
-    ends = [batch.spans[group * G][0][0] for group in groups]  # where contexts end
+    ends = [batch.shared(group * G) for group in groups]  # where contexts end
     contexts = [batch.ids[g * G][:end] for g, end in zip(groups, ends, strict=True)]
     contexts, live = padded(contexts, model.device)  # (P, C)
     hidden, cache = model.read(contexts, live)
@@ -291,6 +302,14 @@ def token_logprobs(
     ]
     chosen, entropy = (torch.cat(values) for values in zip(*scored, strict=True))
     return spread(chosen, mask), entropy, mask
+
+
+@torch.no_grad()
+def mean_nll(model: Model, batches: list[Batch]) -> float:
+    """The mean of -log p over the trained tokens of some batches: nats a token."""
+    scored = [token_logprobs(model, b, list(range(len(b.ids))), 1.0) for b in batches]
+    total = sum(logprobs.sum().item() for logprobs, _, _ in scored)
+    return -total / sum(mask.sum().item() for _, _, mask in scored)
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:

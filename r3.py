@@ -22,12 +22,15 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -101,9 +104,9 @@ class Conversation:
     first: Verdict
     context: list[int] = field(default_factory=list)  # question, attempt, and "now reflect"
     reflection: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of the reflection's tokens, when drawn
     retry: list[int] = field(default_factory=list)
     second: Verdict | None = None
+    logprobs: dict[str, list[float]] = field(default_factory=dict)  # of a turn's tokens, when drawn
 
 
 Tries = list[Conversation]
@@ -119,12 +122,13 @@ def attempt(speaker: Speaker, problems: list, samples: int, key: tuple, first=0)
     """First tries: `samples` at each problem, problem by problem, numbered from `first`."""
     prompts = [speaker.question(problem) for problem in problems]
     keys = [(*key, ATTEMPT, problem.id) for problem in problems]
-    drawn = speaker.speak(prompts, samples, keys, first=first).tokens
-    return [
-        Conversation(problem, sample, prompt, turn, speaker.verify(problem, turn))
-        for problem, prompt, turns in zip(problems, prompts, drawn, strict=True)
-        for sample, turn in enumerate(turns, first)
-    ]
+    drawn, tries = speaker.speak(prompts, samples, keys, first=first), []
+    for p, problem in enumerate(problems):
+        for s, turn in enumerate(drawn.tokens[p]):
+            verdict, own = speaker.verify(problem, turn), {"attempt": drawn.logprobs[p][s]}
+            c = Conversation(problem, first + s, prompts[p], turn, verdict, logprobs=own)
+            tries.append(c)
+    return tries
 
 
 def reflect(speaker: Speaker, failures: Tries, samples: int, key: tuple) -> tuple[Tries, Cache]:
@@ -136,8 +140,15 @@ def reflect(speaker: Speaker, failures: Tries, samples: int, key: tuple) -> tupl
     reflected = []
     for f, context, *group in zip(failures, contexts, drawn.tokens, drawn.logprobs, strict=True):
         for turn, logprobs in zip(*group, strict=True):
-            reflected.append(replace(f, context=context, reflection=turn, logprobs=logprobs))
+            own = {**f.logprobs, "reflection": logprobs}
+            reflected.append(replace(f, context=context, reflection=turn, logprobs=own))
     return reflected, drawn.cache
+
+
+def before_retry(speaker: Speaker, c: Conversation) -> list[int]:
+    """All that is in view of a retry: the reflection and the instruction after the context."""
+    said = (c.attempt, speaker.task.reflect), (c.reflection, speaker.task.again)
+    return speaker.after(c.problem, c.context, *said)
 
 
 def retry(speaker: Speaker, reflected: Tries, key: tuple, cache: Cache | None = None) -> Tries:
@@ -146,22 +157,21 @@ def retry(speaker: Speaker, reflected: Tries, key: tuple, cache: Cache | None = 
     With the cache from `reflect`, only what lies between the turns is read; without one (the
     reflections are another model's, or a control's) each conversation is read from its beginning.
     """
-    told, again = speaker.task.reflect, speaker.task.again
     turns = (turn for c in reflected for turn in (c.attempt, c.reflection))
     if any(map(speaker.tokenizer.forgets, turns)):
         cache = None  # what it has read is not what the template shows
     asked, keys, seen = [], [], Counter()
     for c in reflected:
-        ids = speaker.after(c.problem, c.context, (c.attempt, told), (c.reflection, again))
+        ids = before_retry(speaker, c)
         # The cache has read all of a reflection but its last token.
         asked.append(ids[len(c.context) + len(c.reflection) - 1 :] if cache else ids)
         keys.append((*key, RETRY, c.problem.id, c.sample, seen[c.problem.id, c.sample]))
         seen[c.problem.id, c.sample] += 1
-    drawn = speaker.speak(asked, 1, keys, cache=cache).tokens
-    return [
-        replace(c, retry=turn, second=speaker.verify(c.problem, turn))
-        for c, [turn] in zip(reflected, drawn, strict=True)
-    ]
+    drawn, tries = speaker.speak(asked, 1, keys, cache=cache), []
+    for c, [turn], [logprobs] in zip(reflected, drawn.tokens, drawn.logprobs, strict=True):
+        own, second = {**c.logprobs, "retry": logprobs}, speaker.verify(c.problem, turn)
+        tries.append(replace(c, retry=turn, second=second, logprobs=own))
+    return tries
 
 
 def second_tries(speaker: Speaker, failures: Tries, samples: int, key: tuple) -> Tries:
@@ -239,8 +249,8 @@ def gathered(mine) -> list:
 
 
 def kept(c: Conversation) -> dict:
-    """A conversation as JSON, its problem by number."""
-    return {**asdict(c), "problem": c.problem.id}
+    """A conversation as JSON, its problem by number. (Its log-probabilities are for training.)"""
+    return {**asdict(c), "problem": c.problem.id, "logprobs": {}}
 
 
 def restored(record: dict, problems: dict) -> Conversation:
@@ -296,33 +306,52 @@ def find_failures(speaker: Speaker, problems: list, responses: int, keep: str) -
     return work_through(speaker, look, problems, 1, 1, "failures")
 
 
+# What --train-on says, and the turns that it means.
+TRAINED = {"reflection": ["reflection"], "retry": ["retry"], "both": ["reflection", "retry"],
+           "attempt": ["attempt"]}  # fmt: skip
+
+
 def sample_batch(
     speaker: Speaker, failures: Tries, args, step: int, shuffle_rewards: bool = False
-) -> tuple[Tries, grpo.Batch]:
+) -> tuple[list[tuple[Conversation, str]], grpo.Batch]:
     """G reflections on each failure, a retry after each, and what the optimiser learns from them.
 
     A reflection is worth 1 if the retry after it is right, else 0; one that was cut at the longest
     length is worth 0. shuffle_rewards deals the step's rewards out anew among its reflections: a
     control, from which nothing can be learnt.
+
+    args.train_on names the turns that are trained: the paper's is the reflection; "attempt" is
+    plain GRPO on G answers to each question, without any reflection. Returned are the conversation
+    and the turn that each row of the batch ends with, and the batch.
     """
+    key, G, trained = (TRAIN, step), args.group, TRAINED[args.train_on]
 
     def work(some: Tries) -> Tries:
-        return second_tries(speaker, some, args.group, (TRAIN, step))
+        if args.train_on == "attempt":
+            return attempt(speaker, [c.problem for c in some], G, key)
+        return second_tries(speaker, some, G, key)
 
-    tries = work_through(speaker, work, failures, args.group, 2)
-    cut = np.array([c.reflection[-1] not in speaker.tokenizer.stop_ids for c in tries])
-    rewards = np.array([c.second.right for c in tries]) & ~cut
+    tries = work_through(speaker, work, failures, G, 2)
+    ends = [getattr(c, turn)[-1] for c in tries for turn in trained]
+    cut = ~np.isin(ends, speaker.tokenizer.stop_ids).reshape(len(tries), -1).all(axis=1)
+    rewards = np.array([(c.second or c.first).right for c in tries]) & ~cut
     if shuffle_rewards:
         rewards = np.random.default_rng([speaker.seed, step]).permutation(rewards)
+    groups = [tries[start : start + G] for start in range(0, len(tries), G)]
+    rows = [(c, turn) for group in groups for turn in trained for c in group]
+    before = {"attempt": lambda c: c.prompt, "reflection": lambda c: c.context}
+    before["retry"] = partial(before_retry, speaker)
     batch = grpo.reflection_batch(
-        contexts=[c.context for c in tries],
-        reflections=[c.reflection for c in tries],
-        logprobs=[c.logprobs for c in tries],
-        rewards=torch.tensor(rewards).float().view(len(failures), args.group),  # (P, G)
+        contexts=[before[turn](c) for c, turn in rows],
+        reflections=[getattr(c, turn) for c, turn in rows],
+        logprobs=[c.logprobs[turn] for c, turn in rows],
+        rewards=torch.tensor(rewards).float().view(-1, G),  # (P, G)
         scale=not args.no_std,
     )
     batch.metrics["cut"] = float(cut.mean())
-    return tries, batch
+    spoken = ("attempt",) if args.train_on == "attempt" else ("reflection", "retry")
+    batch.metrics["sampled"] = sum(len(getattr(c, turn)) for c in tries for turn in spoken)
+    return rows, batch
 
 
 def reinforce(
@@ -342,9 +371,9 @@ def reinforce(
 
     def batches(step: int) -> grpo.Batch:
         chosen = draw_failures(failures, step, args.batch, speaker.seed)
-        tries, batch = sample_batch(speaker, chosen, args, step, shuffle_rewards)
+        rows, batch = sample_batch(speaker, chosen, args, step, shuffle_rewards)
         if not shuffle_rewards:
-            write_samples(files[1], step + 1, tries, batch, speaker.tokenizer)
+            write_samples(files[1], step + 1, rows, batch, speaker.tokenizer)
         return batch
 
     settings = settings_of(args)
@@ -391,33 +420,37 @@ def unborn(task, seed: int) -> tuple[Model, Tokenizer]:
     return model, tokenizer
 
 
+def dialogues(task, tokenizer: Tokenizer, problems: list, key: str, diligent) -> list[grpo.Batch]:
+    """What WINDOW steps of the cold start learn from, drawn by a key: texts about some problems."""
+    # What comes before each of the assistant's turns: the first follows the prompt itself.
+    bridges = [[], tokenizer.bridge(task.reflect), tokenizer.bridge(task.again)]
+    rng, rows, batches, size = random.Random(key), [], [], COLD["dialogues"]
+    for _ in range(size * WINDOW):
+        problem, turns = task.cold_dialogue(problems, rng, diligent)
+        ids, spans = tokenizer.prompt(*task.messages(problem)), []
+        for bridge, turn in zip(bridges, turns, strict=False):
+            ids = tokenizer.next_turn(ids, bridge)
+            said = tokenizer.encode(turn) + tokenizer.stop_ids[:1]
+            spans.append((len(ids), len(ids) + len(said)))
+            ids += said
+        rows.append((ids, spans))
+    # Dealt out by length, so that a batch holds rows of about one length and hardly any padding;
+    # then the batches are shuffled.
+    rows.sort(key=lambda row: len(row[0]))
+    for i in rng.sample(range(WINDOW), WINDOW):
+        ids, spans = zip(*rows[i * size : (i + 1) * size], strict=True)
+        batches.append(grpo.Batch(list(ids), list(spans), advantages=torch.ones(size)))
+    return batches
+
+
 def cold_start(task, seed: int, folder: Path | None) -> tuple[Model, Tokenizer]:
     """A tiny model trained from random weights on dialogues: grpo.py with an advantage of one.
     Checkpoints go into the folder, from where it goes on."""
     model, tokenizer = unborn(task, seed)
-    problems, size = task.load(split="cold", seed=seed), COLD["dialogues"]
-    # What comes before each of the assistant's turns: the first follows the prompt itself.
-    bridges = [[], tokenizer.bridge(task.reflect), tokenizer.bridge(task.again)]
-    batches = []
-    quiet = grpo.rank()[0] > 0
+    problems, batches, quiet = task.load(split="cold", seed=seed), [], grpo.rank()[0] > 0
     for start in tqdm(range(0, COLD["steps"], WINDOW), "dialogues", leave=False, disable=quiet):
-        rng, rows = random.Random(f"cold {seed} {start}"), []
         diligent = start < COLD["diligent"] * COLD["steps"]
-        for _ in range(size * WINDOW):
-            problem, turns = task.cold_dialogue(problems, rng, diligent)
-            ids, spans = tokenizer.prompt(*task.messages(problem)), []
-            for bridge, turn in zip(bridges, turns, strict=False):
-                ids = tokenizer.next_turn(ids, bridge)
-                said = tokenizer.encode(turn) + tokenizer.stop_ids[:1]
-                spans.append((len(ids), len(ids) + len(said)))
-                ids += said
-            rows.append((ids, spans))
-        # Dealt out by length, so that a batch holds rows of about one length and hardly any
-        # padding; then the batches are shuffled.
-        rows.sort(key=lambda row: len(row[0]))
-        for i in rng.sample(range(WINDOW), WINDOW):
-            ids, spans = zip(*rows[i * size : (i + 1) * size], strict=True)
-            batches.append(grpo.Batch(list(ids), list(spans), advantages=torch.ones(size)))
+        batches += dialogues(task, tokenizer, problems, f"cold {seed} {start}", diligent)
     settings = grpo.Settings(steps=COLD["steps"], lr=COLD["muon_lr"], beta=0.0)
     optimizers = grpo.muon(model, COLD["muon_lr"], COLD["adamw_lr"])
     done = grpo.load_checkpoint(folder, optimizers) if folder else 0
@@ -427,6 +460,15 @@ def cold_start(task, seed: int, folder: Path | None) -> tuple[Model, Tokenizer]:
             bar.set_postfix_str(f"nll {metrics['nll']:.3f}", refresh=False)
             bar.update()
     return model, tokenizer
+
+
+def forgetting(speaker: Speaker) -> float:
+    """Nats a token on texts like the cold start's, about problems that it had not: what R3 makes
+    the tiny model forget."""
+    task, problems = speaker.task, speaker.task.load(split="dev", seed=speaker.seed)
+    key = f"held out {speaker.seed}"
+    batches = dialogues(task, speaker.tokenizer, problems, key, diligent=False)
+    return grpo.mean_nll(speaker.model, batches)
 
 
 def base_model(task, seed: int, fresh: bool, folder: Path | None) -> Path:
@@ -629,11 +671,12 @@ def told(c: Conversation, tokenizer: Tokenizer) -> dict:
     return {"problem": asdict(c.problem), "sample": c.sample, **said, **verdicts}
 
 
-def write_samples(path: Path, step: int, tries: Tries, batch: grpo.Batch, tokenizer) -> None:
+def write_samples(path: Path, step: int, rows: list, batch: grpo.Batch, tokenizer) -> None:
     """A line a reflection: its conversation, reward, advantage, and the trained span."""
-    rows = zip(tries, batch.rewards.tolist(), batch.advantages.tolist(), batch.spans, strict=True)
-    for c, reward, advantage, [span] in rows:  # span: token numbers in context + reflection
-        worth = {"reward": reward, "advantage": advantage, "trained_span": span}
+    worth = zip(batch.rewards.tolist(), batch.advantages.tolist(), batch.spans, strict=True)
+    for (c, turn), (reward, advantage, [span]) in zip(rows, worth, strict=True):
+        # span: token numbers in what was read before the trained turn, and that turn
+        worth = {"reward": reward, "advantage": advantage, "trained": turn, "trained_span": span}
         log(path, {"step": step, **told(c, tokenizer), **worth})
 
 
@@ -669,7 +712,7 @@ def read_failures(path: Path, speaker: Speaker) -> Tries:
     return failures
 
 
-def show(tables: dict[str, dict]) -> str:
+def markdown(tables: dict[str, dict]) -> str:
     """{title: {row: {column: [share, low, high] or a count}}} as Markdown tables, in per cent."""
 
     def cell(value, sign: str) -> str:
@@ -691,41 +734,187 @@ def show(tables: dict[str, dict]) -> str:
     return "\n".join(parts)
 
 
-def draw_curves(folder: Path) -> None:
-    """curves.png from metrics.jsonl: how a training run went, step by step."""
-    from matplotlib.figure import Figure  # here, since no other command wants it
+PANELS = (  # of the curves: a title, and what is drawn of metrics.jsonl
+    ("right on held-out problems (95%)", "within two", "1st try"),
+    ("reward: share of right retries", "reward"),
+    ("tokens in a trained turn", "length"),
+    ("KL to the vanilla model, per token", "kl"),
+    ("entropy per token (nats)", "entropy"),
+    ("share of groups with mixed rewards", "mixed_groups"),
+)
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+def draw_curves(folders: list[Path], path: Path) -> None:
+    """How training went, step by step: a colour a run (or, of one run, a measure), and a mark a
+    measure. Raises FileNotFoundError or ValueError for a folder that is no training run."""
+    from matplotlib.figure import Figure  # here, since few commands want it
+
     figure = Figure(figsize=(12, 6), layout="constrained")
-    for axis, (title, *names) in zip(figure.subplots(2, 3).flat, (
-        ("right on held-out problems (95%)", "within two", "1st try"),
-        ("reward: share of right retries", "reward"),
-        ("tokens in a reflection", "length"),
-        ("KL to the vanilla model, per token", "kl"),
-        ("entropy per token (nats)", "entropy"),
-        ("share of groups with equal rewards", "equal_groups"),
-    ), strict=True):  # fmt: skip
-        for name, mark, colour in zip(names, ("o-", "s--"), ("#0072B2", "#D55E00"), strict=False):
-            points = [(line["step"], *np.ravel(line[name])) for line in lines if name in line]
-            if not points:
-                continue  # without a KL term there is no KL
-            x, y, *ends = np.array(points).T  # ends: low and high, if it has an interval
-            error, style = ([y - ends[0], ends[1] - y], mark) if ends else (None, "-")
-            axis.errorbar(x, y, error, fmt=style, color=colour, capsize=3, label=name)
+    axes = list(figure.subplots(2, 3).flat)
+    for run, folder in enumerate(folders):
+        lines = read_lines(folder / "metrics.jsonl")
+        for axis, (_, *names) in zip(axes, PANELS, strict=True):
+            for number, name in enumerate(names):
+                points = [(line["step"], *np.ravel(line[name])) for line in lines if name in line]
+                if not points:
+                    continue  # without a KL term there is no KL
+                x, y, *ends = np.array(points).T  # ends: low and high, if it has an interval
+                error = [y - ends[0], ends[1] - y] if ends else None
+                style = ("o-", "s--")[number] if ends else "-"
+                single = len(folders) == 1
+                colour = COLOURS[(number if single else run) % len(COLOURS)]
+                label = name if single else f"{folder.name}: {name}"
+                axis.errorbar(x, y, error, fmt=style, color=colour, capsize=3, label=label)
+    for axis, (title, *names) in zip(axes, PANELS, strict=True):
         if len(names) > 1:
-            axis.legend(frameon=False)
+            axis.legend(frameon=False, fontsize="small")
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
-    figure.savefig(folder / "curves.png", dpi=110)
+    figure.savefig(path, dpi=110)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """A JSONL file's lines. Raises FileNotFoundError or ValueError with the path in the message."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSONL: {error}") from None
+
+
+def groups_of(lines: list[dict], steps: list[int] | None = None, only: str = "all") -> list[dict]:
+    """Conversations that begin alike, together: those of the last step, or of some steps.
+
+    lines: of samples.jsonl or conversations.jsonl; only: "rewarded" or "unrewarded" conversations,
+    or groups whose rewards are "mixed".
+    """
+    steps = steps or [line.get("step") for line in lines[-1:]]
+    groups: dict[tuple, dict] = {}
+    for line in lines:
+        if line.get("step") not in steps:
+            continue
+        verdict = line.get("second") or line["first"]
+        names = ("reflection", "retry") if "reflection" in line else ("attempt",)
+        one = {
+            "reward": line.get("reward", float(verdict == "right")),
+            "advantage": line.get("advantage"), "trained": line.get("trained"),
+            "turns": {name: line.get(name, "") for name in names}, "verdict": verdict,
+        }  # fmt: skip
+        number, step = line["problem"]["id"], line.get("step")
+        title = f"problem {number}" if step is None else f"step {step}, problem {number}"
+        group = {"title": title, "context": line["context"], "tries": []}
+        groups.setdefault((step, number, line["context"]), group)["tries"].append(one)
+    chosen = []
+    for group in groups.values():
+        rewards = [one["reward"] > 0 for one in group["tries"]]
+        group["rewarded"] = f"{sum(rewards)} of {len(rewards)} rewarded"
+        if only in ("rewarded", "unrewarded"):
+            right = only == "rewarded"
+            group["tries"] = [one for one in group["tries"] if (one["reward"] > 0) == right]
+        if group["tries"] and (only != "mixed" or 0 < sum(rewards) < len(rewards)):
+            chosen.append(group)
+    return chosen
+
+
+DIM, UP, DOWN = "2", ("38;5;108", "38;5;71", "38;5;34"), ("38;5;174", "38;5;167", "38;5;160")
+
+
+def print_groups(groups: list[dict], colours: bool) -> None:
+    """Conversations in the terminal: what is trained green or red, stronger where A is larger."""
+    width = min(100, shutil.get_terminal_size().columns)
+
+    def say(label: str, text: str, colour: str = "") -> None:
+        for part in text.strip().splitlines() or [""]:
+            for line in textwrap.wrap(part, max(20, width - 22)) or [""]:
+                line = f"\033[{colour}m{line}\033[0m" if colours and colour else line
+                print(f"{label:>20}  {line}")
+                label = ""
+
+    largest = max((abs(t["advantage"] or 0) for g in groups for t in g["tries"]), default=0) or 1
+    for group in groups:
+        print(f"\n{group['title']}: {group['rewarded']}")
+        say("context", group["context"], DIM)
+        for one in group["tries"]:
+            A, verdict = one["advantage"] or 0, one["verdict"].replace("_", " ")
+            shade = (UP if A > 0 else DOWN)[min(2, int(3 * abs(A) / largest))] if A else ""
+            for name, text in one["turns"].items():
+                trained = name == one["trained"]
+                say(f"{A:+.2f} {name}" if trained else name, text, shade if trained else "")
+            say("", f"<- {verdict}")
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>R3: conversations</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+section { border-top: 1px solid #ccc; margin-top: 1.5rem }
+h2 { font-size: 1rem } button { font: inherit; margin-right: .5rem; padding: .2rem .8rem }
+button[aria-pressed=true] { background: #222; color: #fff }
+p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; padding: .2rem .5rem }
+.context { color: #767676 } article { border-left: 3px solid #ccc; margin: .8rem 0 }
+b { font-weight: 600; margin-right: .5rem }
+</style>
+<h1>Conversations</h1>
+<p>Grey: what was read. Coloured: the trained tokens, green where the advantage A is above zero, red
+where it is below, stronger where it is larger. The retry and its verdict follow.</p>
+<nav></nav><main></main>
+<script>
+const groups = DATA;
+const add = (to, tag, text = "", kind = "") => {
+  const made = document.createElement(tag);
+  made.textContent = text; made.className = kind; to.append(made);
+  return made;
+};
+const all = groups.flatMap(group => group.tries);
+const largest = Math.max(...all.map(one => Math.abs(one.advantage || 0)), 1e-9);
+const kept = {
+  all: () => true, rewarded: one => one.reward > 0, unrewarded: one => !(one.reward > 0),
+  mixed: (one, group) => new Set(group.tries.map(other => other.reward > 0)).size > 1,
+};
+function draw(only) {
+  const main = document.querySelector("main");
+  main.replaceChildren();
+  for (const button of document.querySelectorAll("button"))
+    button.setAttribute("aria-pressed", button.value == only);
+  for (const group of groups) {
+    const tries = group.tries.filter(one => kept[only](one, group));
+    if (!tries.length) continue;
+    const section = add(main, "section");
+    add(section, "h2", group.title + ": " + group.rewarded);
+    add(section, "p", group.context, "context");
+    for (const one of tries) {
+      const article = add(section, "article"), A = one.advantage || 0;
+      for (const [name, text] of Object.entries(one.turns)) {
+        const turn = add(article, "p"), trained = name == one.trained;
+        add(turn, "b", name + (trained ? " A = " + A.toFixed(2) : ""));
+        turn.append(text);
+        if (trained && A) turn.style.background =
+          `rgba(${A > 0 ? "0, 158, 115" : "213, 60, 0"}, ${0.15 + 0.45 * Math.abs(A) / largest})`;
+      }
+      add(article, "p", "\u2190 " + one.verdict.replaceAll("_", " "));
+    }
+  }
+}
+for (const name in kept) {
+  const count = groups.flatMap(group => group.tries.filter(one => kept[name](one, group))).length;
+  const button = add(document.querySelector("nav"), "button", name + " (" + count + ")");
+  button.value = name;
+  button.onclick = () => draw(name);
+}
+draw("all");
+</script></html>
+"""
 
 
 def report(folder: Path, found: dict) -> None:
     """Write report.json, and print its tables."""
     if grpo.rank()[0] == 0:
         models.replace_file(folder / "report.json", json.dumps(found, indent=2))
-    print("\n" + show(found["tables"]))
+    print("\n" + markdown(found["tables"]))
 
 
 # -- The commands ----------------------------------------------------------------------------------
@@ -862,7 +1051,8 @@ def memory(model: Model, args: argparse.Namespace, context: int) -> dict[str, di
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     # A retry is sampled on copies of what its rows, and then the unfinished ones, have read.
     cache = 2.5 * 2 * c.num_hidden_layers * keys * size * args.cache_tokens
-    own = args.group * args.max_new_tokens
+    turns = {"attempt": 1, "reflection": 1, "retry": 2, "both": 3}[args.train_on]  # in a row's tail
+    own = args.group * args.max_new_tokens * turns
     groups = max(1, args.micro_tokens // (context + own))
     tokens = groups * (context + own)
     rows = groups * args.group * (context + args.max_new_tokens)  # in which keys stand in attention
@@ -885,17 +1075,19 @@ def memory(model: Model, args: argparse.Namespace, context: int) -> dict[str, di
     }
     training = sum(part.get("device", 0) for part in parts.values()) - cache
     sampling = training - size * kept - 16 * trained - parts["gradients"].get("device", 0) + cache
-    parts["the most at a time"] = {
-        "device": max(training, sampling),
-        "main memory": sum(part.get("main memory", 0) for part in parts.values()),
-    }
+    most = max(training, sampling)
+    if args.device == "cpu":  # glibc's heap has holes: about a fifth of what is in use, measured
+        parts["holes in the heap"] = {"device": 0.2 * most}
+        most *= 1.2
+    host = sum(part.get("main memory", 0) for part in parts.values())
+    parts["the most at a time"] = {"device": most, "main memory": host}
     return parts
 
 
 def print_plan(args, speaker: Speaker, folder: Path, failures: int, problems: list) -> None:
     """What a training run would do and need."""
     longest = max(len(speaker.question(problem)) for problem in problems)
-    context = longest + args.max_new_tokens + BRIDGES
+    context = longest + args.max_new_tokens + len(speaker.tokenizer.bridge(speaker.task.reflect))
     weights = sum(p.numel() for p in speaker.model.parameters())
     rows = min(args.batch, failures) * args.group
     steps = f"{args.steps} steps of up to {rows} reflections on {rows // args.group} failures"
@@ -906,7 +1098,7 @@ def print_plan(args, speaker: Speaker, folder: Path, failures: int, problems: li
     )
     parts = memory(speaker.model, args, context)
     cells = {k: {w: f"{n / 1e9:.2f}" for w, n in part.items()} for k, part in parts.items()}
-    print("\n" + show({"Memory, GB (estimated):": cells}))
+    print("\n" + markdown({"Memory, GB (estimated):": cells}))
     kept = 12 * weights * args.keep_checkpoints
     [saved] = parts["vanilla model, the reference"].values()
     print(
@@ -987,6 +1179,10 @@ def train_command(args: argparse.Namespace) -> None:
         },
         "What the verifier said, times": reasons(vanilla.task, vanilla=before, trained=after),
     }
+    if vanilla.task.tiny:
+        texts = "The cold start's kind of texts, about development problems: nats a token"
+        both = {"vanilla": vanilla, "trained": trained}
+        tables[texts] = {name: {"nll": f"{forgetting(who):.3f}"} for name, who in both.items()}
     if args.controls and failed:
         shuffled = apart()
         for _ in reinforce(shuffled, failures, args, reference, shuffle_rewards=True):
@@ -998,7 +1194,7 @@ def train_command(args: argparse.Namespace) -> None:
     was, now = (sum(each) / max(1, len(each)) for each in lengths)
     print(f"\nTokens in a reflection on these failures: vanilla {was:.0f}, trained {now:.0f}")
     if grpo.rank()[0] == 0:
-        draw_curves(folder)
+        draw_curves([folder], folder / "curves.png")
         weights = " ".join(grpo.sha256(file)[:16] for file in models.shards(folder / "model"))
         found = {"tables": tables, "reflection tokens": [was, now], "weights sha256": weights}
         report(folder, found)
@@ -1079,12 +1275,47 @@ def play_command(args: argparse.Namespace) -> None:
             print(f"  {error}")
 
 
+def last_run() -> Path:
+    """The folder of the run that was trained last. Raises FileNotFoundError where there is none."""
+    runs = sorted(RUNS.glob("*/samples.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise FileNotFoundError(f"no run in {RUNS}/ yet: r3.py train makes one")
+    return runs[-1].parent
+
+
+def show_command(args: argparse.Namespace) -> None:
+    """Read the conversations of a run: what was said, rewarded and trained."""
+    folder = Path(args.run or last_run())
+    names = "samples.jsonl", "conversations.jsonl"  # of train, of eval
+    path = folder / next((name for name in names if (folder / name).is_file()), names[0])
+    groups = groups_of(read_lines(path), args.step, args.only)
+    if not groups:
+        raise ValueError(f"{path} has no such conversations")
+    if args.html:
+        data = json.dumps(groups).replace("<", "\\u003c")  # no text ends the script
+        models.replace_file(args.html, PAGE.replace("DATA", data, 1))
+        print(f"{len(groups)} groups of conversations in {args.html}")
+    else:
+        print_groups(groups[: args.limit], sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+        if len(groups) > args.limit:
+            print(f"\n{len(groups) - args.limit} groups more: --limit {len(groups)} shows all")
+
+
+def plot_command(args: argparse.Namespace) -> None:
+    """Draw the curves of a training run, or of several for comparison."""
+    folders = [Path(run) for run in args.run] or [last_run()]
+    path = args.out or (folders[0] / "curves.png" if len(folders) == 1 else "curves.png")
+    draw_curves(folders, path)
+    print(f"The curves are in {path}")
+
+
 def main(argv: list[str] | None = None) -> None:
     about = "Reflect, Retry, Reward: train a language model to reflect."
     parser = argparse.ArgumentParser(prog="r3.py", description=about)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     subs, today = {}, datetime.date.today().isoformat()  # for chat templates that print the date
-    for function in (train_command, failures_command, eval_command, play_command):
+    doers = (train_command, eval_command, play_command, show_command, plot_command)
+    for function in (*doers, failures_command):
         name, about = function.__name__.removesuffix("_command"), function.__doc__
         subs[name] = commands.add_parser(name, help=about, description=about)
         subs[name].set_defaults(function=function, command=name, date=today, resume=None)
@@ -1099,6 +1330,9 @@ def main(argv: list[str] | None = None) -> None:
         for command in of.split():
             subs[command].add_argument(name, help=about, **kind)
 
+    run = "the run's folder (default: the one trained last)"
+    subs["show"].add_argument("run", nargs="?", metavar="RUN", help=run)
+    subs["plot"].add_argument("run", nargs="*", metavar="RUN", help=run)
     whole, positive, real = at_least(0), at_least(1), at_least(0.0)
     every, most = "train failures eval play", "train failures eval"
     flag("play", "--model", "as for train (default: the model trained last)")
@@ -1143,6 +1377,8 @@ def main(argv: list[str] | None = None) -> None:
     flag("train", "--lr", "learning rate at its highest", type=real)
     flag("train", "--beta", "weight of the KL term", type=real, default=0.001)
     flag("train", "--clip", "epsilon of the clipped ratio", type=real, default=0.2)
+    trained = "the turn whose tokens are trained: the paper's, or a baseline; attempt: plain GRPO"
+    flag("train", "--train-on", trained, choices=TRAINED, default="reflection")
     flag("train", "--loss", "what a token weighs", choices=grpo.LOSSES, default="dapo")
     flag("train", "--skip-equal", "leave groups of equal rewards out of the KL term too (without "
          "KL they always are: it changes nothing)", action="store_true")  # fmt: skip
@@ -1153,6 +1389,13 @@ def main(argv: list[str] | None = None) -> None:
     flag("train", "--checkpointing", "compute layers twice to store less", action="store_true")
     flag(every, "--compile", "torch.compile the decoder: minutes at first", action="store_true")
     flag("train", "--no-std", "do not divide advantages by the deviation", action="store_true")
+    filters = ("all", "rewarded", "unrewarded", "mixed")
+    flag("show", "--only", "such conversations, or groups", choices=filters, default="all")
+    flag("show", "--step", "of these steps (default: the last)", type=positive, nargs="+")
+    flag("show", "--limit", "so many groups", type=positive, default=5)
+    flag("show", "--html", "write a page to filter and read in a browser", metavar="FILE")
+    flag("plot", "--out", "the picture (default: curves.png in the run's folder; of several runs, "
+         "here)", metavar="FILE")  # fmt: skip
     args = parser.parse_args(argv)
     try:
         join_processes()
@@ -1161,7 +1404,7 @@ def main(argv: list[str] | None = None) -> None:
             if len(given) > 1:
                 raise ValueError("--resume takes all other flags from the run")
             args = resumed(args)
-        if args.command != "play":
+        if args.command in most.split():
             grpo.STOP.clear()
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, ask_to_stop)
@@ -1169,6 +1412,8 @@ def main(argv: list[str] | None = None) -> None:
     except grpo.Stopped:
         folder = args.resume or RUNS / args.name
         sys.exit(f"r3.py: stopped, and saved; go on with: r3.py {args.command} --resume {folder}")
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError) as error:
         sys.exit(f"r3.py: {error}")
     except torch.OutOfMemoryError:

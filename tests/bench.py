@@ -513,7 +513,7 @@ def tiny(args) -> None:
     batch = grpo.reflection_batch(
         [c.context for c in tries],
         [c.reflection for c in tries],
-        [c.logprobs for c in tries],
+        [c.logprobs["reflection"] for c in tries],
         rewards,
     )
     settings = grpo.Settings(beta=0.0)

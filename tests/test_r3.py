@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -72,7 +74,10 @@ def test_a_conversation_is_its_turns_in_a_row(speaker, task):
         assert c.context == c.prompt + ended + encode(
             f"<|user|> {task.reflect} <|end|> <|assistant|>"
         )
-        assert len(c.logprobs) == len(c.reflection) <= 12
+        assert {turn: len(values) for turn, values in c.logprobs.items()} == {
+            turn: len(getattr(c, turn)) for turn in ("attempt", "reflection", "retry")
+        }
+        assert len(c.reflection) <= 12
         assert c.second == speaker.verify(c.problem, c.retry)
     assert len({tuple(c.reflection) for c in done[:3]}) > 1  # samples of one failure differ
 
@@ -80,7 +85,10 @@ def test_a_conversation_is_its_turns_in_a_row(speaker, task):
 def test_a_retry_from_the_cache_is_the_retry_from_the_beginning(speaker, task):
     tries = r3.attempt(speaker, task.load(split="dev", limit=6), 1, (0, 0))
     reflected, cache = r3.reflect(speaker, tries, 2, (0, 0))
-    assert r3.retry(speaker, reflected, (0, 0), cache) == r3.retry(speaker, reflected, (0, 0))
+    again, anew = (r3.retry(speaker, reflected, (0, 0), each) for each in (cache, None))
+    for one, other in zip(again, anew, strict=True):
+        assert one.logprobs["retry"] == pytest.approx(other.logprobs["retry"], abs=1e-4)
+        assert replace(one, logprobs={}) == replace(other, logprobs={})
 
 
 def test_how_the_work_is_split_changes_nothing(speaker, task, monkeypatch):
@@ -184,8 +192,9 @@ def test_a_stop_during_a_held_out_measurement_saves_its_step(small, lenient, mon
 def test_rewards_go_to_reflections_and_cut_ones_earn_nothing(speaker, task, lenient):
     speaker.tokenizer.stop_ids = [0, *range(20, 30)]  # so that some turns end and some are cut
     failures = r3.attempt(speaker, task.load(split="dev", limit=3), 1, (0, 0))
-    args = type("Args", (), {"group": 8, "no_std": False})
-    tries, batch = r3.sample_batch(speaker, failures, args, step=0)
+    args = type("Args", (), {"group": 8, "no_std": False, "train_on": "reflection"})
+    rows, batch = r3.sample_batch(speaker, failures, args, step=0)
+    tries = [c for c, _ in rows]
     ended = [c.reflection[-1] in speaker.tokenizer.stop_ids for c in tries]
     right = [sum(c.retry) % 3 == 0 for c in tries]
     outcomes = set(zip(ended, right, strict=True))
@@ -198,6 +207,38 @@ def test_rewards_go_to_reflections_and_cut_ones_earn_nothing(speaker, task, leni
     _, shuffled = r3.sample_batch(speaker, failures, args, step=0, shuffle_rewards=True)
     assert sorted(shuffled.rewards.tolist()) == sorted(want.tolist())
     assert shuffled.ids == batch.ids and not torch.equal(shuffled.rewards, want)
+
+
+@pytest.mark.parametrize("train_on, turns", r3.TRAINED.items())
+def test_what_is_trained_is_what_the_flag_names(speaker, task, lenient, train_on, turns):
+    """Those turns' tokens, each after all that was in its view; and the step is the textbook's."""
+    speaker.tokenizer.stop_ids = [0, *range(20, 40)]  # many turns end before they are cut
+    failures = r3.attempt(speaker, task.load(split="dev", limit=3), 1, (0, 0))
+    args = type("Args", (), {"group": 4, "no_std": False, "train_on": train_on})
+    rows, batch = r3.sample_batch(speaker, failures, args, step=0)
+    assert Counter(turn for _, turn in rows) == dict.fromkeys(turns, 12)
+    assert batch.group == 4 * len(turns)
+    for (c, turn), ids, [(start, end)], logprobs in zip(
+        rows, batch.ids, batch.spans, batch.old_logprobs, strict=True
+    ):
+        said = {"attempt": c.prompt, "reflection": c.context}
+        said["retry"] = speaker.tokenizer.next_turn(
+            c.context + c.reflection, speaker.tokenizer.bridge(task.again)
+        )
+        assert ids == said[turn] + getattr(c, turn)
+        assert (start, end) == (len(said[turn]), len(ids)) and len(logprobs) == end - start
+    drawn = {id(c): c for c, _ in rows}.values()
+    assert batch.metrics["sampled"] == sum(
+        len(c.attempt) if train_on == "attempt" else len(c.reflection + c.retry) for c in drawn
+    )
+    same = [r[0] for r in zip(batch.advantages.view(3, -1, 4).unbind(1), strict=True)]
+    assert all(torch.equal(same[0], other) for other in same)  # of one conversation, one advantage
+    found = grpo.gradients(speaker.model, None, batch, grpo.Settings(beta=0.0))
+    assert found["mismatch"] < 1e-4 and found["tokens"] == sum(b - a for [(a, b)] in batch.spans)
+    speaker.model.double()
+    for micro_tokens in (400, 8_192):
+        checked = grpo.check(speaker.model, batch, grpo.Settings(micro_tokens=micro_tokens))
+        assert max(checked["loss_error"], checked["gradient_error"]) < 1e-9
 
 
 def test_every_failure_comes_once_an_epoch_and_never_twice_a_step():
@@ -232,7 +273,7 @@ def test_a_dataset_of_failures_holds_first_wrong_tries(speaker, task, lenient):
 
 def test_every_step_samples_anew(speaker, task):
     failures = r3.attempt(speaker, task.load(limit=2), 1, (0, 0))
-    args = type("Args", (), {"group": 2, "no_std": False})
+    args = type("Args", (), {"group": 2, "no_std": False, "train_on": "reflection"})
     one, two = (r3.sample_batch(speaker, failures, args, step)[1].ids for step in (0, 1))
     assert one != two
 
@@ -425,7 +466,7 @@ def test_a_damaged_failure_is_named_by_its_line(speaker, task, tmp_path, change)
     path = tmp_path / "failures.jsonl"
     r3.write_failures(path, failures, speaker.tokenizer)
     again = r3.read_failures(path, speaker)
-    assert again == [replace(c, logprobs=[]) for c in failures]
+    assert again == [replace(c, logprobs={}) for c in failures]
     text = path.read_text().splitlines()
     path.write_text("\n".join([text[0], change(json.loads(text[1])), text[2]]))
     with pytest.raises(ValueError, match="failures.jsonl, line 2"):
@@ -439,6 +480,120 @@ def test_a_right_attempt_is_no_failure(speaker, task, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks.Countdown, "verify", lambda *_: Verdict(True, "right"))
     with pytest.raises(ValueError, match="failures.jsonl, line 1"):
         r3.read_failures(path, speaker)
+
+
+# -- Looking at a run ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def samples():
+    """Two steps: of one failure two tries in the first, of two failures one each in the last."""
+
+    def line(step, number, context, reward, advantage, **more):
+        turns = {"context": context, "attempt": "7", "reflection": "Hm </script>", "retry": "8"}
+        verdicts = {"first": "wrong_value", "second": "right" if reward else "wrong_value"}
+        worth = {"reward": reward, "advantage": advantage, "trained": "reflection"}
+        known = {"step": step, "problem": {"id": number}, "sample": 0}
+        return {**known, **turns, **verdicts, **worth, **more}
+
+    return [
+        line(1, 5, "five", 1.0, 0.7), line(1, 5, "five", 0.0, -0.7),
+        line(2, 5, "five", 0.0, 0.0), line(2, 6, "six", 1.0, 0.0),
+    ]  # fmt: skip
+
+
+def test_conversations_that_begin_alike_are_one_group(samples):
+    def found(*rest):
+        groups = r3.groups_of(samples, *rest)
+        return [(g["title"], g["rewarded"], [t["reward"] for t in g["tries"]]) for g in groups]
+
+    five = ("step 1, problem 5", "1 of 2 rewarded", [1.0, 0.0])
+    last = [("step 2, problem 5", "0 of 1 rewarded", [0.0])]
+    last += [("step 2, problem 6", "1 of 1 rewarded", [1.0])]
+    assert found() == last and found([1, 2]) == [five, *last]
+    assert found([1, 2], "mixed") == [five] and found(None, "mixed") == []
+    assert found([1, 2], "rewarded") == [(*five[:2], [1.0]), last[1]]
+    assert found([1], "unrewarded") == [(*five[:2], [0.0])]
+    measured = {"problem": {"id": 1}, "context": "a", "attempt": "b", "first": "right"}
+    [group] = r3.groups_of([{**measured, "second": None}])
+    assert group["title"] == "problem 1" and group["tries"][0]["turns"] == {"attempt": "b"}
+    assert group["rewarded"] == "1 of 1 rewarded" and r3.groups_of([]) == []
+
+
+def test_show(small, samples, capsys, monkeypatch):
+    run = small / "x"
+    with pytest.raises(SystemExit, match="no run in .*: r3.py train makes one"):
+        r3.main(["show"])
+    run.mkdir(parents=True)
+    (run / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    r3.main(["show", str(run), "--step", "1"])
+    plain = capsys.readouterr().out
+    assert "\033" not in plain and "problem 5: 1 of 2 rewarded" in plain
+    assert "+0.70 reflection  Hm" in plain and "-0.70 reflection" in plain
+    assert "<- right" in plain and "<- wrong value" in plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    r3.main(["show", "--step", "1", "--limit", "1"])  # the last run
+    printed = capsys.readouterr().out
+    assert f"\033[{r3.UP[-1]}mHm </script>\033[0m" in printed  # trained, and upwards
+    assert f"\033[{r3.DOWN[-1]}mHm </script>\033[0m" in printed
+    assert f"\033[{r3.DIM}mfive\033[0m" in printed and "  8\n" in printed  # the retry: plain
+    assert re.sub(r"\033\[[\d;]*m", "", printed) == plain
+    r3.main(["show", "--limit", "1"])
+    assert "1 groups more: --limit 2 shows all" in capsys.readouterr().out
+    page = small / "page.html"
+    r3.main(["show", str(run), "--step", "1", "2", "--html", str(page)])
+    html = page.read_text()
+    [data] = re.findall("const groups = (.*);", html)
+    assert json.loads(data) == r3.groups_of(samples, [1, 2])
+    assert (
+        html.count("</script>") == 1 and "//" not in html
+    )  # what is said ends no script; no network
+    for flags, message in (
+        (["nowhere"], "nowhere/samples.jsonl does not exist"),
+        (["--step", "7"], "has no such conversations"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            r3.main(["show", *flags])
+    (run / "samples.jsonl").write_text('{"step": 1')
+    with pytest.raises(SystemExit, match="samples.jsonl is not JSONL"):
+        r3.main(["show"])
+
+
+def test_plot(small, monkeypatch):
+    runs = []
+    for name in ("one", "two"):
+        (small / name).mkdir(parents=True)
+        rows = [{"step": 0, "1st try": [0.1, 0.05, 0.2]}, {"step": 1, "reward": 0.2, "length": 7}]
+        (small / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        runs.append(str(small / name))
+    r3.main(["plot", runs[0]])
+    assert (small / "one" / "curves.png").read_bytes()[1:4] == b"PNG"
+    r3.main(["plot", *runs])
+    assert Path("curves.png").read_bytes() != (small / "one" / "curves.png").read_bytes()
+    drawn = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda f, *a, **k: drawn.append(f))
+    r3.draw_curves([Path(run) for run in runs], Path("x.png"))
+    labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert labels == ["one: 1st try", "two: 1st try"]
+    with pytest.raises(SystemExit, match="metrics.jsonl does not exist"):
+        r3.main(["plot", "nowhere"])
+
+
+def test_what_r3_makes_the_tiny_model_forget(speaker, task, monkeypatch):
+    """The mean over tokens, against a plain pass; and no text of the cold start is among them."""
+    monkeypatch.setattr(r3, "WINDOW", 2)
+    problems, tokenizer = task.load(split="dev", seed=speaker.seed), speaker.tokenizer
+    batches = r3.dialogues(task, tokenizer, problems, "held out 3", False)
+    total = tokens = 0
+    with torch.no_grad():
+        for batch in batches:
+            for ids, spans in zip(batch.ids, batch.spans, strict=True):
+                log_p = speaker.model(torch.tensor([ids]))[0].double().log_softmax(-1)
+                for t in (t for start, end in spans for t in range(start, end)):
+                    total, tokens = total - log_p[t - 1, ids[t]].item(), tokens + 1
+    assert r3.forgetting(speaker) == pytest.approx(total / tokens, rel=1e-5)
+    cold = {tuple(sorted(p.numbers)) for p in task.load(split="cold")}
+    assert not cold & {tuple(sorted(p.numbers)) for p in problems}
 
 
 # -- Real checkpoints ------------------------------------------------------------------------------
