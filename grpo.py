@@ -9,7 +9,7 @@ reward r. Then
     loss = - sum mask * (min(ratio A, clip(ratio) A) - beta KL) / sum mask       grpo_loss
 
 where ratio = pi(token) / pi_old(token) and KL is against the model that training started with. The
-retry comes after the last reflection token, so training never reads it: a row is a failure's
+retry comes after the last reflection token, so training need not read it: a row is a failure's
 context and one reflection. (The cold start of the tiny model goes through the same code: with an
 advantage of one and pi_old = pi, the gradient of this loss is that of the mean log-likelihood.)
 

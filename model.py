@@ -415,7 +415,7 @@ class Model(nn.Module):
         if str(device) == "meta":
             return model
         model.to_empty(device=device).tie()
-        own = model.tensors()
+        own = dict(model.named_parameters())  # a tied head is not among them
         missing = set(own)
         for shard in shards(path):
             try:
@@ -437,16 +437,12 @@ class Model(nn.Module):
             raise ValueError(f"{path}: the tensor {min(missing)} is missing")
         return model
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The parameters by name, a tied head left out: what a checkpoint holds."""
-        return dict(self.named_parameters())
-
     def save_pretrained(self, path: str | Path, shard_bytes: int = 5_000_000_000) -> None:
         """Write config.json and the weights, each file replaced at once or not at all.
 
         More than `shard_bytes` are split over several files and an index, as transformers does.
         """
-        path, tensors = Path(path), self.tensors()
+        path, tensors = Path(path), dict(self.named_parameters())
         path.mkdir(parents=True, exist_ok=True)
         dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         config = {**self.config_dict, "dtype": dtype, "torch_dtype": dtype}  # the new name, the old

@@ -7,7 +7,7 @@ If the second try is right, the tokens of the reflection are rewarded, and no ot
 taught no answer, it is taught to reflect.
 
 The method is three functions, `attempt`, `reflect` and `retry`, and the loop in `reinforce` that
-calls them. The rest of this file makes an experiment of it: train, failures, eval and play.
+calls them. The rest of this file makes an experiment of it.
 
 A conversation is token ids from end to end: what is trained is what was sampled, never text that
 was decoded and tokenised again.
@@ -29,7 +29,7 @@ import textwrap
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -316,13 +316,13 @@ def sample_batch(
 ) -> tuple[list[tuple[Conversation, str]], grpo.Batch]:
     """G reflections on each failure, a retry after each, and what the optimiser learns from them.
 
-    A reflection is worth 1 if the retry after it is right, else 0; one that was cut at the longest
-    length is worth 0. shuffle_rewards deals the step's rewards out anew among its reflections: a
+    A reflection is worth 1 if the retry after it is right, else 0; and 0 if it was cut at the
+    longest length. shuffle_rewards deals the step's rewards out anew among its reflections: a
     control, from which nothing can be learnt.
 
-    args.train_on names the turns that are trained: the paper's is the reflection; "attempt" is
-    plain GRPO on G answers to each question, without any reflection. Returned are the conversation
-    and the turn that each row of the batch ends with, and the batch.
+    args.train_on may name other turns than the paper's reflection; "attempt" is plain GRPO on G
+    answers to each failure's question. Returned are the conversation and the turn that each row of
+    the batch ends with, and the batch.
     """
     key, G, trained = (TRAIN, step), args.group, TRAINED[args.train_on]
 
@@ -357,15 +357,14 @@ def sample_batch(
 def reinforce(
     speaker: Speaker, failures: Tries, args, reference: Model | None, shuffle_rewards=False
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Train the speaker's model by R3 on a dataset of failures, in place.
+    """Train the speaker's model on a dataset of failures, in place.
 
     Yields (steps done, metrics) before the first step and after each. Checkpoints go into the run's
     folder, from where it goes on, and what was sampled into samples.jsonl.
     """
-    folder, files = speaker.folder / "checkpoints", ("metrics.jsonl", "samples.jsonl")
-    files = tuple(speaker.folder / name for name in files)
-    if shuffle_rewards:
-        folder, files = speaker.folder / "checkpoints" / "shuffled", ()
+    folder = speaker.folder / "checkpoints" / ("shuffled" if shuffle_rewards else "")
+    names = () if shuffle_rewards else ("metrics.jsonl", "samples.jsonl")
+    files = tuple(speaker.folder / name for name in names)
     optimizers = grpo.adamw(speaker.model, args.lr, args.offload)
     start = grpo.load_checkpoint(folder, optimizers, files)
 
@@ -391,9 +390,8 @@ def reinforce(
 
 
 def settings_of(args: argparse.Namespace) -> grpo.Settings:
-    names = ("steps", "lr", "clip", "beta", "loss", "temperature", "max_new_tokens")
-    names += ("micro_tokens", "skip_equal", "save_every", "keep_checkpoints")
-    return grpo.Settings(**{name: getattr(args, name) for name in names})
+    names = {setting.name for setting in fields(grpo.Settings)}
+    return grpo.Settings(**{name: value for name, value in vars(args).items() if name in names})
 
 
 def draw_failures(failures: Tries, step: int, size: int, seed: int) -> Tries:
@@ -463,7 +461,7 @@ def cold_start(task, seed: int, folder: Path | None) -> tuple[Model, Tokenizer]:
 
 
 def forgetting(speaker: Speaker) -> float:
-    """Nats a token on texts like the cold start's, about problems that it had not: what R3 makes
+    """Nats a token on texts like the cold start's, about development problems: how much R3 has made
     the tiny model forget."""
     task, problems = speaker.task, speaker.task.load(split="dev", seed=speaker.seed)
     key = f"held out {speaker.seed}"
@@ -494,10 +492,7 @@ def base_model(task, seed: int, fresh: bool, folder: Path | None) -> Path:
 
 def measure(speaker: Speaker, problems: list, samples: int, name: str) -> Tries:
     """Attempt every problem `samples` times; reflect on each failure once, and retry once."""
-
-    def first(some: list) -> Tries:
-        return attempt(speaker, some, samples, (MEASURE, 0))
-
+    first = partial(attempt, speaker, samples=samples, key=(MEASURE, 0))
     tries = work_through(speaker, first, problems, samples, 1, f"{name}, first tries")
     second = iter(once_more(speaker, [c for c in tries if not c.first.right], name))
     return [c if c.first.right else next(second) for c in tries]
@@ -505,19 +500,13 @@ def measure(speaker: Speaker, problems: list, samples: int, name: str) -> Tries:
 
 def once_more(speaker: Speaker, failures: Tries, name: str) -> Tries:
     """Reflect once on each failure, and retry."""
-
-    def work(some: Tries) -> Tries:
-        return second_tries(speaker, some, 1, (MEASURE, 0))
-
+    work = partial(second_tries, speaker, samples=1, key=(MEASURE, 0))
     return work_through(speaker, work, failures, 1, 2, f"{name}, second tries")
 
 
 def retry_all(speaker: Speaker, reflected: Tries, name: str) -> Tries:
     """Retry after reflections that are another speaker's, or a control's."""
-
-    def work(some: Tries) -> Tries:
-        return retry(speaker, some, (MEASURE, 0))
-
+    work = partial(retry, speaker, key=(MEASURE, 0))
     return work_through(speaker, work, reflected, 1, 1, name)
 
 
@@ -601,10 +590,7 @@ def controls(speakers: dict[str, Speaker], tries: dict[str, Tries]) -> dict:
         label = "no failure in view: a second attempt"
         problems = list({c.problem.id: c.problem for c in own}.values())
         samples = 1 + max(c.sample for c in own)
-
-        def anew(some: list, name=name, samples=samples) -> Tries:
-            return attempt(speakers[name], some, samples, (AGAIN, 0))
-
+        anew = partial(attempt, speakers[name], samples=samples, key=(AGAIN, 0))
         fresh = work_through(speakers[name], anew, problems, samples, 1, f"{name}, {label}")
         failed = {(c.problem.id, c.sample) for c in own}
         again = [c for c in fresh if (c.problem.id, c.sample) in failed]
@@ -634,10 +620,7 @@ def equal_tokens(vanilla: Speaker, before: Tries, after: Tries) -> dict:
     k = min(n, spent[1] / spent[0])
     chosen = {c.problem.id: i for i, c in reversed(list(enumerate(before)))}.values()
     failures = [before[i] for i in chosen]
-
-    def work(some: Tries) -> Tries:
-        return second_tries(vanilla, some, n, (AGAIN, 0))
-
+    work = partial(second_tries, vanilla, samples=n, key=(AGAIN, 0))
     tries = work_through(vanilla, work, failures, n, 2, "equal tokens")
     right = np.array([c.second.right for c in tries]).reshape(-1, n).sum(axis=1).tolist()
 
@@ -672,12 +655,16 @@ def told(c: Conversation, tokenizer: Tokenizer) -> dict:
 
 
 def write_samples(path: Path, step: int, rows: list, batch: grpo.Batch, tokenizer) -> None:
-    """A line a reflection: its conversation, reward, advantage, and the trained span."""
+    """A line a conversation, with reward, advantage, the trained turns, and the span of the first:
+    its token numbers in what was read before it, and the turn."""
+    lines: dict[int, dict] = {}
     worth = zip(batch.rewards.tolist(), batch.advantages.tolist(), batch.spans, strict=True)
     for (c, turn), (reward, advantage, [span]) in zip(rows, worth, strict=True):
-        # span: token numbers in what was read before the trained turn, and that turn
-        worth = {"reward": reward, "advantage": advantage, "trained": turn, "trained_span": span}
-        log(path, {"step": step, **told(c, tokenizer), **worth})
+        known = {"reward": reward, "advantage": advantage, "trained": [], "trained_span": span}
+        line = lines.setdefault(id(c), {"step": step, **told(c, tokenizer), **known})
+        line["trained"].append(turn)
+    for line in lines.values():
+        log(path, line)
 
 
 def write_failures(path: Path, failures: Tries, tokenizer: Tokenizer) -> None:
@@ -707,7 +694,7 @@ def read_failures(path: Path, speaker: Speaker) -> Tries:
             if verdict.right or speaker.tokenizer.decode(ids) != record["attempt"]:
                 raise ValueError("no failed attempt in this model's tokens")
             failures.append(Conversation(problem, int(record["sample"]), prompt, ids, verdict))
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
             raise ValueError(f"{path}, line {number} is no failure: {error!r}") from None
     return failures
 
@@ -736,7 +723,7 @@ def markdown(tables: dict[str, dict]) -> str:
 
 PANELS = (  # of the curves: a title, and what is drawn of metrics.jsonl
     ("right on held-out problems (95%)", "within two", "1st try"),
-    ("reward: share of right retries", "reward"),
+    ("mean reward", "reward"),
     ("tokens in a trained turn", "length"),
     ("KL to the vanilla model, per token", "kl"),
     ("entropy per token (nats)", "entropy"),
@@ -753,7 +740,7 @@ def draw_curves(folders: list[Path], path: Path) -> None:
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = list(figure.subplots(2, 3).flat)
     for run, folder in enumerate(folders):
-        lines = read_lines(folder / "metrics.jsonl")
+        lines = read_lines(folder / "metrics.jsonl", {"step"})
         for axis, (_, *names) in zip(axes, PANELS, strict=True):
             for number, name in enumerate(names):
                 points = [(line["step"], *np.ravel(line[name])) for line in lines if name in line]
@@ -776,14 +763,19 @@ def draw_curves(folders: list[Path], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def read_lines(path: Path) -> list[dict]:
-    """A JSONL file's lines. Raises FileNotFoundError or ValueError with the path in the message."""
+def read_lines(path: Path, names: set[str]) -> list[dict]:
+    """A JSONL file's whole lines, objects with some names (a run may be writing the last one).
+    Raises FileNotFoundError or ValueError with the path in the message."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    text = path.read_text(encoding="utf-8")
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSONL: {error}") from None
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        if all(names <= set(line) for line in lines):
+            return lines
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(f"{path} is not what a run of r3.py writes")
 
 
 def groups_of(lines: list[dict], steps: list[int] | None = None, only: str = "all") -> list[dict]:
@@ -801,23 +793,21 @@ def groups_of(lines: list[dict], steps: list[int] | None = None, only: str = "al
         names = ("reflection", "retry") if "reflection" in line else ("attempt",)
         one = {
             "reward": line.get("reward", float(verdict == "right")),
-            "advantage": line.get("advantage"), "trained": line.get("trained"),
+            "advantage": line.get("advantage"), "trained": line.get("trained", []),
             "turns": {name: line.get(name, "") for name in names}, "verdict": verdict,
         }  # fmt: skip
         number, step = line["problem"]["id"], line.get("step")
         title = f"problem {number}" if step is None else f"step {step}, problem {number}"
         group = {"title": title, "context": line["context"], "tries": []}
         groups.setdefault((step, number, line["context"]), group)["tries"].append(one)
-    chosen = []
     for group in groups.values():
-        rewards = [one["reward"] > 0 for one in group["tries"]]
-        group["rewarded"] = f"{sum(rewards)} of {len(rewards)} rewarded"
-        if only in ("rewarded", "unrewarded"):
-            right = only == "rewarded"
-            group["tries"] = [one for one in group["tries"] if (one["reward"] > 0) == right]
-        if group["tries"] and (only != "mixed" or 0 < sum(rewards) < len(rewards)):
-            chosen.append(group)
-    return chosen
+        right = [one["reward"] > 0 for one in group["tries"]]
+        group["rewarded"] = f"{sum(right)} of {len(right)} rewarded"
+        both = {True, False} if len(set(right)) > 1 else {}
+        fits = {"all": {True, False}, "rewarded": {True}, "unrewarded": {False}, "mixed": both}
+        tries = zip(group["tries"], right, strict=True)
+        group["tries"] = [one for one, is_right in tries if is_right in fits[only]]
+    return [group for group in groups.values() if group["tries"]]
 
 
 DIM, UP, DOWN = "2", ("38;5;108", "38;5;71", "38;5;34"), ("38;5;174", "38;5;167", "38;5;160")
@@ -842,7 +832,7 @@ def print_groups(groups: list[dict], colours: bool) -> None:
             A, verdict = one["advantage"] or 0, one["verdict"].replace("_", " ")
             shade = (UP if A > 0 else DOWN)[min(2, int(3 * abs(A) / largest))] if A else ""
             for name, text in one["turns"].items():
-                trained = name == one["trained"]
+                trained = name in one["trained"]
                 say(f"{A:+.2f} {name}" if trained else name, text, shade if trained else "")
             say("", f"<- {verdict}")
 
@@ -854,13 +844,13 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 section { border-top: 1px solid #ccc; margin-top: 1.5rem }
 h2 { font-size: 1rem } button { font: inherit; margin-right: .5rem; padding: .2rem .8rem }
 button[aria-pressed=true] { background: #222; color: #fff }
-p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; padding: .2rem .5rem }
+main p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; padding: .2rem .5rem }
 .context { color: #767676 } article { border-left: 3px solid #ccc; margin: .8rem 0 }
 b { font-weight: 600; margin-right: .5rem }
 </style>
 <h1>Conversations</h1>
 <p>Grey: what was read. Coloured: the trained tokens, green where the advantage A is above zero, red
-where it is below, stronger where it is larger. The retry and its verdict follow.</p>
+where it is below, stronger where it is larger.</p>
 <nav></nav><main></main>
 <script>
 const groups = DATA;
@@ -869,8 +859,8 @@ const add = (to, tag, text = "", kind = "") => {
   made.textContent = text; made.className = kind; to.append(made);
   return made;
 };
-const all = groups.flatMap(group => group.tries);
-const largest = Math.max(...all.map(one => Math.abs(one.advantage || 0)), 1e-9);
+const sizes = groups.flatMap(group => group.tries.map(one => Math.abs(one.advantage || 0)));
+const largest = sizes.reduce((one, other) => Math.max(one, other), 1e-9);
 const kept = {
   all: () => true, rewarded: one => one.reward > 0, unrewarded: one => !(one.reward > 0),
   mixed: (one, group) => new Set(group.tries.map(other => other.reward > 0)).size > 1,
@@ -889,7 +879,7 @@ function draw(only) {
     for (const one of tries) {
       const article = add(section, "article"), A = one.advantage || 0;
       for (const [name, text] of Object.entries(one.turns)) {
-        const turn = add(article, "p"), trained = name == one.trained;
+        const turn = add(article, "p"), trained = one.trained.includes(name);
         add(turn, "b", name + (trained ? " A = " + A.toFixed(2) : ""));
         turn.append(text);
         if (trained && A) turn.style.background =
@@ -1090,11 +1080,12 @@ def print_plan(args, speaker: Speaker, folder: Path, failures: int, problems: li
     context = longest + args.max_new_tokens + len(speaker.tokenizer.bridge(speaker.task.reflect))
     weights = sum(p.numel() for p in speaker.model.parameters())
     rows = min(args.batch, failures) * args.group
-    steps = f"{args.steps} steps of up to {rows} reflections on {rows // args.group} failures"
+    steps = f"{args.steps} steps of up to {rows} samples on {rows // args.group} failures"
+    sampled = rows * args.max_new_tokens * (1 if args.train_on == "attempt" else 2)
+    trained = rows * args.max_new_tokens * len(TRAINED[args.train_on])
     print(
         f"{weights:,} parameters, {args.dtype}, on {args.device}\n{steps}\na step samples up to "
-        f"{2 * rows * args.max_new_tokens:,} tokens after contexts of up to {context}, and trains "
-        f"up to {rows * args.max_new_tokens:,} of them"
+        f"{sampled:,} tokens after contexts of up to {context}, and trains {trained:,} of them"
     )
     parts = memory(speaker.model, args, context)
     cells = {k: {w: f"{n / 1e9:.2f}" for w, n in part.items()} for k, part in parts.items()}
@@ -1206,7 +1197,7 @@ def check_step(speaker: Speaker, failures: Tries, args) -> None:
     _, batch = sample_batch(speaker, draw_failures(failures, 0, args.batch, args.seed), args, 0)
     found = grpo.check(speaker.model, batch, settings_of(args), args.seed)
     print(
-        "{rows} reflections of {tokens} tokens, {clipped:.0%} of them clipped, against the "
+        "{rows} rows with {tokens} trained tokens, {clipped:.0%} of them clipped, against the "
         "textbook formula in float64, one row per reflection\n"
         "relative difference of the loss:      {loss_error:.1e}\n"
         "relative difference of the gradients: {gradient_error:.1e}".format(**found)
@@ -1251,8 +1242,8 @@ def eval_command(args: argparse.Namespace) -> None:
 def play_command(args: argparse.Namespace) -> None:
     """Watch a model attempt, reflect and retry on a problem you type."""
     if args.model is None:  # the model trained last, else the base that it would start from
-        saved = sorted(RUNS.glob("*/model/config.json"), key=lambda p: p.stat().st_mtime)
-        args.model = str(saved[-1].parent) if saved else "tiny"
+        saved = newest("*/model/config.json")
+        args.model = str(saved.parent) if saved else "tiny"
     speaker = open_speaker(args)
     load_weights(args, speaker)
 
@@ -1275,20 +1266,25 @@ def play_command(args: argparse.Namespace) -> None:
             print(f"  {error}")
 
 
+def newest(pattern: str) -> Path | None:
+    """The newest such file of all runs."""
+    return max(RUNS.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
+
+
 def last_run() -> Path:
     """The folder of the run that was trained last. Raises FileNotFoundError where there is none."""
-    runs = sorted(RUNS.glob("*/samples.jsonl"), key=lambda path: path.stat().st_mtime)
-    if not runs:
+    path = newest("*/samples.jsonl")
+    if not path:
         raise FileNotFoundError(f"no run in {RUNS}/ yet: r3.py train makes one")
-    return runs[-1].parent
+    return path.parent
 
 
 def show_command(args: argparse.Namespace) -> None:
     """Read the conversations of a run: what was said, rewarded and trained."""
     folder = Path(args.run or last_run())
-    names = "samples.jsonl", "conversations.jsonl"  # of train, of eval
-    path = folder / next((name for name in names if (folder / name).is_file()), names[0])
-    groups = groups_of(read_lines(path), args.step, args.only)
+    path = folder / "samples.jsonl"  # of train
+    path = path if path.is_file() else folder / "conversations.jsonl"  # of eval
+    groups = groups_of(read_lines(path, {"problem", "context", "first"}), args.step, args.only)
     if not groups:
         raise ValueError(f"{path} has no such conversations")
     if args.html:
@@ -1324,7 +1320,12 @@ def main(argv: list[str] | None = None) -> None:
         """Add a flag to the commands named in `of`."""
         key = name[2:].replace("-", "_")
         if key in DEFAULTS:
-            about += " (default: {} for tiny, else {})".format(*DEFAULTS[key])
+            tiny, other = DEFAULTS[key]
+            about += (
+                f" (default: {other})"
+                if tiny == other
+                else f" (default: {tiny}; a folder's: {other})"
+            )
         elif kind.get("default") is not None:
             about += " (default: %(default)s)"
         for command in of.split():
@@ -1348,7 +1349,12 @@ def main(argv: list[str] | None = None) -> None:
     flag(most, "--data", "a JSON, JSONL or parquet file of problems, or a dataset's hub id")
     flag(most, "--skip-bad", "go on without bad records of --data", action="store_true")
     flag(most, "--train-size", "problems of --data to train on", type=positive)
-    flag(most, "--test-size", "problems of --data to test on (default: a fifth)", type=positive)
+    flag(
+        most,
+        "--test-size",
+        "problems of --data to test on (default: a fifth, at most the paper's)",
+        type=positive,
+    )
     held_out = "what to measure on (default: test with --data, else dev)"
     flag("train", "--split", held_out, choices=("dev", "test"))
     flag("eval", "--split", held_out + "; all: the whole of --data", choices=("dev", "test", "all"))
@@ -1389,9 +1395,10 @@ def main(argv: list[str] | None = None) -> None:
     flag("train", "--checkpointing", "compute layers twice to store less", action="store_true")
     flag(every, "--compile", "torch.compile the decoder: minutes at first", action="store_true")
     flag("train", "--no-std", "do not divide advantages by the deviation", action="store_true")
-    filters = ("all", "rewarded", "unrewarded", "mixed")
-    flag("show", "--only", "such conversations, or groups", choices=filters, default="all")
-    flag("show", "--step", "of these steps (default: the last)", type=positive, nargs="+")
+    flag("show", "--only", "such conversations, or groups", default="all",
+         choices=("all", "rewarded", "unrewarded", "mixed"))  # fmt: skip
+    flag("show", "--step", "of these steps; RUN comes before (default: the last)", type=positive,
+         nargs="+")  # fmt: skip
     flag("show", "--limit", "so many groups", type=positive, default=5)
     flag("show", "--html", "write a page to filter and read in a browser", metavar="FILE")
     flag("plot", "--out", "the picture (default: curves.png in the run's folder; of several runs, "
@@ -1404,7 +1411,7 @@ def main(argv: list[str] | None = None) -> None:
             if len(given) > 1:
                 raise ValueError("--resume takes all other flags from the run")
             args = resumed(args)
-        if args.command in most.split():
+        if args.command in most.split() and not vars(args).get("check"):
             grpo.STOP.clear()
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, ask_to_stop)

@@ -214,6 +214,8 @@ def batch_of(w: dict):
     contexts = [c for c in w["contexts"] for _ in range(w["group"])]
     reflections = [r for group in w["reflections"] for r in group]
     batch = grpo.reflection_batch(contexts, reflections, None, rewards)
+    if w["group"] == 1:  # alone it has nothing to be compared with, and would be left out
+        batch.advantages.fill_(1.0)
     return batch
 
 
@@ -458,8 +460,8 @@ def step(args, config: dict, w: dict) -> None:
 def scaling(args, config: dict) -> None:
     """Where time goes as groups and contexts grow, and what one more of either costs."""
     base = {**vars(args), "failures": 2, "context": 512, "repeat": 1, "group": 8}
-    rows = [["", "rollout, s", "training step, s"]]
-    grid = [{"group": G} for G in (2, 4, 8, 16)] + [{"context": C} for C in (128, 256, 1024)]
+    rows, took = [["", "rollout, s", "training step, s"]], {}
+    grid = [{"group": G} for G in (1, 2, 4, 8, 16)] + [{"context": C} for C in (128, 256, 1024)]
     for change in grid:
         w = work(argparse.Namespace(**{**base, **change}))
         label = ", ".join(f"{k} {v}" for k, v in {"group": 8, "context": 512, **change}.items())
@@ -467,7 +469,12 @@ def scaling(args, config: dict) -> None:
             w["gradient"] = str(Path(folder) / "gradient.safetensors")
             times = [run(name, w)["seconds"] for name in ("our_rollout", "our_step")]
         rows.append([label, *(f"{t:.2f}" for t in times)])
+        took[next(iter(change.items()))] = times
     table(f"2 failures, {NEW} new tokens a turn", rows)
+    for number, what in enumerate(("rollout", "training step")):
+        row = (took["group", 16][number] - took["group", 8][number]) / 16
+        context = (took["context", 1024][number] - took["group", 8][number]) / 2
+        print(f"{what}: a reflection more {row:.2f} s, 512 tokens more of context {context:.2f} s")
 
 
 def tiny(args) -> None:
@@ -534,7 +541,7 @@ def tiny(args) -> None:
     table(f"{len(failures)} failures x 8 reflections x a retry, turns as long as they are", rows)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "what", nargs="*", help="rollout, step, scaling, tiny (default: the first 2)"
@@ -550,7 +557,11 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=2, help="runs, of which the fastest counts")
     parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
     sys.path.insert(0, str(ROOT))
     if args.contender:
         name, given, said = args.contender

@@ -243,7 +243,7 @@ def test_bad_folders_are_refused_by_name(tmp_path, tiny):
     with pytest.raises(FileNotFoundError, match="config.json"):
         Model.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
-    tensors = {name: p.detach().clone() for name, p in model.tensors().items()}
+    tensors = {name: p.detach().clone() for name, p in dict(model.named_parameters()).items()}
 
     def with_tensors(changed):
         path = tmp_path / "model.safetensors"

@@ -143,7 +143,7 @@ def test_what_was_measured_is_not_measured_again(speaker, task, tmp_path, monkey
     path, attempt = tmp_path / "measured" / "m-first-tries.jsonl", r3.attempt
     written = path.read_text().splitlines(keepends=True)
     assert len(written) > 3
-    monkeypatch.setattr(r3, "attempt", lambda s, p, *rest: asked.extend(p) or attempt(s, p, *rest))
+    monkeypatch.setattr(r3, "attempt", lambda s, p, **k: asked.extend(p) or attempt(s, p, **k))
     for lines_left, budget in ((2, 400), (1, 600), (3, 99_999), (len(written), 400)):
         path.write_text("".join(written[:lines_left]) + written[0][:40])
         asked.clear()
@@ -309,7 +309,9 @@ def test_controls_change_what_they_say_and_nothing_else(speaker, task, lenient, 
         r3, "retry", lambda s, c, *a, **k: seen.append((s, c)) or retry(s, c, *a, **k)
     )
     monkeypatch.setattr(
-        r3, "attempt", lambda s, p, n, key: fresh.append((s, key)) or attempt(s, p, n, key)
+        r3,
+        "attempt",
+        lambda s, p, samples, key: fresh.append((s, key)) or attempt(s, p, samples, key),
     )
     speakers = {"vanilla": vanilla, "trained": trained, "shuffled": vanilla}
     rows = r3.controls(speakers, {"vanilla": failures, "trained": own})
@@ -492,7 +494,7 @@ def samples():
     def line(step, number, context, reward, advantage, **more):
         turns = {"context": context, "attempt": "7", "reflection": "Hm </script>", "retry": "8"}
         verdicts = {"first": "wrong_value", "second": "right" if reward else "wrong_value"}
-        worth = {"reward": reward, "advantage": advantage, "trained": "reflection"}
+        worth = {"reward": reward, "advantage": advantage, "trained": ["reflection"]}
         known = {"step": step, "problem": {"id": number}, "sample": 0}
         return {**known, **turns, **verdicts, **worth, **more}
 
@@ -525,7 +527,7 @@ def test_show(small, samples, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="no run in .*: r3.py train makes one"):
         r3.main(["show"])
     run.mkdir(parents=True)
-    (run / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
     r3.main(["show", str(run), "--step", "1"])
     plain = capsys.readouterr().out
     assert "\033" not in plain and "problem 5: 1 of 2 rewarded" in plain
@@ -549,14 +551,17 @@ def test_show(small, samples, capsys, monkeypatch):
         html.count("</script>") == 1 and "//" not in html
     )  # what is said ends no script; no network
     for flags, message in (
-        (["nowhere"], "nowhere/samples.jsonl does not exist"),
+        (["nowhere"], "nowhere/conversations.jsonl does not exist"),
         (["--step", "7"], "has no such conversations"),
     ):
         with pytest.raises(SystemExit, match=message):
             r3.main(["show", *flags])
-    (run / "samples.jsonl").write_text('{"step": 1')
-    with pytest.raises(SystemExit, match="samples.jsonl is not JSONL"):
-        r3.main(["show"])
+    (run / "samples.jsonl").open("a").write('{"step": 3')  # a run may be writing it
+    r3.main(["show"])
+    for text in ('{"step": 1}', "[]", "7", "{"):
+        (run / "samples.jsonl").write_text(text + "\n")
+        with pytest.raises(SystemExit, match="samples.jsonl is not what a run of r3.py writes"):
+            r3.main(["show"])
 
 
 def test_plot(small, monkeypatch):
@@ -564,7 +569,7 @@ def test_plot(small, monkeypatch):
     for name in ("one", "two"):
         (small / name).mkdir(parents=True)
         rows = [{"step": 0, "1st try": [0.1, 0.05, 0.2]}, {"step": 1, "reward": 0.2, "length": 7}]
-        (small / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (small / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         runs.append(str(small / name))
     r3.main(["plot", runs[0]])
     assert (small / "one" / "curves.png").read_bytes()[1:4] == b"PNG"
@@ -801,7 +806,9 @@ def test_equal_tokens_is_the_chance_of_any_of_k(speaker, monkeypatch):
         replace(failures[i // 16], second=Verdict(bool(right.flat[i]), "x")) for i in range(48)
     ]
     monkeypatch.setattr(
-        r3, "second_tries", lambda *_: [c for i in (2, 1, 0) for c in tries[16 * i : 16 * i + 16]]
+        r3,
+        "second_tries",
+        lambda *_, **__: [c for i in (2, 1, 0) for c in tries[16 * i : 16 * i + 16]],
     )
     [(label, row)] = r3.equal_tokens(speaker, failures, after).items()
     assert "2.40" in label and row["trained"][0] == 1.0

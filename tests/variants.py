@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from bench import table
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("r3.py", "grpo.py", "model.py", "tasks.py")
@@ -28,11 +29,10 @@ COMPARED = [
     ("reflection: the paper's R3", "", None),
     ("retry", "--train-on retry", None),
     ("reflection and retry", "--train-on both", None),
-    ("attempt: plain GRPO on the answer", "--train-on attempt --group 16", None),
+    ("attempt: plain GRPO on the answer", "--train-on attempt --group 16 --steps 20", None),
     ("no division by the deviation, no length bias", "--no-std --loss dr_grpo", None),
     ("no KL", "--beta 0", None),
-    ("two updates per batch", "", "several updates per batch"),
-    ("fresh failures every step", "", "fresh failures every step"),
+    ("two updates per batch", "--steps 36 --save-every 2", "several updates per batch"),
 ]
 
 
@@ -75,7 +75,7 @@ def train(folder: Path, seed: int, flags: str, title: str | None, name: str) -> 
     """A run's folder; the base and the failures of the seed are those of `runs/seed-S`."""
     run = folder / "runs" / f"{name}-{seed}"
     if not (run / "report.json").exists():
-        copy = folder / "code" / name
+        copy = folder / "code" / run.name
         code(copy, title)
         shutil.rmtree(run, ignore_errors=True)
         command = [
@@ -98,29 +98,33 @@ def train(folder: Path, seed: int, flags: str, title: str | None, name: str) -> 
 
 def row(name: str, runs: list[Path]) -> list[str]:
     """A variant's gains over the vanilla model: the mean of the seeds, and each; tokens sampled."""
-    gains = {"1st try": [], "within two": []}
+    gains, tokens = {"1st try": [], "within two": []}, []
     for run in runs:
         tables = json.loads((run / "report.json").read_text())["tables"]
         sampled = next(t for title, t in tables.items() if "temperature 1" in title)
         for column, values in gains.items():
             values.append(100 * sampled["gain"][column][0])
-    steps = [[json.loads(x) for x in (run / "metrics.jsonl").open()] for run in runs]
-    tokens = np.mean([sum(line.get("sampled", 0) for line in lines) for lines in steps])
-    length = np.mean([lines[-1]["length"] for lines in steps])
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").open()][1:]
+        batches = {(line["sampled"], line["length"], line["reward"]) for line in lines}
+        tokens.append(sum(sampled for sampled, *_ in batches) / 1e6)  # each batch once
     cells = []
     for values in gains.values():
         each = ", ".join(f"{value:+.1f}" for value in values)
         half = 4.303 * np.std(values, ddof=1) / 3**0.5 if len(values) == 3 else np.nan  # t, 2 df
         cells.append(f"{np.mean(values):+.1f} ± {half:.1f} ({each})")
-    return [name, *cells, f"{length:.0f}", f"{tokens / 1e6:.2f}"]
+    return [name, *cells, f"{np.mean(tokens):.2f}"]
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs/variants"))
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -134,13 +138,9 @@ def main() -> None:
         runs = {}
         for name, run in made:
             runs.setdefault(name, []).append(run.result())
-    head = ["trained on", "gain, 1st try", "gain, within two", "last length", "M tokens sampled"]
+    head = ["trained", "gain, 1st try", "gain, within two", "M tokens sampled"]
     rows = [head, *(row(name, of) for name, of in runs.items())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, cells in enumerate(rows):
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |")
-        if number == 0:
-            print("|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    table("Points over the vanilla model: mean ± 95% over the seeds (each seed)", rows)
 
 
 if __name__ == "__main__":
