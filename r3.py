@@ -753,13 +753,13 @@ def draw_curves(folders: list[Path], path: Path) -> None:
                 colour = COLOURS[(number if single else run) % len(COLOURS)]
                 label = name if single else f"{folder.name}: {name}"
                 axis.errorbar(x, y, error, fmt=style, color=colour, capsize=3, label=label)
-    for axis, (title, *names) in zip(axes, PANELS, strict=True):
-        if len(names) > 1:
-            axis.legend(frameon=False, fontsize="small")
+    for axis, (title, *_) in zip(axes, PANELS, strict=True):
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
+    labels = axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
 
 

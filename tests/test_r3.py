@@ -578,7 +578,7 @@ def test_plot(small, monkeypatch):
     drawn = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda f, *a, **k: drawn.append(f))
     r3.draw_curves([Path(run) for run in runs], Path("x.png"))
-    labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels == ["one: 1st try", "two: 1st try"]
     with pytest.raises(SystemExit, match="metrics.jsonl does not exist"):
         r3.main(["plot", "nowhere"])

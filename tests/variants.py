@@ -96,8 +96,9 @@ def train(folder: Path, seed: int, flags: str, title: str | None, name: str) -> 
     return run
 
 
-def row(name: str, runs: list[Path]) -> list[str]:
-    """A variant's gains over the vanilla model: the mean of the seeds, and each; tokens sampled."""
+def found(runs: list[Path]) -> tuple[dict[str, np.ndarray], float]:
+    """What the runs of a variant gained over the vanilla model, in points, seed by seed; and how
+    many million tokens they sampled in training, on average."""
     gains, tokens = {"1st try": [], "within two": []}, []
     for run in runs:
         tables = json.loads((run / "report.json").read_text())["tables"]
@@ -107,12 +108,19 @@ def row(name: str, runs: list[Path]) -> list[str]:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").open()][1:]
         batches = {(line["sampled"], line["length"], line["reward"]) for line in lines}
         tokens.append(sum(sampled for sampled, *_ in batches) / 1e6)  # each batch once
+    return {name: np.array(values) for name, values in gains.items()}, float(np.mean(tokens))
+
+
+def row(gains: dict[str, np.ndarray], tokens: float, paper: dict[str, np.ndarray]) -> list[str]:
+    """Each gain: mean (seed by seed), and how far it is from the paper's, with a 95% interval."""
     cells = []
-    for values in gains.values():
-        each = ", ".join(f"{value:+.1f}" for value in values)
-        half = 4.303 * np.std(values, ddof=1) / 3**0.5 if len(values) == 3 else np.nan  # t, 2 df
-        cells.append(f"{np.mean(values):+.1f} ± {half:.1f} ({each})")
-    return [name, *cells, f"{np.mean(tokens):.2f}"]
+    for name, values in gains.items():
+        cells.append(f"{values.mean():+.1f} ({', '.join(f'{value:+.1f}' for value in values)})")
+        apart, n = values - paper[name], len(values)
+        t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, np.nan)  # Student's, n - 1 degrees
+        half = t * np.std(apart, ddof=1) / n**0.5 if n > 1 else np.nan
+        cells.append(f"{apart.mean():+.1f} ± {half:.1f}" if apart.any() else "")
+    return [*cells, f"{tokens:.2f}"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,9 +146,11 @@ def main() -> None:
         runs = {}
         for name, run in made:
             runs.setdefault(name, []).append(run.result())
-    head = ["trained", "gain, 1st try", "gain, within two", "M tokens sampled"]
-    rows = [head, *(row(name, of) for name, of in runs.items())]
-    table("Points over the vanilla model: mean ± 95% over the seeds (each seed)", rows)
+    each = {name: found(of) for name, of in runs.items()}
+    paper, _ = next(iter(each.values()))
+    head = ["trained", "gain, 1st try", "apart", "gain, within two", "apart", "M tokens"]
+    rows = [head, *([name, *row(*what, paper)] for name, what in each.items())]
+    table("Points over the vanilla model; apart: from the paper's, mean ± 95% over seeds", rows)
 
 
 if __name__ == "__main__":
