@@ -813,12 +813,17 @@ def groups_of(lines: list[dict], steps: list[int] | None = None, only: str = "al
 DIM, UP, DOWN = "2", ("38;5;108", "38;5;71", "38;5;34"), ("38;5;174", "38;5;167", "38;5;160")
 
 
+def harmless(text: str) -> str:
+    """Text to print: what a model says may hold codes that a terminal obeys."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def print_groups(groups: list[dict], colours: bool) -> None:
     """Conversations in the terminal: what is trained green or red, stronger where A is larger."""
     width = min(100, shutil.get_terminal_size().columns)
 
     def say(label: str, text: str, colour: str = "") -> None:
-        for part in text.strip().splitlines() or [""]:
+        for part in map(harmless, text.strip().splitlines() or [""]):
             for line in textwrap.wrap(part, max(20, width - 22)) or [""]:
                 line = f"\033[{colour}m{line}\033[0m" if colours and colour else line
                 print(f"{label:>20}  {line}")
@@ -1249,7 +1254,8 @@ def play_command(args: argparse.Namespace) -> None:
 
     def say(who: str, ids: list[int], verdict: Verdict | None = None) -> None:
         judged = f"   <- {verdict.reason.replace('_', ' ')}" if verdict else ""
-        print(f"  {who:>10}  {speaker.tokenizer.decode(ids)}{judged}")
+        text = "\n".join(map(harmless, speaker.tokenizer.decode(ids).splitlines()))
+        print(f"  {who:>10}  {text}{judged}")
 
     print(f"This is {args.model}. Type {speaker.task.how_to_type}; an empty line ends.")
     for number, line in enumerate(iter(lambda: input("> ").strip(), "")):

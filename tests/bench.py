@@ -459,7 +459,7 @@ def step(args, config: dict, w: dict) -> None:
 
 def scaling(args, config: dict) -> None:
     """Where time goes as groups and contexts grow, and what one more of either costs."""
-    base = {**vars(args), "failures": 2, "context": 512, "repeat": 1, "group": 8}
+    base = {**vars(args), "failures": 2, "context": 512, "group": 8}
     rows, took = [["", "rollout, s", "training step, s"]], {}
     grid = [{"group": G} for G in (1, 2, 4, 8, 16)] + [{"context": C} for C in (128, 256, 1024)]
     for change in grid:
@@ -472,9 +472,9 @@ def scaling(args, config: dict) -> None:
         took[next(iter(change.items()))] = times
     table(f"2 failures, {NEW} new tokens a turn", rows)
     for number, what in enumerate(("rollout", "training step")):
-        row = (took["group", 16][number] - took["group", 8][number]) / 16
-        context = (took["context", 1024][number] - took["group", 8][number]) / 2
-        print(f"{what}: a reflection more {row:.2f} s, 512 tokens more of context {context:.2f} s")
+        row = (took["group", 16][number] - took["group", 1][number]) / (15 * 2)
+        context = (took["context", 1024][number] - took["context", 128][number]) / 2 / 896
+        print(f"{what}: {row:.2f} s a reflection, {512 * context:.2f} s a context of 512 tokens")
 
 
 def tiny(args) -> None:

@@ -540,6 +540,13 @@ def test_show(small, samples, capsys, monkeypatch):
     assert f"\033[{r3.DOWN[-1]}mHm </script>\033[0m" in printed
     assert f"\033[{r3.DIM}mfive\033[0m" in printed and "  8\n" in printed  # the retry: plain
     assert re.sub(r"\033\[[\d;]*m", "", printed) == plain
+    escape = {**samples[3], "reflection": "\033[2Jgone\a\n\tTab"}
+    (run / "samples.jsonl").write_text(json.dumps(escape) + "\n")
+    r3.main(["show"])  # no terminal obeys what a model says
+    printed = re.sub(r"\033\[(2|38;5;\d+|0)m", "", capsys.readouterr().out)
+    assert "[2Jgone" in printed and "Tab" in printed and printed.isascii()
+    assert all(c.isprintable() or c == "\n" for c in printed)
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
     r3.main(["show", "--limit", "1"])
     assert "1 groups more: --limit 2 shows all" in capsys.readouterr().out
     page = small / "page.html"
