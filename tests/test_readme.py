@@ -152,10 +152,11 @@ def test_the_commands_for_a_laptop_run(seconds, problems, folder, capsys):
     assert "problem" in Path("conversations.html").read_text()
     few = ["--limit", "4", "--max-new-tokens", "6"]
     for command in ("eval", "failures"):
-        for words in of("r3.py", command):
+        for number, words in enumerate(of("r3.py", command)):
             data = problems / f"{words[words.index('--task') + 1]}.json"
             more = ["--responses", "2"] if command == "failures" else []
             words = [command, *words, "--model", str(folder), "--data", str(data), *few, *more]
+            words += ["--name", f"{command}{number}"]
             r3.main(words)
             assert "problems" in capsys.readouterr().out
 
