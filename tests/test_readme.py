@@ -1,9 +1,9 @@
 """README is true: its links, its commands and its diffs."""
 
+import importlib
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -161,22 +161,24 @@ def test_the_commands_for_a_laptop_run(seconds, problems, folder, capsys):
             assert "problems" in capsys.readouterr().out
 
 
-def stepped(where: Path, title: str | None, model: Path, flags: str) -> bytes:
+def stepped(where: Path, title: str | None, model: Path, flags: str, monkeypatch) -> bytes:
     """The weights after two steps of the code with a diff of README applied, or as it is."""
     variants.code(where, title)
-    (where / "driver.py").write_text(
-        "import r3\nfrom tasks import Verdict\n"
-        "r3.HELD_OUT = (2, 1)\n"
-        "r3.Speaker.verify = lambda s, p, turn: Verdict(sum(turn) % 3 == 0, 'wrong_value')\n"
-        "r3.main()"
-    )
     few = f"train --model {model} --steps 2 --batch 3 --group 4 --limit 2 --problems 12 --name r"
     few += " --responses 3 --max-new-tokens 12 --lr 1e-3"
-    ran = subprocess.run(
-        [sys.executable, "driver.py", *few.split(), *flags.split()],
-        cwd=where, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    with monkeypatch.context() as patch:
+        for name in ("r3", "grpo", "model", "tasks"):
+            patch.delitem(sys.modules, name)  # imported anew, from there
+        patch.syspath_prepend(where)
+        patch.chdir(where)
+        code = importlib.import_module("r3")
+        assert code.__file__ == str(where / "r3.py")
+        patch.setattr(code, "HELD_OUT", (2, 1))
+        right = lambda s, p, turn: code.Verdict(sum(turn) % 3 == 0, "wrong_value")  # noqa: E731
+        patch.setattr(code.Speaker, "verify", right)
+        code.main([*few.split(), *flags.split()])
+        for name in ("r3", "grpo", "model", "tasks"):
+            del sys.modules[name]
     return (where / "runs" / "r" / "model" / "model.safetensors").read_bytes()
 
 
@@ -184,14 +186,14 @@ PLAIN: dict[str, bytes] = {}  # by flags
 
 
 @pytest.mark.parametrize("title", DIFFS)
-def test_the_diffs_apply_and_run(title, tmp_path, folder):
+def test_the_diffs_apply_and_run(title, tmp_path, folder, monkeypatch):
     """Two steps with each variant; they are not the steps of the code as it is."""
     assert len(DIFFS) >= 9
     _, hunks = DIFFS[title]
     assert sum(len(set(new.splitlines()) ^ set(old.splitlines())) for old, new in hunks) <= 15
     flags = {"hindsight": "--train-on retry", "leave-one-out advantages": "--no-std"}.get(title, "")
-    varied = stepped(tmp_path / "varied", title, folder, flags)
+    varied = stepped(tmp_path / "varied", title, folder, flags, monkeypatch)
     if title not in ("clip higher", "sequence-level ratios"):  # on-policy, the ratio is 1
         if flags not in PLAIN:
-            PLAIN[flags] = stepped(tmp_path / "plain", None, folder, flags)
+            PLAIN[flags] = stepped(tmp_path / "plain", None, folder, flags, monkeypatch)
         assert varied != PLAIN[flags]

@@ -355,6 +355,6 @@ def test_the_plan(folder, tmp_path, monkeypatch, capsys):
     for flags in (["--model", str(folder)], [], ["--offload", "--dtype", "bfloat16"]):
         r3.main(["train", "--dry-run", "--problems", "20", "--limit", "5", *flags])
         printed = capsys.readouterr().out
-        for word in ("parameters", "reflections", "Memory", "moments", "checkpoints"):
+        for word in ("parameters", "samples on", "Memory", "moments", "checkpoints"):
             assert word in printed
     assert sorted(tmp_path.rglob("*")) == before
