@@ -1,44 +1,143 @@
-"""GRPO on chosen tokens: rewards to advantages, advantages to a loss, a loss to a step.
+"""Reflect, Retry, Reward: the method, from a dataset of failures to the update of the weights.
 
-R3 trains the tokens of reflections and no others. A failure is shown to the model G times, it
-writes G reflections, each is followed by a retry, and the retry's verdict is the reflection's
-reward r. Then
+    question -> attempt, wrong -> "reflect" -> reflection_1 … reflection_G       the trained tokens
+                                                   |              |
+                                                "again"        "again"
+                                                   |              |
+                                                retry_1   …    retry_G  ->  rewards r_1 … r_G
 
-    A_g  = (r_g - mean r) / (std r + epsilon)                            group_advantages
-    mask = 1 on the reflection's own tokens, 0 on everything else        trained_mask
-    loss = - sum mask * (min(ratio A, clip(ratio) A) - beta KL) / sum mask       grpo_loss
+    A_g  = (r_g - mean r) / (std r + epsilon)                               `group_advantages`
+    mask = 1 on the tokens of the reflections, 0 everywhere else            `reflection_rows`
+    loss = - sum mask * (min(ratio A, clip(ratio) A) - beta KL) / sum mask  `grpo_loss`
 
-where ratio = pi(token) / pi_old(token) and KL is against the model that training started with. The
-retry comes after the last reflection token, so training need not read it: a row is a failure's
-context and one reflection. (The cold start of the tiny model goes through the same code: with an
-advantage of one and pi_old = pi, the gradient of this loss is that of the mean log-likelihood.)
+The file reads from top to bottom: the loop (`train`), then what it calls: advantages and loss, the
+mask and the log-probabilities, the conversation (`attempt`, `reflect`, `retry`), the optimizer, and
+checkpoints. A conversation is token ids from end to end: what is trained is what was sampled, never
+text that was decoded and tokenized again.
 
-This file knows token ids and rewards. What the tokens say is r3.py's business.
+This file knows a task by `task.messages`, `task.verify`, `task.reflect` and `task.again` alone.
+
+Shapes: P failures with G reflections each; T tokens of a conversation; V the vocabulary.
 """
 
-import copy
-import hashlib
 import json
 import math
 import os
+import random
 import shutil
 import threading
-import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model import Model, padded, read_json, replace_file
+from model import Generation, KVCache, Model, Tokenizer, generate, read_json, replace_file
 
-# -- From rewards to a loss ------------------------------------------------------------------------
+# -- The loop --------------------------------------------------------------------------------------
+
+
+def train(
+    chat: "Chat", reference: Model | None, failures: "Tries", c: "Config", folder: Path
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """R3 on a dataset of failures. Changes chat.model in place; yields (steps done, metrics).
+
+    reference: the model that training started with, for the KL term; None where c.beta is 0. What
+    was sampled is added to folder/samples.jsonl. Checkpoints go to folder/checkpoints, and training
+    goes on from the last one there. Raises ValueError after five steps in a row whose gradient is
+    not finite (such a step is skipped), and Stopped, with the step saved, where STOP was set.
+    """
+    policy, G, skipped = chat.model, c.group, 0
+    policy.checkpointing = c.checkpointing
+    optimizer = MasterAdamW(policy, c.lr, c.offload)
+    start, state = load_checkpoint(folder, optimizer)  # state: a JSON object, free for variants
+    if start == 0:
+        yield 0, {}
+    for step in range(start, c.steps):
+        # 1-2. Reflect G times on each failure of the step, and retry once after each reflection.
+        drawn = draw_failures(failures, step, c.batch, chat.seed)
+        tries = rollout(chat, drawn, G, key=(TRAIN, step))  # P * G conversations
+
+        # 3. The reward of a reflection is 1 if its retry is right (and it was not cut short).
+        rewards = torch.tensor([float(t.second.right and not t.cut) for t in tries]).view(-1, G)
+
+        # 4. How much better was each reflection than the others on the same failure?
+        advantages = group_advantages(rewards, scale=c.scale)  # (P, G)
+
+        # 5. The gradient of the step's loss, one failure with its G reflections at a time.
+        tokens = sum(len(t.reflection) for t in tries)
+        longest = len(tries) * chat.max_new_tokens
+        normalizer = {"dapo": tokens, "grpo": len(tries), "dr_grpo": longest}[c.loss]
+        parts = []
+        for p in range(len(rewards)):
+            A = advantages[p].to(policy.device)  # (G,)
+            if not A.any() and not c.beta:
+                continue  # all right or all wrong: no gradient comes from it
+            ids, mask, old = reflection_rows(tries[p * G : (p + 1) * G])  # (G, T) each
+            ref = None
+            if c.beta:
+                with torch.no_grad():
+                    ref, _ = token_logprobs(reference, ids, mask, chat.temperature)
+            new, entropy = token_logprobs(policy, ids, mask, chat.temperature)  # (G, T) both
+            mask, old = mask.to(policy.device), old.to(policy.device)
+            loss = grpo_loss(new, old, ref, A, mask, c.clip, c.beta, c.loss, normalizer)
+            loss.backward()
+            optimizer.collect()
+            parts.append(token_sums(loss, new.detach(), old, ref, entropy, A, mask, c.clip))
+
+        # 6. One update of the weights.
+        lr = c.lr * lr_share(step, c.steps, c.warmup)
+        norm = optimizer.update(lr, c.max_grad_norm)
+        skipped = 0 if math.isfinite(norm) else skipped + 1
+        if skipped == 5:
+            raise ValueError(f"step {step + 1}: no finite gradient in 5 steps in a row")
+
+        write_samples(folder / "samples.jsonl", step + 1, tries, rewards, advantages, chat)
+        metrics = describe(tries, rewards, parts)
+        yield step + 1, {**metrics, "grad_norm": norm, "lr": lr, "skipped": int(skipped > 0)}
+        stop = STOP.is_set()
+        if stop or step + 1 == c.steps or (step + 1) % c.save_every == 0:
+            save_checkpoint(folder, step + 1, optimizer, state)
+        if stop:
+            raise Stopped
+
+
+def setting(default, about: str, least: float | None = None, choices=(), commands="train"):
+    """A field of a Config: its default, its help, its values, and the commands that have it."""
+    how = {"help": about, "least": least, "choices": choices, "commands": commands}
+    return field(default=default, metadata=how)
+
+
+LOSSES = ("dapo", "grpo", "dr_grpo")
+
+
+@dataclass
+class Config:
+    """The settings of `train`, with the paper's values where it states them."""
+
+    steps: int = setting(1_750, "optimizer steps", least=1)
+    batch: int = setting(256, "failures a step", least=1)
+    group: int = setting(8, "G, reflections on each failure", least=2)
+    lr: float = setting(5e-7, "learning rate at its highest", least=0)
+    warmup: float = setting(0.03, "share of the steps in which the learning rate rises", least=0)
+    beta: float = setting(0.001, "weight of the KL term; 0 needs no reference model", least=0)
+    clip: float = setting(
+        0.2, "epsilon: the ratio is clipped to 1 - epsilon … 1 + epsilon", least=0
+    )
+    loss: str = setting("dapo", "what a token weighs, see grpo_loss", choices=LOSSES)
+    scale: bool = setting(True, "divide advantages by the group's standard deviation")
+    max_grad_norm: float = setting(1.0, "a longer gradient is cut to this norm", least=0)
+    offload: bool = setting(False, "keep float32 weights and moments in main memory")
+    checkpointing: bool = setting(False, "compute layers twice in training, to store less")
+    save_every: int = setting(25, "steps between two checkpoints", least=1)
+
+
+# -- Advantages and loss ---------------------------------------------------------------------------
 
 
 def group_advantages(rewards: Tensor, epsilon: float = 1e-4, scale: bool = True) -> Tensor:
@@ -53,31 +152,11 @@ def group_advantages(rewards: Tensor, epsilon: float = 1e-4, scale: bool = True)
     A group of equal rewards has nothing to compare: its advantages are exactly zero. With
     scale=False the deviation is not divided by (Dr. GRPO): 0.75 and -0.25 in the example.
     """
-    deviation = rewards - rewards.mean(dim=1, keepdim=True)
-    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    A = rewards - rewards.mean(dim=1, keepdim=True)
     if scale:
-        deviation = deviation / (rewards.std(dim=1, keepdim=True) + epsilon)  # needs G >= 2
-    return deviation.masked_fill(equal, 0.0)
-
-
-def trained_mask(spans: list[list[tuple[int, int]]], width: int) -> Tensor:
-    """Where the gradient flows: (N, width - 1) bool over each row's targets, its tokens 1, 2, ….
-
-    spans: per row, the (start, end) of its trained tokens; for R3 that is one span, the reflection
-    with its end-of-turn token where the model wrote one. Built from positions, never from token
-    ids: a padding token's id may be a real token elsewhere.
-
-    A context of 3 tokens and a reflection of 2, in a batch 6 tokens wide: tokens 3 and 4 are
-    trained, and token t is target t - 1.
-
-    >>> trained_mask([[(3, 5)]], width=6).int()
-    tensor([[0, 0, 1, 1, 0]], dtype=torch.int32)
-    """
-    mask = torch.zeros(len(spans), width, dtype=torch.bool)
-    for row, row_spans in enumerate(spans):
-        for start, end in row_spans:
-            mask[row, start:end] = True
-    return mask[:, 1:]
+        A = A / (rewards.std(dim=1, keepdim=True) + epsilon)  # needs G >= 2
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    return A.masked_fill(equal, 0.0)
 
 
 def grpo_loss(
@@ -94,23 +173,22 @@ def grpo_loss(
     """The clipped surrogate with the k3 KL term, over the tokens where mask is True. A scalar.
 
     logprobs, old_logprobs, ref_logprobs, mask: (N, T); advantages: (N,). ref_logprobs may be None
-    when beta = 0. `loss` says what a token's share is:
+    when beta = 0. `loss` says what a token weighs:
 
         dapo      the mean over all tokens of the step: every token weighs the same
         grpo      the mean over sequences of each sequence's mean: the original
         dr_grpo   the sum over a constant, N times the longest length allowed: no length bias
 
     normalizer: what the sum is divided by: tokens, sequences, or sequences times longest length.
-    The caller gives the whole step's, so that splitting a step into micro-batches never changes
-    its gradient; by default it is taken from `mask` (its width being the longest length).
+    The caller gives the whole step's, so that splitting a step never changes its gradient; by
+    default it is taken from `mask` (its width being the longest length).
     """
     A = advantages[:, None]  # (N, 1)
     # What is not trained is taken out first: its exponential might overflow, and 0 * inf is no 0.
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # (N, T)
     per_token = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
     if beta:
-        difference = torch.where(mask, ref_logprobs - logprobs, 0.0)
-        per_token = per_token + beta * k3(difference)
+        per_token = per_token + beta * k3(torch.where(mask, ref_logprobs - logprobs, 0.0))
     per_token = torch.where(mask, per_token, 0.0)
     if loss == "grpo":
         per_token = per_token / mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -128,296 +206,359 @@ def k3(difference: Tensor) -> Tensor:
     return torch.expm1(difference) - difference
 
 
-# -- One optimiser step ----------------------------------------------------------------------------
+# -- The mask and the log-probabilities ------------------------------------------------------------
 
 
-LOSSES = ("dapo", "grpo", "dr_grpo")
+def reflection_rows(group: "Tries") -> tuple[Tensor, Tensor, Tensor]:
+    """One failure's G conversations up to the end of the reflection, padded on the right.
 
-
-@dataclass
-class Settings:
-    """What one training run is made of. The defaults are the paper's where it states them."""
-
-    steps: int = 1_750
-    lr: float = 5e-7
-    warmup: float = 0.03  # share of the steps in which the learning rate rises; then a cosine to 0
-    clip: float = 0.2  # epsilon of the clipped ratio
-    beta: float = 0.001  # weight of the KL term
-    loss: str = "dapo"
-    temperature: float = 1.0  # what sampling divided the logits by
-    max_new_tokens: int = 512  # the longest reflection: the constant of "dr_grpo"
-    max_grad_norm: float = 1.0
-    micro_tokens: int = 8_192  # tokens in one forward and backward pass
-    skip_equal: bool = False  # leave groups of equal rewards out with beta > 0 too
-    save_every: int = 25  # steps between two checkpoints
-    keep_checkpoints: int = 2  # the last ones
-
-
-@dataclass
-class Batch:
-    """What one optimiser step learns from: N rows, with nothing after their last trained token.
-
-    `group` rows at a time begin alike: they share a context, which is read once.
+    Returns (G, T) each: the token ids; the mask, True on the reflection's own tokens (with its
+    end-of-turn token where the model wrote one); and the log-probabilities that these tokens had
+    when they were drawn. The mask is made from positions, never from token ids: a padding token's
+    id may be a real token elsewhere.
     """
-
-    ids: list[list[int]]
-    spans: list[list[tuple[int, int]]]  # (start, end) of a row's trained tokens
-    advantages: Tensor  # (N,)
-    old_logprobs: list[list[float]] | None = None  # of the trained tokens; None: as they are now
-    ref_logprobs: list[list[float]] | None = None  # likewise; None: the reference model's
-    rewards: Tensor | None = None  # (N,)
-    metrics: dict[str, float] = field(default_factory=dict)
-    group: int = 1
-
-    def shared(self, first: int) -> int:
-        """How many tokens the group from row `first` on has in common before any trained one."""
-        rows = range(first, first + self.group)
-        start = min(self.spans[row][0][0] for row in rows)
-        return len(os.path.commonprefix([self.ids[row][:start] for row in rows]))
+    T = max(len(t.context) + len(t.reflection) for t in group)
+    ids = torch.zeros(len(group), T, dtype=torch.long)
+    mask = torch.zeros(len(group), T, dtype=torch.bool)
+    old = torch.zeros(len(group), T)
+    for row, t in enumerate(group):
+        start, end = len(t.context), len(t.context) + len(t.reflection)
+        ids[row, :end] = torch.tensor(t.context + t.reflection)
+        mask[row, start:end] = True
+        old[row, start:end] = torch.tensor(t.logprobs["reflection"])
+    return ids, mask, old
 
 
-def reflection_batch(
-    contexts: list[list[int]],
-    reflections: list[list[int]],
-    logprobs: list[list[float]],
-    rewards: Tensor,
-    scale: bool = True,
-) -> Batch:
-    """P failures with G reflections each as N = P * G rows; rewards: (P, G).
+def token_logprobs(
+    model: Model, ids: Tensor, mask: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of the tokens where mask is True, and the entropies there.
 
-    Where more than the reflection is trained, a failure has G rows for each such turn, and all the
-    rows of one conversation get its advantage.
+    ids, mask: (G, T) on the CPU; the rows begin with the same context, which is computed once for
+    all of them. Returns (G, T) both, zero where mask is False, on the model's device.
+
+    All rows become one, in which each token keeps its position:
+
+        packed     [ context    | reflection_1 | reflection_2 | … | reflection_G ]
+        positions    0 1 … C-1    C C+1 …        C C+1 …            C C+1 …
+        sees         the context and, up to itself, its own reflection
+
+    Raises ValueError where the rows differ before their first trained token, or have none before.
     """
-    turns = len(contexts) // rewards.numel()
-    return Batch(
-        ids=[c + r for c, r in zip(contexts, reflections, strict=True)],
-        spans=[[(len(c), len(c) + len(r))] for c, r in zip(contexts, reflections, strict=True)],
-        advantages=group_advantages(rewards, scale=scale).repeat(1, turns).flatten(),
-        old_logprobs=logprobs,
-        rewards=rewards.repeat(1, turns).flatten(),
-        group=turns * rewards.shape[1],
-        metrics={
-            "reward": rewards.mean().item(),
-            "mixed_groups": (rewards != rewards[:, :1]).any(dim=1).float().mean().item(),
-            "length": sum(map(len, reflections)) / len(reflections),
-        },
-    )
+    G, T = ids.shape
+    column = torch.arange(T)
+    C = int(mask.any(dim=0).int().argmax())  # the context: all before the first trained token
+    if C == 0 or (ids[:, :C] != ids[0, :C]).any():
+        raise ValueError("packed rows must share what stands before their first trained token")
+    last = (mask * column).amax(dim=1, keepdim=True)  # (G, 1): it predicts nothing
+    row, place = ((column >= C) & (column < last)).nonzero(as_tuple=True)  # of each own token
+    packed = torch.cat([ids[0, :C], ids[row, place]])  # (L,)
+    positions = torch.cat([column[:C], place])
+    owner = torch.cat([torch.full((C,), -1), row])
+    sees = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
+    sees &= (owner == -1) | (owner[:, None] == owner)  # (L, L)
 
+    # Each trained token is predicted by the one before it: the context's last, or one of its row.
+    trained, at = mask.nonzero(as_tuple=True)
+    starts = C + torch.cat([torch.zeros(1, dtype=torch.long), (last[:, 0] - C).cumsum(0)])  # rows'
+    before = torch.where(at == C, C - 1, starts[trained] + at - C - 1)
 
-def micro_batches(batch: Batch, micro_tokens: int, skip_equal: bool = False) -> Iterator[list[int]]:
-    """Row numbers, whole groups of similar length up to `micro_tokens` tokens, shortest row first.
-
-    Where all rewards of a group are equal its advantages are zero, and no policy gradient comes
-    from it: skip_equal leaves such groups out (all but one, where all are such).
-    """
-    G, sizes = batch.group, {}
-    for first in range(0, len(batch.ids), G):
-        context = batch.shared(first)
-        sizes[first] = context + sum(len(row) - context for row in batch.ids[first : first + G])
-    if skip_equal:
-        unequal = {first for first in sizes if batch.advantages[first : first + G].any()}
-        sizes = {first: sizes[first] for first in unequal or list(sizes)[:1]}
-    rows: list[int] = []
-    for first in sorted(sizes, key=sizes.get):
-        if rows and (len(rows) // G + 1) * sizes[first] > micro_tokens:
-            yield sorted(rows, key=lambda row: len(batch.ids[row]))
-            rows = []
-        rows += range(first, first + G)
-    yield sorted(rows, key=lambda row: len(batch.ids[row]))
-
-
-def predictions(model: Model, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The hidden states that some rows' trained tokens are predicted from, (tokens, E), these
-    tokens, (tokens,), and where they stand: the mask, (n, T), whose order is theirs.
-
-    A group's context is several times longer than its reflections, so it is read once:
-
-        context, C tokens ┬ reflection_1      each sees the context and itself, its positions go on
-                          ├ reflection_2      after the context's; the result is that of one row
-                          ┴ reflection_G      per reflection, at a fraction of its arithmetic
-
-    The context's last position predicts the first token of each; a reflection's positions but the
-    last one predict the others. Rows come shortest first; those of about one length are read
-    together.
-    """
-    c, G, spans = model.config, batch.group, [batch.spans[row] for row in rows]
-    longest = max(len(batch.ids[row]) for row in rows)
-    if G == 1 or c.rope_type == "longrope" and longest > c.original_max_position_embeddings:
-        # (longrope reads a context otherwise where what follows is long)
-        ids, live = padded([batch.ids[row] for row in rows], model.device)
-        mask = trained_mask(spans, ids.shape[1]).to(ids.device)
-        return model.hidden(ids, live=live)[:, :-1][mask], ids[:, 1:][mask], mask
-    groups = sorted({row // G for row in rows})
-    ends = [batch.shared(group * G) for group in groups]  # where contexts end
-    contexts = [batch.ids[g * G][:end] for g, end in zip(groups, ends, strict=True)]
-    contexts, live = padded(contexts, model.device)  # (P, C)
-    hidden, cache = model.read(contexts, live)
-    owner = [groups.index(row // G) for row in rows]  # each row's context
-    last = hidden[torch.arange(len(groups)), live.sum(1) - 1]  # (P, E)
-    last = last.index_select(0, torch.tensor(owner, device=last.device))  # (n, E)
-    ends = [ends[own] for own in owner]
-    tails = [batch.ids[row][end:] for row, end in zip(rows, ends, strict=True)]
-    # Counted from the context's last token, which is token 0 here and predicts the first target.
-    spans = [[(a - e + 1, b - e + 1) for a, b in row] for row, e in zip(spans, ends, strict=True)]
-    mask = trained_mask(spans, 1 + max(map(len, tails))).to(model.device)  # (n, T)
-    states, targets, start = [], [], 0
-    while start < len(rows):
-        limit = 1.25 * len(tails[start]) + 8
-        end = next((i for i in range(start, len(rows)) if len(tails[i]) > limit), len(rows))
-        ids, live = padded(tails[start:end], model.device)
-        h = last[start:end, None]
-        if ids.shape[1] > 1:
-            inner = model.hidden(ids[:, :-1], cache.of(owner[start:end]), live[:, 1:])
-            h = torch.cat([h, inner], dim=1)  # (rows, T, E)
-        trained = mask[start:end, : ids.shape[1]]
-        states, targets, start = [*states, h[trained]], [*targets, ids[trained]], end
-    return torch.cat(states), torch.cat(targets), mask
+    device = model.device
+    packed, positions, sees = packed.to(device), positions.to(device), sees.to(device)
+    hidden = model.hidden(packed[None], positions[None], sees[None])[0]  # (L, E)
+    hidden = hidden.index_select(0, before.to(device))  # (tokens, E)
+    values = score_in_parts(model, hidden, ids[mask].to(device), temperature)  # (tokens,) both
+    blank, mask = torch.zeros(G, T, dtype=values[0].dtype, device=device), mask.to(device)
+    return blank.masked_scatter(mask, values[0]), blank.masked_scatter(mask, values[1])
 
 
 LOGITS = 2**25  # that exist at once
 
 
-def token_logprobs(
-    model: Model, batch: Batch, rows: list[int], temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the trained targets, zero elsewhere, (n, T); their entropies, (tokens,);
-    and the mask of trained targets, (n, T).
+def score_in_parts(
+    model: Model, hidden: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(tokens, E) hidden states, (tokens,) targets -> their log-probabilities and the entropies.
 
-    The output head, the widest matrix, is applied only where a trained token is predicted, a part
-    at a time; of several parts, the logits are computed anew in the backward pass.
+    The output head is the widest matrix: its logits are computed a part at a time and, if there are
+    several parts, anew in the backward pass, so that they never all exist at once.
     """
-    hidden, targets, mask = predictions(model, batch, rows)
-
-    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model.head(hidden)  # (tokens, V)
-        log_p = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-        entropy = -log_p.detach().exp().mul_(log_p.detach()).sum(dim=-1)
-        return -F.nll_loss(log_p, targets, reduction="none"), entropy
-
-    parts = [x.split(max(1, LOGITS // model.words)) for x in (hidden, targets)]
+    parts = [x.split(max(1, LOGITS // model.vocab_size)) for x in (hidden, targets)]
     again = len(parts[0]) > 1 and torch.is_grad_enabled()
-    scored = [
-        checkpoint(score, *part, use_reentrant=False) if again else score(*part)
-        for part in zip(*parts, strict=True)
-    ]
-    chosen, entropy = (torch.cat(values) for values in zip(*scored, strict=True))
-    return spread(chosen, mask), entropy, mask
+    logprobs, entropies = [], []
+    for part in zip(*parts, strict=True):
+        if again:
+            scored = checkpoint(score, model, *part, temperature, use_reentrant=False)
+        else:
+            scored = score(model, *part, temperature)
+        logprobs.append(scored[0])
+        entropies.append(scored[1])
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
-@torch.no_grad()
-def mean_nll(model: Model, batches: list[Batch]) -> float:
-    """The mean of -log p over the trained tokens of some batches: nats a token."""
-    scored = [token_logprobs(model, b, list(range(len(b.ids))), 1.0) for b in batches]
-    total = sum(logprobs.sum().item() for logprobs, _, _ in scored)
-    return -total / sum(mask.sum().item() for _, _, mask in scored)
+def score(
+    model: Model, hidden: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    log_p = F.log_softmax(model.head(hidden) / temperature, dim=-1)  # (tokens, V)
+    entropy = -(log_p.detach().exp() * log_p.detach()).sum(dim=-1)
+    return -F.nll_loss(log_p, targets, reduction="none"), entropy
 
 
-def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """(tokens,) values to their places in (n, T), zero elsewhere."""
-    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+# -- The conversation ------------------------------------------------------------------------------
 
 
-def gradients(model: Model, reference: Model | None, batch: Batch, s: Settings) -> dict[str, float]:
-    """Add the gradient of the whole step's loss to the parameters, a micro-batch at a time.
+@dataclass
+class Chat:
+    """A model with what it needs to talk about a task, and how its turns are sampled."""
 
-    Returns the metrics: `loss`; the number of trained `tokens`; the means over them (without those
-    of groups left out) of nll, entropy, `clipped` and, with a reference, kl; and `mismatch`, the
-    largest difference between a log-probability as recorded when its token was drawn and as it is
-    computed here.
+    model: Model
+    tokenizer: Tokenizer
+    task: object
+    max_new_tokens: int  # the longest turn
+    temperature: float = 1.0
+    seed: int = 0
+    cache_tokens: int = 131_072  # whose keys and values are held at once: this bounds the memory
+
+    def question(self, problem) -> list[int]:
+        """The prompt of the first try, up to where the assistant's turn begins."""
+        return self.tokenizer.prompt(*self.task.messages(problem))
+
+    def context(self, c: "Conversation") -> list[int]:
+        """All that is read before a reflection: question, attempt, and "reflect"."""
+        bridge = self.tokenizer.bridge(self.task.reflect)
+        return c.prompt + self.tokenizer.next_turn(c.attempt, bridge)
+
+    def sample(self, prompts, samples, keys, cache=None) -> Generation:
+        limits = (samples, self.max_new_tokens, self.temperature)
+        return generate(
+            self.model, prompts, *limits, self.tokenizer.stop_ids, self.seed, keys, cache
+        )
+
+    def verify(self, problem, turn: list[int]):
+        return self.task.verify(problem, self.tokenizer.decode(turn))
+
+
+@dataclass
+class Conversation:
+    """What was said about a problem, as token ids, and the verifier's two verdicts.
+
+    The assistant's turns end with their end-of-turn token, unless they were cut.
     """
-    tokens = sum(end - start for spans in batch.spans for start, end in spans)
-    N = len(batch.ids)
-    normalizer = {"dapo": tokens, "grpo": N, "dr_grpo": N * s.max_new_tokens}[s.loss]
-    total, mismatch = dict.fromkeys(("seen", "loss", "nll", "entropy", "clipped", "kl"), 0.0), 0.0
-    process, processes = rank()  # each takes its share of the micro-batches
-    micro = list(micro_batches(batch, s.micro_tokens, s.skip_equal or not s.beta))
-    for rows in micro[process::processes]:
-        ref = None
-        if s.beta and batch.ref_logprobs is None:
-            with torch.no_grad():  # first: the other pass keeps what its gradient needs
-                ref, _, _ = token_logprobs(reference, batch, rows, s.temperature)
-        logprobs, entropy, mask = token_logprobs(model, batch, rows, s.temperature)
-        A, now = batch.advantages[rows].to(model.device), logprobs.detach()
 
-        def recorded(values: list[list[float]], rows=rows, mask=mask, now=now) -> Tensor:
-            flat = [value for row in rows for value in values[row]]
-            return spread(torch.tensor(flat, dtype=now.dtype, device=now.device), mask)
-
-        old = now if batch.old_logprobs is None else recorded(batch.old_logprobs)
-        ref = recorded(batch.ref_logprobs) if batch.ref_logprobs is not None else ref
-        loss = grpo_loss(logprobs, old, ref, A, mask, s.clip, s.beta, s.loss, normalizer)
-        loss.backward()
-
-        beyond = ((now - old).exp() - 1) * A[:, None].sign() > s.clip  # where the clip bites
-        total["seen"] += len(entropy)
-        total["loss"] += loss.item()
-        total["nll"] -= now.sum().item()
-        if ref is not None:
-            total["kl"] += k3(ref - now).sum().item()
-        total["entropy"] += entropy.sum().item()
-        total["clipped"] += beyond.sum().item()
-        mismatch = max(mismatch, (now - old).abs().max().item())
-    sums = all_reduce(torch.tensor(list(total.values()), dtype=torch.float64)).tolist()
-    total = dict(zip(total, sums, strict=True))
-    mismatch = all_reduce(torch.tensor(mismatch), dist.ReduceOp.MAX).item()
-    loss, seen = total.pop("loss"), total.pop("seen")
-    if not s.beta and batch.ref_logprobs is None:
-        del total["kl"]
-    means = {name: value / seen for name, value in total.items()}
-    return {"loss": loss, **means, "mismatch": mismatch, "tokens": tokens}
+    problem: object
+    sample: int  # which attempt at the problem this is
+    prompt: list[int]  # the question, up to where the assistant's turn begins
+    attempt: list[int]
+    first: object  # the verdict on the attempt
+    context: list[int] = field(default_factory=list)  # question, attempt, and "reflect"
+    reflection: list[int] = field(default_factory=list)
+    cut: bool = False  # whether the reflection reached the longest length
+    retry: list[int] = field(default_factory=list)
+    second: object = None  # the verdict on the retry
+    logprobs: dict[str, list[float]] = field(default_factory=dict)  # of a turn, when it was drawn
 
 
-def train(
-    model: Model,
-    batches: Callable[[int], Batch],
-    s: Settings,
-    optimizers: list[torch.optim.Optimizer],
-    reference: Model | None = None,
-    start: int = 0,
-    folder: Path | None = None,
-    files: tuple[Path, ...] = (),
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """The loop. `batches(step)` samples what a step learns from; yields (step, metrics) after each.
+Tries = list[Conversation]
 
-    Every step samples from the model as the step before left it (on-policy, one update a batch).
-    The caller logs and evaluates between the steps, in its own for loop; then, with a `folder`,
-    the step is saved there (every s.save_every steps), and how long the caller's `files` are.
-    A step whose loss or gradient is not finite is skipped (`skipped` is 1). Raises ValueError
-    after five in a row, and Stopped where STOP was set.
+# The random numbers of a turn are keyed by (seed, purpose, step, turn, problem, attempt, …), so
+# that a sample depends on nothing else. A `key` below is its (purpose, step).
+EVALUATE, COLLECT, TRAIN, AGAIN = range(4)  # purposes
+ATTEMPT, REFLECT, RETRY = range(3)  # turns
+
+
+def attempt(chat: Chat, problems: list, samples: int, key: tuple, first: int = 0) -> Tries:
+    """First tries: `samples` at each problem, problem by problem, numbered from `first`."""
+    prompts = [chat.question(problem) for problem in problems]
+    keys = [(*key, ATTEMPT, p.id, first + s) for p in problems for s in range(samples)]
+    drawn = chat.sample(prompts, samples, keys)
+    tries = []
+    for problem, prompt, turns, logprobs in zip(
+        problems, prompts, drawn.tokens, drawn.logprobs, strict=True
+    ):
+        for s, turn in enumerate(turns):
+            c = Conversation(problem, first + s, prompt, turn, chat.verify(problem, turn))
+            c.logprobs["attempt"] = logprobs[s]
+            tries.append(c)
+    return tries
+
+
+def reflect(chat: Chat, failures: Tries, samples: int, key: tuple) -> tuple[Tries, KVCache]:
+    """`samples` reflections on each failure, failure by failure, and the cache to retry from."""
+    contexts = [chat.context(f) for f in failures]
+    keys = [(*key, REFLECT, f.problem.id, f.sample, g) for f in failures for g in range(samples)]
+    drawn = chat.sample(contexts, samples, keys)
+    reflected = []
+    for f, context, turns, logprobs in zip(
+        failures, contexts, drawn.tokens, drawn.logprobs, strict=True
+    ):
+        for g, turn in enumerate(turns):
+            own = {**f.logprobs, "reflection": logprobs[g]}
+            cut = turn[-1] not in chat.tokenizer.stop_ids
+            reflected.append(replace(f, context=context, reflection=turn, cut=cut, logprobs=own))
+    return reflected, drawn.cache
+
+
+def retry(chat: Chat, reflected: Tries, key: tuple, cache: KVCache | None = None) -> Tries:
+    """A second try after each reflection.
+
+    With the cache from `reflect`, only what comes after it is read. Without one (for reflections
+    of another model, say) each conversation is read from its beginning.
     """
-    parameters = [p for optimizer in optimizers for p in moved_by(optimizer)]
-    in_a_row = 0
-    for step in range(start, s.steps):
-        batch = batches(step)
-        metrics = gradients(model, reference, batch, s)
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # it had no micro-batch
-            all_reduce(p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm).item()
-        finite = math.isfinite(norm) and math.isfinite(metrics["loss"])
-        in_a_row = 0 if finite else in_a_row + 1
-        if in_a_row == 5:
-            raise ValueError(f"step {step + 1}: no finite loss or gradient in 5 steps in a row")
-        share = lr_share(step, s.steps, s.warmup)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        metrics |= {"grad_norm": norm, "lr": s.lr * share, "skipped": int(not finite)}
-        yield step, {**batch.metrics, **metrics}
-        last, stop = step + 1 == s.steps, stopping()
-        if folder and (last or stop or (step + 1) % s.save_every == 0):
-            save_checkpoint(folder, step + 1, optimizers, files, s.keep_checkpoints)
-        if stop:
-            stopping()  # all wait until it is saved
-            raise Stopped
+    prompts, keys, seen = [], [], {}
+    bridge = chat.tokenizer.bridge(chat.task.again)
+    for c in reflected:
+        ids = c.context + chat.tokenizer.next_turn(c.reflection, bridge)
+        # The cache holds all of a reflection but its last token.
+        prompts.append(ids[len(c.context) + len(c.reflection) - 1 :] if cache else ids)
+        number = seen[c.problem.id, c.sample] = seen.get((c.problem.id, c.sample), -1) + 1
+        keys.append((*key, RETRY, c.problem.id, c.sample, number))
+    drawn = chat.sample(prompts, 1, keys, cache)
+    tries = []
+    for c, [turn], [logprobs] in zip(reflected, drawn.tokens, drawn.logprobs, strict=True):
+        own = {**c.logprobs, "retry": logprobs}
+        tries.append(replace(c, retry=turn, second=chat.verify(c.problem, turn), logprobs=own))
+    return tries
 
 
-def moved_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The weights that an optimiser moves, in the order of its states' numbers."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def first_tries(chat: Chat, problems: list, samples: int, key: tuple, first: int = 0) -> Tries:
+    """`attempt` at any number of problems, as many at once as fit. In the order of their ids."""
+    tries, todo = [], batches(chat, problems, samples, turns=1)
+    while todo:
+        some = todo.pop(0)
+        try:
+            tries += attempt(chat, some, samples, key, first)
+        except torch.OutOfMemoryError as error:
+            todo = halves(chat, [some, *todo], error)
+    return sorted(tries, key=lambda c: (c.problem.id, c.sample))
+
+
+def rollout(chat: Chat, failures: Tries, samples: int, key: tuple) -> Tries:
+    """Reflect `samples` times on any number of failures, and retry once after each reflection, as
+    many at once as fit. In the order of the problems' ids, the tries on one failure together."""
+    tries, todo = [], batches(chat, failures, samples, turns=2)
+    while todo:
+        some = todo.pop(0)
+        try:
+            reflected, cache = reflect(chat, some, samples, key)
+            tries += retry(chat, reflected, key, cache)
+        except torch.OutOfMemoryError as error:
+            todo = halves(chat, [some, *todo], error)
+        cache = None  # its memory is free for the next batch
+    return sorted(tries, key=lambda c: (c.problem.id, c.sample))
+
+
+def batches(chat: Chat, items: list, samples: int, turns: int) -> list[list]:
+    """Problems or failures, longest first, in batches whose keys and values fit chat.cache_tokens.
+    Each item has `samples` times `turns` more turns, with some 50 tokens of the
+    template before each, and is as wide as the longest of its batch."""
+    sizes = []
+    for item in items:
+        read = item.prompt + item.attempt if isinstance(item, Conversation) else chat.question(item)
+        sizes.append(len(read) + samples * turns * (chat.max_new_tokens + 50))
+    found, width = [], 0
+    for i in sorted(range(len(items)), key=lambda i: -sizes[i]):
+        if not found or (len(found[-1]) + 1) * width > chat.cache_tokens:
+            found.append([])
+            width = sizes[i]
+        found[-1].append(items[i])
+    return found
+
+
+def halves(chat: Chat, todo: list[list], error: torch.OutOfMemoryError) -> list[list]:
+    """The batches that are left, of which the first did not fit the memory, each in two; and a
+    smaller cache from now on. Raises the error where there is nothing to halve."""
+    if len(todo[0]) == 1:
+        raise error
+    chat.cache_tokens //= 2
+    torch.cuda.empty_cache()
+    parts = []
+    for batch in todo:
+        half = (len(batch) + 1) // 2
+        parts += [batch[:half], batch[half:]]
+    return [part for part in parts if part]
+
+
+def draw_failures(
+    failures: Tries, step: int, size: int, seed: int, leave_out: tuple[int, ...] = ()
+) -> Tries:
+    """The failures of a step: each once an epoch, in an order drawn anew, none twice a step.
+
+    leave_out: the ids of problems that are not to be drawn. Raises ValueError where none is left.
+    """
+    left = [c for c in failures if c.problem.id not in leave_out]
+    if not left:
+        raise ValueError("there is no failure to train on")
+    epoch, start = divmod(step * size, len(left))
+    order: Tries = []
+    while len(order) < start + size:
+        order += random.Random(f"{seed} {epoch}").sample(left, len(left))
+        epoch += 1
+    return list({(c.problem.id, c.sample): c for c in order[start : start + size]}.values())
+
+
+# -- What a step reports ---------------------------------------------------------------------------
+
+
+def token_sums(loss, new, old, ref, entropy, A, mask, clip) -> dict[str, float]:
+    """Of one failure's trained tokens: what the metrics of the step are made from."""
+    clipped = ((new - old).exp() - 1) * A[:, None].sign() > clip  # the clip stops the gradient
+    kl = torch.zeros_like(new) if ref is None else k3(torch.where(mask, ref - new, 0.0))
+    of_tokens = {"nll": -new, "entropy": entropy, "clipped": clipped.float(), "kl": kl}
+    return {
+        "tokens": mask.sum().item(),
+        "loss": loss.item(),
+        "mismatch": (new - old).abs().max().item(),
+        **{name: values.sum().item() for name, values in of_tokens.items()},
+    }
+
+
+def describe(tries: Tries, rewards: Tensor, parts: list[dict]) -> dict[str, float]:
+    """The metrics of a step. nll, entropy, clipped and kl are means over the trained tokens;
+    mismatch is the largest difference between the log-probability of a token when it was drawn and
+    as it is computed here; sampled counts the tokens of reflections and retries."""
+    tokens = max(1, sum(part["tokens"] for part in parts))
+    names = ("nll", "entropy", "clipped", "kl")
+    means = {name: sum(part[name] for part in parts) / tokens for name in names}
+    lengths = [len(t.reflection) for t in tries]
+    return {
+        "reward": rewards.mean().item(),
+        "mixed_groups": (rewards != rewards[:, :1]).any(dim=1).float().mean().item(),
+        "length": sum(lengths) / len(tries),
+        "cut": sum(t.cut for t in tries) / len(tries),
+        "sampled": sum(lengths) + sum(len(t.retry) for t in tries),
+        "loss": sum(part["loss"] for part in parts),
+        "mismatch": max((part["mismatch"] for part in parts), default=0.0),
+        **means,
+    }
+
+
+def write_samples(path: Path, step: int, tries: Tries, rewards, advantages, chat: Chat) -> None:
+    """A line a conversation: its text, verdicts, reward, advantage, and the span of its trained
+    tokens in context and reflection."""
+    for t, reward, A in zip(tries, rewards.flatten(), advantages.flatten(), strict=True):
+        span = [len(t.context), len(t.context) + len(t.reflection)]
+        worth = {"reward": reward.item(), "advantage": A.item(), "trained_span": span}
+        append_jsonl(path, {"step": step, **as_text(t, chat.tokenizer), **worth})
+
+
+def as_text(c: Conversation, tokenizer: Tokenizer) -> dict:
+    """A conversation as JSON. The context is what was read before the reflection, if there is one,
+    else before the attempt."""
+    turns = {"context": c.context or c.prompt, "attempt": c.attempt}
+    turns |= {"reflection": c.reflection, "retry": c.retry}
+    said = {name: tokenizer.tokenizer.decode(ids, False) for name, ids in turns.items() if ids}
+    verdicts = {"first": asdict(c.first), "second": c.second and asdict(c.second)}
+    return {"problem": asdict(c.problem), "sample": c.sample, **said, **verdicts}
+
+
+def append_jsonl(path: Path, record) -> None:
+    """Add a line to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+# -- The optimizer ---------------------------------------------------------------------------------
 
 
 def lr_share(step: int, steps: int, warmup: float) -> float:
@@ -428,47 +569,53 @@ def lr_share(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def adamw(model: Model, lr: float, offload: bool = False) -> list[torch.optim.Optimizer]:
-    """What R3 trains with: AdamW on float32 weights, or on float32 copies of them."""
-    if offload or next(model.parameters()).dtype != torch.float32:
-        return [Masters(model, lr, offload)]
-    return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)]
-
-
-class Masters(torch.optim.AdamW):
+class MasterAdamW(torch.optim.AdamW):
     """AdamW on float32 masters of the weights, kept in main memory with `offload`.
 
     A bfloat16 has 8 significant bits: at a learning rate of 5e-7 nearly every update of a weight
     rounds away. So updates add up in a float32 copy, from which the weight is rounded anew after
-    each step. Gradients, too, add up over the micro-batches in float32: each goes to its master as
-    soon as a backward pass has it, and the model itself never holds any.
+    each step. Gradients add up in float32, too. A weight that is float32 is its own master.
     """
 
-    def __init__(self, model: Model, lr: float, offload: bool):
+    def __init__(self, model: Model, lr: float, offload: bool = False):
         self.weights = list(model.parameters())
-        device = "cpu" if offload else model.device
-        masters = [p.detach().to(device, torch.float32, copy=True) for p in self.weights]
-        super().__init__(masters, lr=lr, weight_decay=0.0, fused=True)
-        for weight, master in zip(self.weights, masters, strict=True):
-            weight.register_post_accumulate_grad_hook(partial(self.collect, weakref.ref(master)))
+        self.masters = self.weights
+        if offload or model.lm_head.weight.dtype != torch.float32:
+            device = "cpu" if offload else model.device
+            self.masters = [w.detach().to(device, torch.float32, copy=True) for w in self.weights]
+        super().__init__(self.masters, lr=lr, weight_decay=0.0, fused=True)
 
-    @staticmethod
-    def collect(to: weakref.ref, weight: Tensor) -> None:
-        master = to()  # the model outlives its masters
-        gradient, weight.grad = weight.grad.to(master), None
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    def collect(self) -> None:
+        """After a backward pass: add the weights' gradients to their masters'."""
+        if self.masters is self.weights:
+            return
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight.grad is not None:
+                gradient, weight.grad = weight.grad.to(master), None
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
-    def step(self) -> None:
-        super().step()
-        self.round()
+    def update(self, lr: float, max_grad_norm: float) -> float:
+        """One step with the gradient, cut to a norm; returns the norm before.
+        Where that is not finite, nothing is changed."""
+        for master in self.masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
+        if math.isfinite(norm):
+            self.param_groups[0]["lr"] = lr
+            self.step()
+            self.round()
+        self.zero_grad(set_to_none=True)
+        return norm
 
     @torch.no_grad()
     def round(self) -> None:
-        for weight, master in zip(self.weights, self.param_groups[0]["params"], strict=True):
-            weight.copy_(master)
+        if self.masters is not self.weights:
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.copy_(master)
 
 
-# -- Several processes: torchrun starts one a GPU --------------------------------------------------
+# -- Stopping and going on -------------------------------------------------------------------------
 
 STOP = threading.Event()  # set by a signal: finish the step, save it, and leave
 
@@ -477,247 +624,88 @@ class Stopped(Exception):
     """The run was asked to stop, and has saved what it did."""
 
 
-def rank() -> tuple[int, int]:
-    """The number of this process, and of how many."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+LOGS = ("metrics.jsonl", "samples.jsonl")  # cut back to the checkpoint when a run is resumed
+KEPT = 2  # checkpoints, the last ones
 
 
-def all_reduce(values: Tensor, how=dist.ReduceOp.SUM) -> Tensor:
-    """Sum over all processes, in place; every one gets the same bits."""
-    if rank()[1] > 1:
-        dist.all_reduce(values, how)
-    return values
-
-
-def stopping() -> bool:
-    """Whether any process was asked to stop: all of them agree."""
-    return bool(all_reduce(torch.tensor(float(STOP.is_set()))))
-
-
-# -- Is it right? The same step by the textbook, in float64 ----------------------------------------
-
-
-def check(model: Model, batch: Batch, s: Settings, seed: int = 0) -> dict[str, float]:
-    """Compare one micro-batch's loss and gradients with `textbook`, as relative differences.
-
-    On-policy, every ratio is 1 and clipping sleeps, so noise first moves the old and the reference
-    log-probabilities until a good part of the tokens is clipped. And advantages that add up to zero
-    give a loss of about zero, to which nothing can be relative, so the positive ones are made
-    larger. Raises ValueError where no micro-batch has both signs of A.
+def save_checkpoint(folder: Path, step: int, optimizer: MasterAdamW, state: dict) -> None:
+    """What training needs to go on after `step` steps, in folder/checkpoints/step-N/, complete or
+    absent: float32 weights, AdamW's moments, how long the run's logs are, and a small JSON `state`.
+    There is no random state: each draw is keyed by its step.
     """
-    rng = torch.Generator().manual_seed(seed)
-    for rows in map(sorted, micro_batches(batch, s.micro_tokens)):  # group by group
-        A = batch.advantages[rows]
-        if A.min() < 0 < A.max():
-            break
-    else:
-        raise ValueError("nothing to check: no group has both right and wrong retries")
-    old = [batch.old_logprobs[row] for row in rows]
-
-    def moved() -> list[list[float]]:
-        noise = [0.4 * torch.randn(len(values), generator=rng) for values in old]
-        return [(torch.tensor(v) + n).tolist() for v, n in zip(old, noise, strict=True)]
-
-    ids, spans = [batch.ids[row] for row in rows], [batch.spans[row] for row in rows]
-    small = Batch(ids, spans, A + 0.9 * A.abs(), moved(), moved(), group=batch.group)
-    model.zero_grad(set_to_none=True)
-    metrics = gradients(model, None, small, s)
-    ours = torch.cat([p.grad.flatten().double() for p in model.parameters()])
-    model.zero_grad(set_to_none=True)
-    loss, exact = textbook(model, small, s)
-    return {
-        "loss_error": abs(metrics["loss"] - loss) / abs(loss),
-        "gradient_error": ((ours - exact).norm() / exact.norm()).item(),
-        "clipped": metrics["clipped"],
-        "rows": len(rows),
-        "tokens": metrics["tokens"],
-    }
-
-
-def textbook(model: Model, batch: Batch, s: Settings) -> tuple[float, Tensor]:
-    """A batch's loss and its gradient as one vector: float64, one row at a time, no padding."""
-    model = copy.deepcopy(model).double()
-    tokens = sum(end - start for spans in batch.spans for start, end in spans)
-    N, loss = len(batch.ids), torch.zeros((), dtype=torch.float64, device=model.device)
-    for row, ids in enumerate(batch.ids):
-        ids = torch.tensor(ids, device=model.device)
-        log_p = (model(ids[None])[0] / s.temperature).log_softmax(dim=-1)  # (T, V)
-        A, length = batch.advantages[row].item(), len(batch.old_logprobs[row])
-        positions = [t for start, end in batch.spans[row] for t in range(start, end)]
-        share = {"dapo": tokens, "grpo": N * length, "dr_grpo": N * s.max_new_tokens}[s.loss]
-        for i, t in enumerate(positions):
-            now = log_p[t - 1, ids[t]]
-            ratio = torch.exp(now - batch.old_logprobs[row][i])
-            bound = {"max": 1 + s.clip} if A >= 0 else {"min": 1 - s.clip}
-            surrogate = A * torch.clamp(ratio, **bound)
-            towards_reference = batch.ref_logprobs[row][i] - now
-            kl = torch.exp(towards_reference) - towards_reference - 1
-            loss = loss - (surrogate - s.beta * kl) / share
-    loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-# -- Checkpoints -----------------------------------------------------------------------------------
-
-
-PART = 2**28  # bytes in one file, about: writing a file takes a copy of it in memory
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    optimizers: list[torch.optim.Optimizer],
-    files: tuple[Path, ...] = (),
-    keep: int = 2,
-) -> None:
-    """What training needs to go on after `step` steps, in folder/step-N/: complete or absent.
-
-    The optimisers' weights (float32 masters, where there are any) and states, how long `files`
-    are, and SHA-256 sums of it all. There is no random state: each draw is keyed by its step.
-    """
-    if rank()[0] > 0:
-        return
-    tensors, groups = {}, []
-    for number, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
-        groups.append(state["param_groups"])
-        for i, weight in enumerate(moved_by(optimizer)):
-            for name, value in {"weight": weight, **state["state"].get(i, {})}.items():
-                tensors[f"{number}.{i}.{name}"] = value.detach()
-    lengths = {}
-    for file in files:
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
-        lengths[file.name] = file.stat().st_size
-    final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    final = folder / "checkpoints" / f"step-{step}"
+    temporary = final.with_name(f"step-{step}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    part, size = {}, 0
-    for number, (key, tensor) in enumerate(tensors.items(), 1):
-        part[key], size = tensor.cpu().contiguous(), size + tensor.nbytes
-        if size > PART or number == len(tensors):
-            replace_file(temporary / f"state-{number}.safetensors", part)
-            part, size = {}, 0
-    state = {"step": step, "param_groups": groups, "files": lengths}
-    replace_file(temporary / "state.json", json.dumps(state))
-    replace_file(temporary / "SHA256SUMS", sha256_sums(temporary))
+    moments = [optimizer.state.get(master, {}) for master in optimizer.masters]
+    for name in ("exp_avg", "exp_avg_sq"):
+        if moments[0]:
+            tensors = {str(i): of[name].cpu() for i, of in enumerate(moments)}
+            replace_file(temporary / f"{name}.safetensors", tensors)
+    weights = {str(i): master.detach().cpu() for i, master in enumerate(optimizer.masters)}
+    replace_file(temporary / "weights.safetensors", weights)
+    lengths = {}
+    for log in (folder / name for name in LOGS):
+        if log.exists():
+            with open(log, "rb") as file:
+                os.fsync(file.fileno())
+            lengths[log.name] = log.stat().st_size
+    updates = int(moments[0]["step"]) if moments[0] else 0
+    record = {"step": step, "updates": updates, "logs": lengths, "state": state}
+    replace_file(temporary / "state.json", json.dumps(record))
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    for old in checkpoints(folder)[:-keep]:
+    for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, in the order of their steps."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    """The checkpoints of a run, in the order of their steps."""
+    found = (folder / "checkpoints").glob("step-*")
+    found = [path for path in found if path.name[5:].isdecimal()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def load_checkpoint(
-    folder: Path, optimizers: list[torch.optim.Optimizer], files: tuple[Path, ...] = ()
-) -> int:
-    """Go back to the last checkpoint in a folder; returns the steps done, 0 where there is none.
+def load_checkpoint(folder: Path, optimizer: MasterAdamW) -> tuple[int, dict]:
+    """Go back to the run's last checkpoint: weights, moments, and the length of its logs.
 
-    Weights and optimiser states are those of that step, and `files` are cut to what they were.
-    Raises ValueError for a checkpoint that is damaged, or of another model.
+    Returns the steps done, 0 where there is no checkpoint, and the `state` that was saved. Raises
+    ValueError for a checkpoint that is damaged, or of another model.
     """
     path = next(reversed(checkpoints(folder)), None)
-    lengths, step = {}, 0
-    if path:
-        sums = path / "SHA256SUMS"
-        if not sums.is_file() or sums.read_bytes() != sha256_sums(path).encode():
-            raise ValueError(f"{path} is damaged; delete it to go on from the one before it")
-        files_of = [safetensors.torch.load_file(file) for file in path.glob("*.safetensors")]
-        tensors = {key: tensor for part in files_of for key, tensor in part.items()}
-        saved = read_json(path / "state.json")
-        step, lengths = saved["step"], saved["files"]
-        if len(saved["param_groups"]) != len(optimizers):
-            raise ValueError(f"{path} is of another training")
-        for number, optimizer in enumerate(optimizers):
-            weights = moved_by(optimizer)
-            states: dict[int, dict] = {i: {} for i in range(len(weights))}
-            for key in [key for key in tensors if key.startswith(f"{number}.")]:
-                _, i, name = key.split(".")
-                states.setdefault(int(i), {})[name] = tensors[key]
-            shapes = [getattr(states[i].get("weight"), "shape", None) for i in range(len(weights))]
-            if len(states) > len(weights) or shapes != [p.shape for p in weights]:
-                raise ValueError(f"{path} is of another model")
-            for i, weight in enumerate(weights):
-                weight.data.copy_(states[i].pop("weight"))
-            states = {i: state for i, state in states.items() if state}
-            groups = saved["param_groups"][number]
-            optimizer.load_state_dict({"state": states, "param_groups": groups})
-            if isinstance(optimizer, Masters):
-                optimizer.round()
-    for file in files:
-        length = lengths.get(file.name, 0)
-        if length > (file.stat().st_size if file.exists() else 0):
-            raise ValueError(f"{file} is shorter than when {path} was saved: delete {path}")
-        if file.exists() and rank()[0] == 0:
-            os.truncate(file, length)
-    return step
+    if path is None:
+        cut_logs(folder, {})
+        return 0, {}
+    try:
+        record = read_json(path / "state.json")
+        step, updates, lengths = record["step"], record["updates"], record["logs"]
+        names = ("weights", "exp_avg", "exp_avg_sq") if updates else ("weights",)
+        saved = {name: safetensors.torch.load_file(path / f"{name}.safetensors") for name in names}
+    except (ValueError, KeyError, OSError, safetensors.SafetensorError) as error:
+        reason = f"{path} is damaged ({error})"
+        raise ValueError(f"{reason}; delete it to go on from the one before it") from None
+    shapes = {str(i): master.shape for i, master in enumerate(optimizer.masters)}
+    for tensors in saved.values():
+        if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+            raise ValueError(f"{path} is of another model")
+    for i, master in enumerate(optimizer.masters):
+        master.data.copy_(saved["weights"][str(i)])
+        if updates:
+            moments = {name: saved[name][str(i)].to(master.device) for name in names[1:]}
+            count = torch.tensor(float(updates), device=master.device)
+            optimizer.state[master] = {"step": count, **moments}
+    optimizer.round()
+    cut_logs(folder, lengths)
+    return step, record.get("state", {})
 
 
-def sha256_sums(folder: Path) -> str:
-    """The sums of a checkpoint's files, as `sha256sum -c SHA256SUMS` reads them."""
-    files = sorted(file for file in folder.iterdir() if file.name != "SHA256SUMS")
-    return "".join(f"{sha256(file)}  {file.name}\n" for file in files)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# -- Muon, for the cold start of the tiny model ----------------------------------------------------
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised: all directions of a matrix move by the same amount.
-
-    (Jordan et al., 2024, kellerjordan.github.io/posts/muon.) torch.optim.Muon does the same in
-    bfloat16, which a CPU without bfloat16 arithmetic emulates, many times slower. Matrices of one
-    shape are orthogonalised together.
-    """
-
-    def __init__(self, parameters, lr: float, momentum: float = 0.95):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-            for p in group["params"]:
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"])  # Nesterov's look ahead
-                updates.setdefault(p.shape, []).append((p, update))
-            for (rows, columns), pairs in updates.items():
-                directions = orthogonalize(torch.stack([update for _, update in pairs]))
-                scale = max(1.0, rows / columns) ** 0.5
-                for (p, _), direction in zip(pairs, directions, strict=True):
-                    p.add_(direction, alpha=-group["lr"] * scale)
-
-
-def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
-    """(n, rows, columns) -> the nearest orthogonal matrices, roughly: singular values of about 1.
-
-    Newton-Schulz: an odd polynomial of x leaves its singular vectors alone and moves every singular
-    value, applied five times from anywhere in (0, 1] to between about 0.7 and 1.2.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    wide = x.shape[1] <= x.shape[2]
-    x = x if wide else x.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.mT
-
-
-def muon(model: Model, lr: float, rest_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between embedding and head, AdamW for everything else."""
-    hidden = [p for p in model.model.layers.parameters() if p.dim() == 2]
-    chosen = set(map(id, hidden))
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=rest_lr, weight_decay=0.0)]
+def cut_logs(folder: Path, lengths: dict[str, int]) -> None:
+    """Cut a run's logs back to what they were. Raises ValueError where one is shorter already."""
+    for name in LOGS:
+        log, length = folder / name, lengths.get(name, 0)
+        if length > (log.stat().st_size if log.exists() else 0):
+            raise ValueError(
+                f"{log} is shorter than at the last checkpoint: delete that checkpoint"
+            )
+        if log.exists():
+            os.truncate(log, length)

@@ -3,12 +3,12 @@ import tokenizers
 import torch
 
 import model as models
-from tasks import Countdown
+from tasks import TinyCountdown
 
 
 @pytest.fixture(scope="session")
 def task():
-    return Countdown(tiny=True)
+    return TinyCountdown()
 
 
 @pytest.fixture

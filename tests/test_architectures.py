@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from test_model import in_pieces
 
-from grpo import Batch, Settings, gradients, textbook, token_logprobs
-from model import INDEX, Model, Tokenizer, generate, read_config
+from model import INDEX, Model, Tokenizer, causal, generate, read_config
 
 SHORT, LONG = [1.0, 1.2, 1.7, 2.5], [1.5, 3.0, 4.5, 6.0]
 LONGROPE = dict(
     rope_type="longrope", rope_theta=10_000.0, short_factor=SHORT, long_factor=LONG,
-    original_max_position_embeddings=16,
+    original_max_position_embeddings=42,
 )  # fmt: skip
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -34,10 +34,10 @@ KINDS = {
     "qwen3, biases": ("Qwen3", dict(head_dim=12, attention_bias=True)),
     "phi3": ("Phi3", {}),
     "phi3, longrope": (
-        "Phi3", dict(rope_parameters=LONGROPE, original_max_position_embeddings=16)
+        "Phi3", dict(rope_parameters=LONGROPE, original_max_position_embeddings=42)
     ),
 }  # fmt: skip
-T = 40  # beyond the original context of the scaled ones
+T = 40  # beyond the original context of llama3, within that of longrope
 
 
 def made(kind, path, **more):
@@ -66,21 +66,21 @@ def close(ours, theirs):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_logits_equal_transformers(kind, tmp_path):
-    """Prefill, padding on either side (row by row, as longrope goes), and cached decoding."""
+    """Prefill, padding on either side, and cached decoding, also of contexts that rows share."""
     theirs, ours = made(kind, tmp_path)
-    ids = torch.randint(0, 61, (3, T))
-    close(ours(ids), theirs(ids).logits)
+    ids = torch.randint(0, 61, (4, T))
+    ids[1, :7], ids[3, :7] = ids[0, :7], ids[2, :7]
+    want = theirs(ids).logits
+    close(ours(ids), want)
     close(ours(ids[:, :10]), theirs(ids[:, :10]).logits)
     for side in (slice(0, 13), slice(27, T)):
-        live = torch.ones(3, T, dtype=torch.bool)
-        live[1, side], live[2, slice(0, 30) if side.start == 0 else slice(10, T)] = False, False
-        got = ours(ids, live=live)
+        mask = torch.ones(4, T, dtype=torch.bool)
+        mask[1, side], mask[2, slice(0, 30) if side.start == 0 else slice(10, T)] = False, False
+        got = ours(ids, mask)
         for row in range(3):
-            close(got[row][live[row]], theirs(ids[row][live[row]][None]).logits[0])
-    _, cache = ours.read(ids[:, :7], room=T - 7)
-    for start, end in ((t, t + 1) for t in range(7, T)):
-        got = ours.head(ours.hidden(ids[:, start:end], cache))[:, -1]
-        close(got, theirs(ids[:, :end]).logits[:, -1])
+            close(got[row][mask[row]], theirs(ids[row][mask[row]][None]).logits[0])
+    close(in_pieces(ours, ids, range(7, T + 1)), want)
+    close(in_pieces(ours, ids, (7, 8, 20, T), samples=2), want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,17 +93,13 @@ def test_what_we_save_transformers_opens(kind, tmp_path):
     want = ours(ids)
     assert (want - theirs(ids).logits).abs().max() > 0.1
     b = tmp_path / "b"
-    for size in (30_000, 5_000_000_000):  # sharded, then in one file over it
-        ours.save_pretrained(b, shard_bytes=size)
-        close(transformers.AutoModelForCausalLM.from_pretrained(b)(ids).logits, want)
-        close(Model.from_pretrained(b)(ids), want)
-        names = set(theirs.state_dict()) - ({"lm_head.weight"} if "tied" in kind else set())
-        assert (
-            set(dict(ours.named_parameters())) == names
-        )  # the original ones, Phi's fused ones too
-        assert ((b / INDEX).exists(), len(list(b.glob("*.safetensors"))) > 1) == (
-            (True, True) if size == 30_000 else (False, False)
-        )
+    theirs.save_pretrained(b, max_shard_size="30KB")  # what is saved over it wins
+    assert (b / INDEX).exists()
+    ours.save_pretrained(b)
+    close(transformers.AutoModelForCausalLM.from_pretrained(b)(ids).logits, want)
+    close(Model.from_pretrained(b)(ids), want)
+    names = set(theirs.state_dict()) - ({"lm_head.weight"} if "tied" in kind else set())
+    assert set(dict(ours.named_parameters())) == names  # the original ones, Phi's fused ones too
     half = Model.from_pretrained(b, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
@@ -124,41 +120,20 @@ def test_longropes_scale_may_be_given(more, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama, longrope", "phi3, longrope", "mistral, window"])
 @torch.no_grad()
-def test_a_sampled_conversation_that_leaves_the_original_context(kind, tmp_path):
-    """Two greedy turns whose rows cross it at different times: each token is the full pass's."""
+def test_a_sampled_conversation_of_two_turns(kind, tmp_path):
+    """Two greedy turns of rows of many lengths: each token is the full pass's."""
     _, ours = made(kind, tmp_path)
     ids = torch.randint(12, 61, (6, 24)).tolist()
-    prompts = [ids[row][:length] for row, length in enumerate((3, 9, 12, 14, 15, 20))]
+    prompts = [ids[row][:length] for row, length in enumerate((3, 9, 12, 14, 15, 17))]
     options = dict(temperature=0, stop=range(3))
     one = generate(ours, prompts, max_new_tokens=14, **options)
     told = [turn[-1:] + [30, 31, 32] for [turn] in one.tokens]
     two = generate(ours, told, max_new_tokens=8, cache=one.cache, **options)
-    seen = 0
     for prompt, [turn], bridge, [reply] in zip(prompts, one.tokens, told, two.tokens, strict=True):
         for context, said in ((prompt, turn), (prompt + turn[:-1] + bridge, reply)):
             for i, token in enumerate(said):
                 logits = ours(torch.tensor([context + said[:i]]))[0, -1]
                 assert logits.max() - logits[token] < 1e-4
-                seen += len(context) + i == 16
-    assert seen >= 3  # rows did cross
-
-
-@torch.no_grad()
-def test_what_was_read_anew_is_in_the_cache_of_the_next_turn(tmp_path):
-    """Also where a row leaves the original context after others have left the batch."""
-    _, ours = made("phi3, longrope", tmp_path)
-    prompts, late = torch.randint(12, 61, (8, 8)).tolist(), 0
-    for seed in range(6):
-        one = generate(ours, prompts, max_new_tokens=12, stop=range(8), seed=seed)
-        told = [turn[-1:] for [turn] in one.tokens]
-        two = generate(ours, told, max_new_tokens=1, cache=one.cache)
-        for row, [[token]], [[logprob]] in zip(range(8), two.tokens, two.logprobs, strict=True):
-            logits = ours(torch.tensor([prompts[row] + one.tokens[row][0]]))[0, -1]
-            assert abs(logits.log_softmax(-1)[token] - logprob) < 1e-4
-        turns = [len(turn) for [turn] in one.tokens]
-        gone = sum(turn <= 5 for turn in turns) > 2
-        late += gone and max(turns) > 9 and 9 not in turns  # at 9, the next turn reads all anew
-    assert late >= 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
@@ -200,24 +175,42 @@ def test_the_old_form_of_the_scaling_is_the_new_one(kind, tmp_path):
             Model.from_pretrained(tmp_path)
 
 
+LONG16 = {**LONGROPE, "original_max_position_embeddings": 16}
+
+
 @pytest.mark.parametrize(
-    "kind, more", [("mistral", dict(sliding_window=16)),
-                   ("qwen2", dict(sliding_window=16, use_sliding_window=True, max_window_layers=0))]
+    "kind, more", [
+        ("mistral", dict(sliding_window=16)),
+        ("qwen2", dict(sliding_window=16, use_sliding_window=True, max_window_layers=0)),
+        ("llama, longrope", dict(rope_parameters=LONG16)),
+        ("phi3, longrope", dict(rope_parameters=LONG16, original_max_position_embeddings=16)),
+        ("llama, tied", dict(max_position_embeddings=16)),
+    ]
 )  # fmt: skip
 @torch.no_grad()
-def test_beyond_a_sliding_window_is_refused(kind, more, tmp_path):
+def test_beyond_what_is_computed_here_is_refused(kind, more, tmp_path):
+    """A sliding window, longrope's second row of factors, the longest of all positions."""
     theirs, ours = made(kind, tmp_path, **more)
     ids = torch.randint(0, 61, (1, 17))
     close(ours(ids[:, :16]), theirs(ids[:, :16]).logits)
-    with pytest.raises(ValueError, match="17 tokens: longer than the model's sliding window of 16"):
+    refused = pytest.raises(ValueError, match="17 tokens do not fit the model's context of 16")
+    with refused:
         ours(ids)
-    with pytest.raises(ValueError, match="do not fit"):
+    with refused:
         generate(ours, [[5] * 10], max_new_tokens=7)
+    first = generate(ours, [[5] * 10], max_new_tokens=3)
+    with refused:
+        generate(ours, [[5, 6]], max_new_tokens=3, cache=first.cache)
 
 
 def test_shards_and_strangers(tmp_path):
-    _, ours = made("llama, tied", tmp_path)
-    ours.save_pretrained(tmp_path, shard_bytes=30_000)
+    theirs, _ = made("llama, tied", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path, max_shard_size="30KB")
+    ids = torch.randint(0, 61, (1, 9))
+    with torch.no_grad():
+        close(Model.from_pretrained(tmp_path)(ids), theirs(ids).logits)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
     index = json.loads((tmp_path / INDEX).read_text())
     first = sorted(tmp_path.glob("*.safetensors"))[0]
     for evil in ("../evil.safetensors", "/etc/passwd", str(first)):
@@ -256,38 +249,61 @@ def test_rows_of_the_head_beyond_the_tokenizer(tmp_path):
     prompt = [5, 6, 7]
     whole = generate(ours, [prompt], samples=40, max_new_tokens=5).tokens[0]
     assert max(max(turn) for turn in whole) >= 30
-    ours.words = 30
+    ours.vocab_size = 30
     drawn = generate(ours, [prompt], samples=40, max_new_tokens=5)
     assert max(max(turn) for turn in drawn.tokens[0]) < 30
-    rows = [prompt + turn for turn in drawn.tokens[0]]
-    batch = Batch(rows, [[(3, 8)]] * 40, torch.ones(40), group=8)
-    now, _, _ = token_logprobs(ours, batch, range(40), 1.0)
+    rows = torch.tensor([prompt + turn for turn in drawn.tokens[0]])
+    logits = ours(rows)
+    assert logits.shape[-1] == 30
+    now = logits[:, 2:-1].log_softmax(-1).gather(-1, rows[:, 3:, None])[..., 0]
     assert (now - torch.tensor(drawn.logprobs[0])).abs().max() < 1e-4
-    assert ours(torch.tensor(rows)).shape[-1] == 30
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_equals_the_textbook(kind, tmp_path):
-    """Shared contexts, some reflections of which go beyond longrope's original context."""
+def test_a_packed_row_is_its_rows_one_by_one(kind, checkpointing, tmp_path):
+    """A context and what follows it, several times, in one row: values and gradients."""
     _, ours = made(kind, tmp_path)
     rng = torch.Generator().manual_seed(0)
-    ids, spans, old = [], [], []
-    for context, lengths in ((12, (2, 9, 3)), (5, (6, 1, 4))):
-        shared = torch.randint(0, 61, (context,), generator=rng).tolist()
-        for length in lengths:
-            ids.append(shared + torch.randint(0, 61, (length,), generator=rng).tolist())
-            spans.append([(context, context + length)])
-            old.append((torch.randn(length, generator=rng) * 0.3 - 4.0).tolist())
-    A = torch.randn(6, generator=rng)
-    batch = Batch(ids, spans, A, old_logprobs=old, ref_logprobs=old, group=3)
-    for micro_tokens in (1, 1_000):
-        settings = Settings(beta=0.2, micro_tokens=micro_tokens)
+    context, lengths = torch.randint(0, 61, (12,), generator=rng), (2, 9, 3)
+    parts = [torch.randint(0, 61, (length,), generator=rng) for length in lengths]
+    part = torch.tensor([0] * 12 + [i + 1 for i, n in enumerate(lengths) for _ in range(n)])
+    positions = torch.cat([torch.arange(12), *(12 + torch.arange(n) for n in lengths)])
+    seen = ((part == 0) | (part == part[:, None])) & (positions <= positions[:, None])
+    weights = [torch.randn(length, 61, generator=rng) for length in lengths]
+
+    def gradients(outputs):
         ours.zero_grad(set_to_none=True)
-        metrics = gradients(ours, None, batch, settings)
-        mine = torch.cat([p.grad.flatten() for p in ours.parameters()])
-        value, exact = textbook(ours, batch, settings)
-        assert metrics["loss"] == pytest.approx(value, rel=1e-4)
-        assert ((mine - exact).norm() / exact.norm()).item() < 1e-4
+        sum((w * x).sum() for w, x in zip(weights, outputs, strict=True)).backward()
+        return torch.cat([p.grad.flatten() for p in ours.parameters()])
+
+    plain = [ours(torch.cat([context, x])[None])[0, 12:] for x in parts]
+    want = gradients(plain)
+    ours.checkpointing = checkpointing
+    packed = torch.cat([context, *parts])[None]
+    got = ours.head(ours.hidden(packed, positions[None], seen[None]))[0, 12:].split(lengths)
+    for x, y in zip(got, plain, strict=True):
+        close(x, y)
+    assert ((gradients(got) - want).norm() / want.norm()).item() < 1e-4
+
+
+def test_padding_gets_no_gradient_and_gives_none(tmp_path):
+    """Rows of two lengths, padded on the left: the gradients are those of the rows alone."""
+    _, ours = made("llama, tied", tmp_path)
+    rows = [torch.randint(3, 61, (n,)) for n in (5, 9)]
+    weights = torch.randn(61)
+    total = 0
+    for row in rows:
+        ours.zero_grad(set_to_none=True)
+        (ours(row[None])[0] @ weights).sum().backward()
+        total = total + torch.cat([p.grad.flatten() for p in ours.parameters()])
+    ours.zero_grad(set_to_none=True)
+    ids = torch.stack([torch.cat([torch.zeros(4, dtype=torch.long), rows[0]]), rows[1]])
+    mask = torch.arange(9) >= torch.tensor([[4], [0]])
+    assert causal(mask, 9)[0].tolist() == [[0, 0, 0, 0, 0, 1, 2, 3, 4], list(range(9))]
+    (ours(ids, mask)[mask] @ weights).sum().backward()
+    got = torch.cat([p.grad.flatten() for p in ours.parameters()])
+    assert ((got - total).norm() / total.norm()).item() < 1e-4
 
 
 MEASURE = """
@@ -318,7 +334,7 @@ def test_loading_takes_one_copy_and_one_tensor(folder, tmp_path):
         model_type="llama", vocab_size=20_000, hidden_size=512, intermediate_size=1024,
         num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=64,
     )  # fmt: skip
-    Model(config).save_pretrained(tmp_path, shard_bytes=50_000_000)
+    Model(config).save_pretrained(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", MEASURE, str(tmp_path), str(folder)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -329,9 +345,8 @@ def test_loading_takes_one_copy_and_one_tensor(folder, tmp_path):
 HUB = """
 import sys
 from model import Model, Tokenizer
-for name, revision in (("org/name", None), ("org/name", "v2")):
-    model, tokens = Model.from_pretrained(name, revision=revision), Tokenizer.from_pretrained(name)
-    print(model.model.norm.weight[0].item(), len(tokens.encode("abc")))
+model, tokens = Model.from_pretrained("org/name"), Tokenizer.from_pretrained("org/name")
+print(model.model.norm.weight[0].item(), len(tokens.encode("abc")))
 for name in ("org/other", "nowhere", "../x/y"):
     try:
         Model.from_pretrained(name)
@@ -342,14 +357,12 @@ for name in ("org/other", "nowhere", "../x/y"):
 
 def test_a_hub_id_works_offline_from_its_cache(folder, tmp_path):
     cache = tmp_path / "hub" / "models--org--name"
-    for number, name in enumerate(("main", "v2")):
-        commit = str(number) * 40
-        model = Model.from_pretrained(folder)
-        model.model.norm.weight.data.fill_(number + 2)
-        model.save_pretrained(cache / "snapshots" / commit)
-        Tokenizer.from_pretrained(folder).save_pretrained(cache / "snapshots" / commit)
-        (cache / "refs").mkdir(exist_ok=True)
-        (cache / "refs" / name).write_text(commit)
+    model, commit = Model.from_pretrained(folder), "0" * 40
+    model.model.norm.weight.data.fill_(2)
+    model.save_pretrained(cache / "snapshots" / commit)
+    Tokenizer.from_pretrained(folder).save_pretrained(cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     command = [sys.executable, "-c", HUB]
@@ -357,7 +370,7 @@ def test_a_hub_id_works_offline_from_its_cache(folder, tmp_path):
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
     said = ran.stdout.splitlines()
-    assert said[:2] == ["2.0 3", "3.0 3"]
-    assert said[2].startswith("org/other is not here, nor had from the hub: ")
-    assert "nowhere: no such folder" in said[3] and "../x/y: no such folder" in said[4]
-    assert len(said) == 5 and "<break>" not in ran.stdout
+    assert said[0] == "2.0 3"
+    assert said[1].startswith("org/other is not here, nor had from the hub: ")
+    assert "nowhere: no such folder" in said[2] and "../x/y: no such folder" in said[3]
+    assert len(said) == 4 and "<break>" not in ran.stdout

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import model as models
-from model import Model, Tokenizer, draw, generate
+from model import KVCache, Model, Tokenizer, draw, generate
 
 SHAPES = {
     "tied, grouped": dict(num_key_value_heads=2, tie_word_embeddings=True),
@@ -36,6 +36,22 @@ def close(ours, theirs):
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
 
 
+def in_pieces(model, ids, ends, attention_mask=None, samples=1):
+    """Logits of rows (R, T) read in several pieces: the first are contexts, each of which the next
+    `samples` rows share; the others go through the cache. `ends` are the pieces' last columns."""
+    mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask
+    contexts, first = [], mask[::samples, : ends[0]]
+    hidden = model.hidden(ids[::samples, : ends[0]], *models.causal(first, ends[0]), keep=contexts)
+    _, _, K, _, D = contexts[0].shape
+    suffixes = [torch.zeros(2, len(ids), K, ids.shape[1] - ends[0], D) for _ in contexts]
+    cache = KVCache(contexts, suffixes, mask[:, : ends[0]])
+    parts = [hidden.repeat_interleave(samples, dim=0)]
+    for start, end in zip(ends, ends[1:], strict=False):
+        seen = cache.append(mask[:, start:end])
+        parts.append(model.hidden(ids[:, start:end], *seen, cache))
+    return model.head(torch.cat(parts, dim=1))
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @torch.no_grad()
 def test_logits_equal_transformers(tmp_path, shape):
@@ -44,29 +60,28 @@ def test_logits_equal_transformers(tmp_path, shape):
     want = theirs(ids).logits
     close(ours(ids), want)
     for side in ("left", "right"):  # padding, on either side
-        live = torch.ones(3, 20, dtype=torch.bool)
+        mask = torch.ones(3, 20, dtype=torch.bool)
         for row, pads in enumerate((0, 4, 9)):
-            live[row, slice(pads) if side == "left" else slice(20 - pads, 20)] = False
-        positions = (live.cumsum(1) - 1).clamp(min=0)
-        padded = theirs(ids, attention_mask=live.long(), position_ids=positions).logits
-        close(ours(ids, live=live)[live], padded[live])
-    hidden, cache = ours.read(ids[:, :7], room=13)  # a block, then token by token
-    steps = [hidden] + [ours.hidden(ids[:, t : t + 1], cache) for t in range(7, 20)]
-    close(ours.head(torch.cat(steps, dim=1)), want)
+            mask[row, slice(pads) if side == "left" else slice(20 - pads, 20)] = False
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        padded = theirs(ids, attention_mask=mask.long(), position_ids=positions).logits
+        close(ours(ids, mask)[mask], padded[mask])
+    close(in_pieces(ours, ids, range(7, 21)), want)  # a block, then token by token
+    close(in_pieces(ours, ids, (7, 11, 12, 20)), want)
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @torch.no_grad()
-def test_a_cache_with_holes_is_as_if_there_were_none(tmp_path):
-    _, ours = reference(tmp_path, SHAPES["tied, grouped"])
-    ids = torch.randint(0, 61, (2, 12))
-    live = torch.ones(2, 12, dtype=torch.bool)
-    live[0, 3:6] = live[1, 0] = live[1, 8] = False
-    hidden, cache = ours.read(ids[:, :5], live[:, :5], room=7)
-    parts = [ours.hidden(ids[:, a:b], cache, live[:, a:b]) for a, b in ((5, 6), (6, 12))]
-    got = torch.cat([hidden, *parts], dim=1)
-    for row in range(2):
-        alone = ours(ids[row][live[row]][None])[0]
-        close(ours.head(got)[row][live[row]], alone)
+def test_a_cache_with_padding_is_as_if_there_were_none(tmp_path, shape):
+    """Contexts that rows share, and padding anywhere in what comes after them."""
+    _, ours = reference(tmp_path, shape)
+    ids = torch.randint(0, 61, (4, 14))
+    mask = torch.ones(4, 14, dtype=torch.bool)
+    ids[1, :5], ids[3, :5] = ids[0, :5], ids[2, :5]
+    mask[2:, :2] = mask[0, 5] = mask[1, 6:9] = mask[3, 7:13] = mask[2, 13] = False
+    got = in_pieces(ours, ids, (5, 6, 9, 13, 14), mask, samples=2)
+    for row in range(4):
+        close(got[row][mask[row]], ours(ids[row][mask[row]][None])[0])
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -113,31 +128,33 @@ def prompts_of(tiny, task, n=5):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_what_the_sampler_records_the_trainer_computes(tiny, task, temperature):
-    """Invariant 2, over two turns, with rows that finish at different times."""
-    model, tokenizer = tiny
-    prompts = prompts_of(tiny, task)
+    """Invariant 2, over three turns, with rows that finish at different times."""
+    model, _ = tiny
+    prompts, cache = prompts_of(tiny, task), None
+    contexts = [prompt for prompt in prompts for _ in range(3)]
     options = dict(max_new_tokens=12, temperature=temperature, stop=range(40))
-    first = generate(model, prompts, samples=3, **options)
-    turns = [turn for group in first.tokens for turn in group]
-    assert len({len(turn) for turn in turns}) > 3  # they do finish at different times
-    bridges = [[5, 6, 7, 8][: 1 + i % 4] for i in range(15)]
-    told = [turn[-1:] + bridge for turn, bridge in zip(turns, bridges, strict=True)]
-    second = generate(model, told, cache=first.cache, seed=1, **options)
-    for i in range(15):
-        prompt, reply = prompts[i // 3] + turns[i] + bridges[i], second.tokens[i][0]
-        for context, sampled, recorded in (
-            (prompts[i // 3], turns[i], first.logprobs[i // 3][i % 3]),
-            (prompt, reply, second.logprobs[i][0]),
-        ):
+    for turn in range(3):
+        drawn = generate(
+            model, prompts, samples=1 if turn else 3, seed=turn, cache=cache, **options
+        )
+        cache, prompts = drawn.cache, []
+        turns = [tokens for group in drawn.tokens for tokens in group]
+        recorded = [logprobs for group in drawn.logprobs for logprobs in group]
+        assert len(turns) == 15
+        assert len({len(turn) for turn in turns}) > 3  # they do finish at different times
+        for i, (sampled, logprobs) in enumerate(zip(turns, recorded, strict=True)):
             with torch.no_grad():
-                logits = model(torch.tensor([context + sampled]))[0, len(context) - 1 : -1]
+                logits = model(torch.tensor([contexts[i] + sampled]))[0, len(contexts[i]) - 1 : -1]
             log_p = (logits / (temperature or 1.0)).log_softmax(-1)
             want = log_p[torch.arange(len(sampled)), sampled]
-            assert (want - torch.tensor(recorded)).abs().max() < 1e-4
+            assert (want - torch.tensor(logprobs)).abs().max() < 1e-4
             if temperature == 0:
                 assert sampled == logits.argmax(-1).tolist()
             assert all(token >= 40 for token in sampled[:-1])  # it stopped at the first stop token
             assert len(sampled) == 12 or sampled[-1] < 40
+            bridge = [5, 6, 7, 8][: 1 + (i + turn) % 4]
+            contexts[i] = contexts[i] + sampled + bridge
+            prompts.append(sampled[-1:] + bridge)
 
 
 def test_a_sample_does_not_depend_on_its_batch(tiny, task):
@@ -147,11 +164,15 @@ def test_a_sample_does_not_depend_on_its_batch(tiny, task):
     options = dict(max_new_tokens=20, stop=range(25), seed=3)
     together = generate(model, prompts, samples=4, **options).tokens
     for p, prompt in enumerate(prompts):
-        assert generate(model, [prompt], samples=4, keys=[(p,)], **options).tokens[0] == together[p]
+        keys = [(p, s) for s in range(4)]
+        assert generate(model, [prompt], samples=4, keys=keys, **options).tokens[0] == together[p]
+        one = generate(model, [prompt], keys=keys[2:3], **options)
+        assert one.tokens == [together[p][2:3]]
     assert generate(model, prompts, samples=2, **options).tokens == [
         group[:2] for group in together
     ]
     assert generate(model, prompts, samples=4, **{**options, "seed": 4}).tokens != together
+    assert len({tuple(turn) for group in together for turn in group}) > 24
 
 
 def test_the_next_turn_on_a_cache_is_the_conversation_read_anew(tiny, task):
@@ -162,11 +183,16 @@ def test_the_next_turn_on_a_cache_is_the_conversation_read_anew(tiny, task):
     turns = [turn for group in first.tokens for turn in group]
     keys = [(7, i) for i in range(8)]
     told = [tokenizer.next_turn(turn, bridge)[len(turn) - 1 :] for turn in turns]
-    assert len(first.cache.contexts[0][0]) == 4  # each prompt's keys are stored once
+    assert first.cache.contexts[0].shape[1] == 4  # each prompt's keys are stored once
     onward = generate(model, told, max_new_tokens=9, stop=range(30), keys=keys, cache=first.cache)
     whole = [prompts[i // 2] + tokenizer.next_turn(turns[i], bridge) for i in range(8)]
     anew = generate(model, whole, max_new_tokens=9, stop=range(30), keys=keys)
     assert onward.tokens == anew.tokens
+    for one, other in zip(onward.logprobs, anew.logprobs, strict=True):
+        assert one[0] == pytest.approx(other[0], abs=1e-5)
+    # The cache of the first turn is as it was: the next turn may be drawn from it twice.
+    again = generate(model, told, max_new_tokens=9, stop=range(30), keys=keys, cache=first.cache)
+    assert again.tokens == onward.tokens
 
 
 def test_finished_rows_leave_and_are_found_again(tiny, task):
@@ -190,28 +216,39 @@ def test_finished_rows_leave_and_are_found_again(tiny, task):
     assert onward.tokens == generate(model, whole, **options).tokens
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.8}, {"top_k": 5, "top_p": 0.7}]
-)
-def test_draws_follow_the_textbook_distribution(options):
+def test_the_table_of_rows_that_go_on():
+    """Contexts without an unfinished row go, and the columns that no context needs."""
+    o, x = False, True
+    done = torch.tensor([[o, o, x, x], [x, x, x, x], [o, x, x, o]])
+    assert models.unfinished(done).tolist() == [[0, 1], [8, 11]]
+    done = torch.tensor([[o, o, x], [x, x, o]])  # a line may have to take a finished row along
+    assert models.unfinished(done).tolist() == [[0, 1], [5, 3]]
+    assert models.unfinished(torch.ones(2, 3, dtype=torch.bool)).numel() == 0
+
+
+def test_padding_stands_on_the_left():
+    ids, mask = models.padded([[5, 6], [7, 8, 9]], torch.device("cpu"))
+    assert ids.tolist() == [[0, 5, 6], [7, 8, 9]]
+    assert mask.tolist() == [[False, True, True], [True, True, True]]
+    positions, seen = models.causal(mask, 2)
+    assert positions.tolist() == [[0, 1], [1, 2]]
+    assert seen.int().tolist() == [[[0, 1, 0], [0, 1, 1]], [[1, 1, 0], [1, 1, 1]]]
+    positions, seen = models.causal(mask, 3)
+    assert positions.tolist() == [[0, 0, 1], [0, 1, 2]]
+    assert seen[0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]  # padding sees itself
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_draws_follow_the_textbook_distribution(temperature):
     logits = torch.tensor([2.0, 0.5, 1.5, -1.0, 0.0, 1.9, -3.0])
-    p = (logits / options.get("temperature", 1.0)).softmax(-1).double().numpy()
-    order = np.argsort(-p)
-    if "top_k" in options:
-        p[order[options["top_k"] :]] = 0
-        p /= p.sum()
-    if "top_p" in options:
-        beyond = np.cumsum(p[order]) - p[order] >= options["top_p"]
-        p[order[beyond]] = 0
-        p /= p.sum()
+    p = (logits / temperature).softmax(-1).double().numpy()
     n = 200_000
     uniform = torch.from_numpy(np.random.default_rng(0).random(n, dtype=np.float32))
-    tokens, logprobs = draw(logits.expand(n, -1), uniform, **{"temperature": 1.0, **options})
+    tokens, logprobs = draw(logits.expand(n, -1), uniform, temperature)
     count = np.bincount(tokens.numpy(), minlength=7)
-    assert (count[p == 0] == 0).all()
     spread = np.sqrt(p * (1 - p) / n)
     assert (np.abs(count / n - p) <= 4.5 * spread).all()
-    full = (logits / options.get("temperature", 1.0)).log_softmax(-1)
+    full = (logits / temperature).log_softmax(-1)
     assert torch.allclose(logprobs, full[tokens])
 
 
@@ -219,14 +256,22 @@ def test_the_inverse_cdf_stays_in_the_vocabulary():
     uniform = torch.tensor([0.0, 1 - 2**-24])
     tokens, _ = draw(torch.tensor([[-60.0, 0.0, 1.0, -60.0]] * 2), uniform, 1.0)
     assert tokens.tolist() == [1, 2] or tokens.tolist() == [0, 2]
-    with pytest.raises(ValueError, match="at least one prompt"):
-        generate(None, [])
+    for prompts in ([], [[1], []]):
+        with pytest.raises(ValueError, match="at least one prompt"):
+            generate(None, prompts)
 
 
 def test_a_conversation_that_outgrows_the_context_is_refused(tiny):
     model, _ = tiny
-    with pytest.raises(ValueError, match="do not fit"):
-        generate(model, [[1] * 500], max_new_tokens=13)
+    refused = pytest.raises(ValueError, match="513 tokens do not fit the model's context of 512")
+    with refused:
+        generate(model, [[1], [1] * 500], max_new_tokens=13)
+    with refused, torch.no_grad():
+        model(torch.ones(1, 513, dtype=torch.long))
+    first = generate(model, [[1], [1] * 500], max_new_tokens=4)  # 503 tokens are in the cache
+    generate(model, [[1], [1] * 4], max_new_tokens=5, cache=first.cache)
+    with refused:
+        generate(model, [[1], [1] * 4], max_new_tokens=6, cache=first.cache)
 
 
 def test_a_cut_turn_gets_its_end_and_an_ended_one_keeps_it(tiny):
@@ -279,8 +324,9 @@ def test_bad_folders_are_refused_by_name(tmp_path, tiny):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="damaged"):
         Tokenizer.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no jinja2 template"):
-        Tokenizer(tokenizer.tokenizer, {**tokenizer.settings, "chat_template": ["a"]}, {})
+    for wrong in (["a"], [{"name": "default"}], 5, {"default": "a"}, "{% if %}"):
+        with pytest.raises(ValueError, match="no jinja2 template"):
+            Tokenizer(tokenizer.tokenizer, {**tokenizer.settings, "chat_template": wrong}, {})
     with pytest.raises(ValueError, match="cannot read"):
         tokenizer.encode("abracadabra")
     with pytest.raises(ValueError, match="no chat template"):
@@ -299,21 +345,12 @@ def test_templates_run_in_a_sandbox(tiny):
             evil.render([{"role": "user", "content": "1"}])
 
 
-def test_a_budget_of_tokens_splits_the_work_and_changes_nothing(tiny, monkeypatch):
-    model, tokenizer = tiny
-    prompts = [[5 + p] * (3 + p % 4) for p in range(9)]
-    options = dict(samples=2, max_new_tokens=7, stop=tokenizer.stop_ids, seed=4)
-    whole = generate(model, prompts, **options)
-    widths, read = [], type(model).read
-
-    def heard(self, ids, *rest, **more):
-        widths.append(len(ids))
-        return read(self, ids, *rest, **more)
-
-    monkeypatch.setattr(type(model), "read", heard)
-    parts = generate(model, prompts, **options, cache_tokens=60)
-    assert parts.tokens == whole.tokens and parts.cache is None
-    for one, other in zip(sum(parts.logprobs, []), sum(whole.logprobs, []), strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
-    assert sum(widths) == 9 and max(widths) * (6 + 2 * 7) <= 60
-    assert generate(model, prompts, **options, cache_tokens=9_999).cache is not None
+def test_a_folder_is_made_and_a_file_replaced(tmp_path):
+    path = tmp_path / "a" / "b" / "file.json"
+    models.replace_file(path, "one")
+    models.replace_file(path, "zwei ü")
+    assert path.read_text(encoding="utf-8") == "zwei ü" and len(list(path.parent.iterdir())) == 1
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken could not be written"):
+        models.replace_file(tmp_path / "taken", "three")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "taken"]

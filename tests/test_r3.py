@@ -1,72 +1,123 @@
 """The conversation, the main job shrunken to seconds, and what a user sees when input is bad."""
 
+import argparse
 import datetime
-import itertools
 import json
 import math
-import os
 import re
-import subprocess
+import shutil
+import signal
 import sys
-from collections import Counter
-from dataclasses import asdict, replace
+import time
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.figure
 import numpy as np
 import pytest
 import torch
 import transformers
+from drawn_apigen import DrawnAPIGen
 
 import grpo
 import model as models
 import r3
 import tasks
+from grpo import Chat, Conversation
 from tasks import Verdict
 
 SHORT = [
-    *("--steps", "3", "--batch", "4", "--group", "3", "--limit", "6"),
-    *("--samples", "2", "--responses", "1", "--max-new-tokens", "24"),
+    *("--steps", "3", "--batch", "4", "--group", "3", "--limit", "4", "--problems", "30"),
+    *("--samples", "2", "--responses", "1", "--max-new-tokens", "12"),
 ]
+COMMANDS = ("train", "failures", "eval", "play")
+
+
+@pytest.fixture(autouse=True)
+def go():
+    """No test begins or ends with a stop that was asked for."""
+    grpo.STOP.clear()
+    yield
+    grpo.STOP.clear()
+
+
+def in_steps(patch, steps: int) -> None:
+    """A cold start of a few steps, whose model finds its way to right answers by chance alone."""
+    patch.setitem(r3.COLD, "steps", steps)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of a tiny model after a cold start of a few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        in_steps(patch, 8)
+        patch.setattr(r3, "RUNS", tmp_path_factory.mktemp("base"))
+        yield r3.base_model(tasks.TinyCountdown(), 0)
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path):
-    """The main job in an empty folder, with a cold start of a few steps."""
-    monkeypatch.setitem(r3.COLD, "steps", 8)
+def small(monkeypatch, tmp_path, base):
+    """The main job in an empty folder, but for the tiny model of seed 0."""
+    in_steps(monkeypatch, 8)
     monkeypatch.setattr(r3, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(r3, "HELD_OUT", (5, 2))
+    monkeypatch.setattr(r3, "HELD_OUT", (3, 2))
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "runs"
+    shutil.copytree(base, tmp_path / "runs" / base.name)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path / "runs"
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
-def speaker(tiny, task):
-    return r3.Speaker(*tiny, task, max_new_tokens=12, seed=3)
+def chat(tiny, task):
+    return Chat(*tiny, task, max_new_tokens=12, seed=5)
 
 
 @pytest.fixture
 def lenient(monkeypatch):
     """A verifier that an untrained model satisfies now and then: a third of what can be said."""
 
-    def verify(speaker, problem, turn):
+    def verify(chat, problem, turn):
         right = sum(turn) % 3 == 0
         return Verdict(right, "right" if right else "wrong_value")
 
-    monkeypatch.setattr(r3.Speaker, "verify", verify)
+    monkeypatch.setattr(Chat, "verify", verify)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The problems that are attempted, in a list."""
+    found, attempt = [], grpo.attempt
+
+    def heard(chat, problems, *rest):
+        found.extend(problems)
+        return attempt(chat, problems, *rest)
+
+    monkeypatch.setattr(grpo, "attempt", heard)
+    return found
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_conversation_is_its_turns_in_a_row(speaker, task):
+def turns(tries):
+    """What was said, without the log-probabilities."""
+    return [replace(c, logprobs={}) for c in tries]
+
+
+# -- The conversation ------------------------------------------------------------------------------
+
+
+def test_a_conversation_is_its_turns_in_a_row(chat, task):
     problems = task.load(split="dev", limit=5)
-    tries = r3.attempt(speaker, problems, 2, (0, 0))
+    tries = grpo.attempt(chat, problems, 2, (0, 0))
     assert [c.problem for c in tries] == [p for p in problems for _ in range(2)]
-    done = r3.second_tries(speaker, tries, 3, (0, 0))
+    done = grpo.rollout(chat, tries, 3, (0, 0))
     assert len(done) == 30
-    end, encode = speaker.tokenizer.stop_ids[0], speaker.tokenizer.encode
+    end, encode = chat.tokenizer.stop_ids[0], chat.tokenizer.encode
     for number, c in enumerate(done):
         first = tries[number // 3]
         assert (c.problem, c.attempt, c.sample) == (first.problem, first.attempt, first.sample)
@@ -77,290 +128,421 @@ def test_a_conversation_is_its_turns_in_a_row(speaker, task):
         assert {turn: len(values) for turn, values in c.logprobs.items()} == {
             turn: len(getattr(c, turn)) for turn in ("attempt", "reflection", "retry")
         }
-        assert len(c.reflection) <= 12
-        assert c.second == speaker.verify(c.problem, c.retry)
+        assert len(c.reflection) <= 12 and c.cut == (c.reflection[-1] != end)
+        assert c.second == chat.verify(c.problem, c.retry)
     assert len({tuple(c.reflection) for c in done[:3]}) > 1  # samples of one failure differ
 
 
-def test_a_retry_from_the_cache_is_the_retry_from_the_beginning(speaker, task):
-    tries = r3.attempt(speaker, task.load(split="dev", limit=6), 1, (0, 0))
-    reflected, cache = r3.reflect(speaker, tries, 2, (0, 0))
-    again, anew = (r3.retry(speaker, reflected, (0, 0), each) for each in (cache, None))
+def test_a_retry_from_the_cache_is_the_retry_from_the_beginning(chat, task):
+    tries = grpo.attempt(chat, task.load(split="dev", limit=6), 1, (0, 0))
+    reflected, cache = grpo.reflect(chat, tries, 2, (0, 0))
+    again, anew = (grpo.retry(chat, reflected, (0, 0), each) for each in (cache, None))
     for one, other in zip(again, anew, strict=True):
         assert one.logprobs["retry"] == pytest.approx(other.logprobs["retry"], abs=1e-4)
-        assert replace(one, logprobs={}) == replace(other, logprobs={})
+    assert turns(again) == turns(anew) and len({tuple(c.retry) for c in again}) > 6
 
 
-def test_how_the_work_is_split_changes_nothing(speaker, task, monkeypatch):
+def test_how_the_work_is_split_changes_nothing(chat, task, lenient, tmp_path, monkeypatch):
+    """By a small cache, or by a device whose memory holds two conversations."""
     problems = task.load(split="dev", limit=7)
+    sample, calls = Chat.sample, []
 
-    def turns():
-        tries = r3.measure(speaker, problems, 2, "")
-        return [(c.problem, c.attempt, c.reflection, c.retry, c.second) for c in tries]
+    def memory_of_two(chat, prompts, samples, *rest):
+        if len(prompts) * samples > 2:
+            raise torch.OutOfMemoryError
+        return sample(chat, prompts, samples, *rest)
 
-    together = turns()
-    speaker.cache_tokens = 300
-    assert turns() == together
+    def counted(chat, prompts, *rest):
+        calls.append(len(prompts))
+        return sample(chat, prompts, *rest)
 
+    def said(name):
+        calls.clear()
+        found = r3.find_failures(chat, problems, 3, tmp_path / name)
+        tries = r3.evaluate(chat, problems, 2, "")
+        return turns(found), turns(tries), turns(grpo.rollout(chat, tries[:3], 2, (0, 0)))
 
-def test_what_a_template_forgets_is_not_read_from_the_cache(speaker, task, monkeypatch):
-    tries = r3.attempt(speaker, task.load(split="dev", limit=4), 1, (0, 0))
-    reflected, cache = r3.reflect(speaker, tries, 2, (0, 0))
-    odd = {tuple(c.reflection) for c in reflected[1:4]}
-    monkeypatch.setattr(models.Tokenizer, "forgets", lambda self, turn: tuple(turn) in odd)
-    asked, speak = [], r3.Speaker.speak
-
-    def heard(self, prompts, *rest, cache=None):
-        assert cache is None
-        asked.extend(prompts)
-        return speak(self, prompts, *rest, cache=cache)
-
-    monkeypatch.setattr(r3.Speaker, "speak", heard)
-    r3.retry(speaker, reflected, (0, 0), cache)
-    for c, ids in zip(reflected, asked, strict=True):
-        turns = zip((c.attempt, c.reflection), (task.reflect, task.again), strict=True)
-        chat = [*task.messages(c.problem)[0]]
-        for turn, told in turns:
-            chat.append({"role": "assistant", "content": speaker.tokenizer.decode(turn)})
-            chat.append({"role": "user", "content": told})
-        if tuple(c.reflection) in odd:
-            assert ids == speaker.tokenizer.prompt(chat)
-        else:
-            assert ids[: len(c.context + c.reflection) - 1] == (c.context + c.reflection)[:-1]
+    monkeypatch.setattr(Chat, "sample", counted)
+    together = said("one")
+    assert max(calls) >= 7 and all(together)
+    chat.cache_tokens = 300
+    assert said("two") == together and max(calls) < 5
+    chat.cache_tokens = 100_000
+    monkeypatch.setattr(Chat, "sample", memory_of_two)
+    assert said("three") == together and chat.cache_tokens < 100_000
+    monkeypatch.setattr(Chat, "sample", lambda *_: memory_of_two(chat, [0] * 3, 1))
+    with pytest.raises(torch.OutOfMemoryError):  # there is nothing left to halve
+        said("four")
 
 
-def test_what_was_measured_is_not_measured_again(speaker, task, tmp_path, monkeypatch):
-    """Another budget, or number of processes, cuts the work elsewhere; lines say how far it is."""
-    problems, asked = task.load(split="dev", limit=12), []
+def test_batches_are_as_large_as_the_cache(chat, task):
+    problems = task.load(split="dev", limit=40)
 
-    def measured():
-        tries = r3.measure(speaker, problems, 2, "m")
-        return [(c.problem, c.attempt, c.first, c.reflection, c.retry, c.second) for c in tries]
+    def width(problem, samples, count):
+        return len(chat.question(problem)) + samples * count * (12 + 50)
 
-    whole = measured()
-    speaker.folder, speaker.cache_tokens = tmp_path, 400
-    assert measured() == whole
-    path, attempt = tmp_path / "measured" / "m-first-tries.jsonl", r3.attempt
-    written = path.read_text().splitlines(keepends=True)
-    assert len(written) > 3
-    monkeypatch.setattr(r3, "attempt", lambda s, p, **k: asked.extend(p) or attempt(s, p, **k))
-    for lines_left, budget in ((2, 400), (1, 600), (3, 99_999), (len(written), 400)):
-        path.write_text("".join(written[:lines_left]) + written[0][:40])
+    for room, samples, count in ((2_000, 2, 1), (3_000, 3, 2), (1, 1, 1)):
+        chat.cache_tokens = room
+        found = grpo.batches(chat, problems, samples, count)
+        assert sorted(p.id for some in found for p in some) == list(range(40))
+        widths = [[width(p, samples, count) for p in some] for some in found]
+        assert sum(widths, []) == sorted(sum(widths, []), reverse=True)  # longest first
+        for some, after in zip(widths, widths[1:] + [[]], strict=True):
+            assert len(some) == 1 or len(some) * some[0] <= room
+            assert not after or (len(some) + 1) * some[0] > room  # one more does not fit
+    assert len(found) == 40 and grpo.batches(chat, [], 1, 1) == []
+
+
+# -- Failures and evaluation -----------------------------------------------------------------------
+
+
+def test_a_dataset_of_failures_holds_first_wrong_tries(chat, task, monkeypatch, tmp_path):
+    def verify(chat, problem, turn):  # some problems are solved at every try
+        return Verdict(problem.id % 5 == 0 or sum(turn) % 2 == 0, "x")
+
+    monkeypatch.setattr(Chat, "verify", verify)
+    problems = task.load(split="train", limit=20)
+    tries = grpo.attempt(chat, problems, 4, (grpo.COLLECT, 0))
+    chat.cache_tokens = 500  # the work is split, the samples are the same
+    failures = r3.find_failures(chat, problems, 4, tmp_path / "tries.jsonl")
+    wanted = []
+    for problem in problems:
+        wanted += [c for c in tries if c.problem == problem and not c.first.right][:1]
+    assert turns(failures) == turns(wanted)
+    assert {c.sample for c in wanted} > {0, 1} and 8 < len(wanted) <= 16
+
+
+def test_what_was_evaluated_is_not_evaluated_again(chat, task, lenient, tmp_path, asked):
+    """Killed after any line, within a line, and with another budget: the same conversations."""
+    problems, path = task.load(split="dev", limit=12), tmp_path / "kept" / "conversations.jsonl"
+
+    def evaluated():
         asked.clear()
-        speaker.cache_tokens = budget
-        assert measured() == whole
-        done = sum(json.loads(line)["items"] for line in written[:lines_left])
-        assert asked == problems[done:]
-    path.write_text("".join(written).replace('"sample": 1', '"sample": 0', 1))
-    with pytest.raises(ValueError, match="m-first-tries.jsonl is damaged"):
-        measured()
+        return turns(r3.evaluate(chat, problems, 2, "m", path))
+
+    chat.cache_tokens = 400
+    whole = evaluated()
+    assert asked and whole == turns(r3.evaluate(chat, problems, 2, "m"))
+    assert [(c.problem, c.sample) for c in whole] == [(p, s) for p in problems for s in (0, 1)]
+    written = path.read_text().splitlines(keepends=True)
+    assert len(written) == 24
+    for count, budget in ((0, 99_999), (7, 800), (24, 400)):
+        path.write_text("".join(written[:count]) + written[0][:40])
+        chat.cache_tokens = budget
+        assert [replace(c, cut=False) for c in evaluated()] == [
+            replace(c, cut=False) for c in whole
+        ]
+        known = [
+            (line["problem"]["id"], line["sample"]) for line in map(json.loads, written[:count])
+        ]
+        again = [p.id for p in problems if not {(p.id, 0), (p.id, 1)} <= {*known}]
+        assert sorted(p.id for p in asked) == again
+        assert len(lines(path)) >= 24  # and each is whole
 
 
-def test_work_is_split_by_a_budget_of_tokens():
-    sizes = [5, 3, 9, 1, 1, 1, 40, 2]
-    bunches = r3.bunches(sizes, sizes, 20, 9)
-    assert bunches == [[5, 3], [9, 1], [1, 1], [40], [2]]  # one that does not fit goes alone
-    assert r3.bunches(sizes[2:6], sizes[2:6], 99, 3) == [[9, 1, 1], [1]]
-    assert r3.bunches([], [], 20, 9) == []
+def test_a_dataset_of_failures_is_not_found_again(chat, task, lenient, tmp_path, asked):
+    problems, path = task.load(split="train", limit=12), tmp_path / "tries.jsonl"
+    chat.cache_tokens = 400
+    whole = turns(r3.find_failures(chat, problems, 3, path))
+    written = path.read_text().splitlines(keepends=True)
+    assert len(written) == 12 > len(whole) > 0
+    path.write_text("".join(written[:5]) + written[5][:-1])
+    asked.clear()
+    assert turns(r3.find_failures(chat, problems, 3, path)) == whole
+    kept = {json.loads(line)["problem"]["id"] for line in written[:5]}
+    assert {p.id for p in asked} == {p.id for p in problems} - kept
 
 
-def test_a_stop_during_a_held_out_measurement_saves_its_step(small, lenient, monkeypatch):
-    measure = r3.measure
-
-    def stops(speaker, problems, samples, name):
-        if name == "held out, step 2":
-            grpo.STOP.set()
-        return measure(speaker, problems, samples, name)
-
-    monkeypatch.setattr(r3, "measure", stops)
-    with pytest.raises(SystemExit, match="stopped, and saved; .*--resume .*/x/y"):
-        r3.main(["train", *SHORT, "--steps", "8", "--save-every", "25", "--name", "x/y"])
-    run = small / "x" / "y"
-    assert [path.name for path in grpo.checkpoints(run / "checkpoints")] == ["step-2"]
-    assert len(lines(run / "metrics.jsonl")) == 3
-    monkeypatch.setattr(r3, "measure", measure)
-    monkeypatch.setattr(r3.Speaker, "verify", lambda *_: Verdict(True, "right"))
-    with pytest.raises(SystemExit, match="failures.jsonl is of other problems"):
-        found = run / "measured" / "failures.jsonl"
-        line = json.loads(found.read_text().splitlines()[0])
-        line["found"][0]["problem"] = 99_999
-        line["sha256"] = r3.digest({"items": line["items"], "found": line["found"]})
-        found.write_text(json.dumps(line) + "\n")
-        r3.main(["train", "--resume", str(run)])
+@pytest.mark.parametrize("find", [r3.find_failures, r3.evaluate])
+def test_conversations_about_other_problems_are_refused(chat, task, tmp_path, find):
+    problems, path = task.load(split="dev", limit=3), tmp_path / "conversations.jsonl"
+    more = ("m", path) if find is r3.evaluate else (path,)
+    find(chat, problems, 1, *more)
+    other = [replace(problem, target=problem.target + 1) for problem in problems]
+    for changed in (other, problems[:2]):
+        with pytest.raises(ValueError, match="conversations.jsonl is about other problems"):
+            find(chat, changed, 1, *more)
 
 
-def test_rewards_go_to_reflections_and_cut_ones_earn_nothing(speaker, task, lenient):
-    speaker.tokenizer.stop_ids = [0, *range(20, 30)]  # so that some turns end and some are cut
-    failures = r3.attempt(speaker, task.load(split="dev", limit=3), 1, (0, 0))
-    args = type("Args", (), {"group": 8, "no_std": False, "train_on": "reflection"})
-    rows, batch = r3.sample_batch(speaker, failures, args, step=0)
-    tries = [c for c, _ in rows]
-    ended = [c.reflection[-1] in speaker.tokenizer.stop_ids for c in tries]
-    right = [sum(c.retry) % 3 == 0 for c in tries]
-    outcomes = set(zip(ended, right, strict=True))
-    assert len(outcomes) == 4  # all of: ended or cut, right or wrong
-    want = torch.tensor([float(e and r) for e, r in zip(ended, right, strict=True)])
-    assert torch.equal(batch.rewards, want)
-    assert torch.equal(batch.advantages, grpo.group_advantages(want.view(3, 8)).flatten())
-    for c, ids, [(start, end)] in zip(tries, batch.ids, batch.spans, strict=True):
-        assert (ids[:start], ids[start:end], end) == (c.context, c.reflection, len(ids))
-    _, shuffled = r3.sample_batch(speaker, failures, args, step=0, shuffle_rewards=True)
-    assert sorted(shuffled.rewards.tolist()) == sorted(want.tolist())
-    assert shuffled.ids == batch.ids and not torch.equal(shuffled.rewards, want)
+def test_a_stop_ends_evaluation_after_a_batch(chat, task, tmp_path, monkeypatch):
+    problems, path = task.load(split="dev", limit=12), tmp_path / "conversations.jsonl"
+    chat.cache_tokens = 400
+    attempt = grpo.attempt
+
+    def stops(chat, some, *rest):
+        grpo.STOP.set()
+        return attempt(chat, some, *rest)
+
+    done = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "attempt", stops)
+        for _ in range(2):
+            with pytest.raises(grpo.Stopped):
+                r3.evaluate(chat, problems, 1, "m", path)
+            assert done < len(lines(path)) < 12
+            done = len(lines(path))
+    grpo.STOP.clear()
+    assert len(r3.evaluate(chat, problems, 1, "m", path)) == 12 == len(lines(path))
 
 
-@pytest.mark.parametrize("train_on, turns", r3.TRAINED.items())
-def test_what_is_trained_is_what_the_flag_names(speaker, task, lenient, train_on, turns):
-    """Those turns' tokens, each after all that was in its view; and the step is the textbook's."""
-    speaker.tokenizer.stop_ids = [0, *range(20, 40)]  # many turns end before they are cut
-    failures = r3.attempt(speaker, task.load(split="dev", limit=3), 1, (0, 0))
-    args = type("Args", (), {"group": 4, "no_std": False, "train_on": train_on})
-    rows, batch = r3.sample_batch(speaker, failures, args, step=0)
-    assert Counter(turn for _, turn in rows) == dict.fromkeys(turns, 12)
-    assert batch.group == 4 * len(turns)
-    for (c, turn), ids, [(start, end)], logprobs in zip(
-        rows, batch.ids, batch.spans, batch.old_logprobs, strict=True
-    ):
-        said = {"attempt": c.prompt, "reflection": c.context}
-        said["retry"] = speaker.tokenizer.next_turn(
-            c.context + c.reflection, speaker.tokenizer.bridge(task.again)
-        )
-        assert ids == said[turn] + getattr(c, turn)
-        assert (start, end) == (len(said[turn]), len(ids)) and len(logprobs) == end - start
-    drawn = {id(c): c for c, _ in rows}.values()
-    assert batch.metrics["sampled"] == sum(
-        len(c.attempt) if train_on == "attempt" else len(c.reflection + c.retry) for c in drawn
+DAMAGE = [
+    lambda r: "{",
+    lambda r: "7",
+    lambda r: "[" * 100_000,
+    lambda r: "\udcff",
+    lambda r: json.dumps({k: v for k, v in r.items() if k != "ids"}),
+    lambda r: json.dumps({**r, "ids": {**r["ids"], "attempt": []}}),
+    lambda r: json.dumps({**r, "ids": {**r["ids"], "attempt": [5, 99_999_999_999]}}),
+    lambda r: json.dumps({**r, "ids": {**r["ids"], "attempt": [5, -1]}}),
+    lambda r: json.dumps({**r, "ids": {**r["ids"], "attempt": r["ids"]["attempt"] + [5000]}}),
+    lambda r: json.dumps({**r, "ids": {**r["ids"], "attempt": "abc"}}),
+    lambda r: json.dumps({**r, "ids": {**r["ids"], "answer": [1]}}),
+    lambda r: json.dumps({**r, "attempt": "something else"}),
+    lambda r: json.dumps({**r, "retry": "something else"}),
+    lambda r: json.dumps({**r, "problem": {"id": 1}}),
+    lambda r: json.dumps({**r, "problem": {**r["problem"], "target": 61}}),
+    lambda r: json.dumps({**r, "sample": "a"}),
+    lambda r: json.dumps({**r, "sample": 1e999}),
+    lambda r: json.dumps({**r, "first": {"right": True, "reason": "right"}}),
+]
+
+
+@pytest.mark.parametrize("change", DAMAGE)
+def test_a_damaged_conversation_is_named_by_its_line(chat, task, tmp_path, change):
+    path = tmp_path / "failures.jsonl"
+    tries = r3.evaluate(chat, task.load(limit=3), 1, "m", path)
+    assert r3.load_conversations(path, chat) == [replace(c, logprobs={}, cut=False) for c in tries]
+    text = path.read_text().splitlines(keepends=True)
+    changed = change(json.loads(text[1])) + "\n"
+    path.write_bytes("".join([text[0], changed, text[2]]).encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match="failures.jsonl, line 2 "):
+        r3.load_conversations(path, chat)
+    with pytest.raises(ValueError, match="failures.jsonl, line 2 "):
+        r3.evaluate(chat, task.load(limit=3), 1, "m", path)
+
+
+def test_failures_are_judged_again_and_may_be_too_long(chat, task, tmp_path, monkeypatch):
+    path = tmp_path / "failures.jsonl"
+    tries = r3.evaluate(chat, task.load(limit=1), 1, "m", path)
+    assert len(tries[0].attempt) <= 12 and len(r3.load_conversations(path, chat)) == 1
+    longest = max(map(len, (tries[0].attempt, tries[0].reflection, tries[0].retry)))
+    chat.max_new_tokens = longest - 1
+    with pytest.raises(ValueError, match="line 1 .* longer than --max-new-tokens"):
+        r3.load_conversations(path, chat)
+    chat.max_new_tokens = longest
+    assert len(r3.load_conversations(path, chat)) == 1
+    monkeypatch.setattr(tasks.Countdown, "verify", lambda *_: Verdict(True, "right"))
+    with pytest.raises(ValueError, match="failures.jsonl, line 1 "):
+        r3.load_conversations(path, chat)
+
+
+def test_the_numbers_are_those_of_the_conversations(chat, task, lenient):
+    tries = r3.evaluate(chat, task.load(split="dev", limit=30), 2, "")
+    first = [c.first.right for c in tries]
+    two = [c.first.right or c.second.right for c in tries]
+    assert 0 < sum(first) < sum(two) < 60
+    rows = r3.accuracy(model=tries)
+    assert list(rows) == ["model"]
+    assert rows["model"]["1st try"][0] == pytest.approx(np.mean(first))
+    assert rows["model"]["within two"][0] == pytest.approx(np.mean(two))
+    assert rows["model"]["1st try"] == r3.interval(np.array(first, float), tries)
+    once = tries[::2]  # one try at each problem: Wilson's interval
+    right = np.array([c.first.right for c in once], float)
+    assert r3.accuracy(model=once)["model"]["1st try"] == r3.wilson(right)
+
+    worse = [replace(c, second=Verdict(False, "x")) for c in tries]  # all retries are wrong
+    rows = r3.accuracy(before=worse, after=tries)
+    assert list(rows) == ["before", "after", "gain"]
+    assert rows["before"]["within two"][0] == 0  # of those with first tries right, too
+    assert rows["gain"]["within two"] == r3.interval(np.array(two, float), tries)
+    assert rows["gain"]["1st try"] == [0, 0, 0]
+    assert r3.reasons(model=tries) == {
+        "right": {"model, 1st": sum(first), "model, retry": sum(two) - sum(first)},
+        "wrong_value": {"model, 1st": 60 - sum(first), "model, retry": 60 - sum(two)},
+    }
+
+
+def test_tables_are_markdown():
+    rows = {"vanilla": {"1st try": [0.25, 0.125, 0.5]}, "gain": {"1st try": [0.1, -0.1, 0.3]}}
+    assert r3.markdown({"Right": rows, "Reasons": {"right": {"a": 7}, "x": {"b": 12}}}) == (
+        "Right\n\n"
+        "|         | 1st try              |\n"
+        "|---------|----------------------|\n"
+        "| vanilla | 25.0 [12.5, 50.0]    |\n"
+        "| gain    | +10.0 [-10.0, +30.0] |\n\n"
+        "Reasons\n\n"
+        "|       | a | b  |\n"
+        "|-------|---|----|\n"
+        "| right | 7 |    |\n"
+        "| x     |   | 12 |\n"
     )
-    same = [r[0] for r in zip(batch.advantages.view(3, -1, 4).unbind(1), strict=True)]
-    assert all(torch.equal(same[0], other) for other in same)  # of one conversation, one advantage
-    found = grpo.gradients(speaker.model, None, batch, grpo.Settings(beta=0.0))
-    assert found["mismatch"] < 1e-4 and found["tokens"] == sum(b - a for [(a, b)] in batch.spans)
-    speaker.model.double()
-    for micro_tokens in (400, 8_192):
-        checked = grpo.check(speaker.model, batch, grpo.Settings(micro_tokens=micro_tokens))
-        assert max(checked["loss_error"], checked["gradient_error"]) < 1e-9
+
+
+# -- Training --------------------------------------------------------------------------------------
+
+
+def failures_of(chat, task, count):
+    return grpo.attempt(chat, task.load(split="dev", limit=count), 1, (0, 0))
+
+
+def trained(chat, failures, folder, **settings):
+    """The lines of samples.jsonl after training without the KL term, and the metrics."""
+    c = grpo.Config(beta=0.0, lr=0.0, **settings)
+    found = [metrics for _, metrics in grpo.train(chat, None, failures, c, folder)]
+    return lines(folder / "samples.jsonl"), found[1:]
+
+
+def test_rewards_go_to_reflections_and_cut_ones_earn_nothing(chat, task, lenient, tmp_path):
+    chat.tokenizer.stop_ids = [0, *range(20, 30)]  # so that some turns end and some are cut
+    failures = failures_of(chat, task, 3)
+    order = grpo.draw_failures(failures, 0, 3, chat.seed)
+    tries = grpo.rollout(chat, order, 8, (grpo.TRAIN, 0))
+    ended = [c.reflection[-1] in chat.tokenizer.stop_ids for c in tries]
+    right = [sum(c.retry) % 3 == 0 for c in tries]
+    assert len(set(zip(ended, right, strict=True))) == 4  # ended or cut, right or wrong: all four
+    samples, [metrics] = trained(chat, failures, tmp_path, steps=1, batch=3, group=8)
+    wanted = torch.tensor([float(e and r) for e, r in zip(ended, right, strict=True)])
+    assert [line["reward"] for line in samples] == wanted.tolist()
+    advantages = grpo.group_advantages(wanted.view(3, 8)).flatten()
+    assert [line["advantage"] for line in samples] == advantages.tolist()
+    for c, line in zip(tries, samples, strict=True):
+        assert line["trained_span"] == [len(c.context), len(c.context) + len(c.reflection)]
+        assert line["step"] == 1 and line["problem"] == json.loads(json.dumps(asdict(c.problem)))
+        for name in ("context", "attempt", "reflection", "retry"):
+            assert line[name] == chat.tokenizer.tokenizer.decode(getattr(c, name), False)
+        assert (line["first"], line["second"]) == (asdict(c.first), asdict(c.second))
+    assert metrics["reward"] == pytest.approx(wanted.mean().item())
+    assert metrics["cut"] == pytest.approx(1 - np.mean(ended))
+
+
+def test_every_step_samples_anew(chat, task, lenient, tmp_path):
+    """The same failures, the same weights: other reflections."""
+    samples, _ = trained(chat, failures_of(chat, task, 2), tmp_path, steps=3, batch=2, group=3)
+    by_step = [[line for line in samples if line["step"] == step] for step in (1, 2, 3)]
+    said = [[(line["context"], line["reflection"]) for line in some] for some in by_step]
+    assert {context for context, _ in said[0]} == {context for context, _ in said[1]}
+    assert len({tuple(some) for some in said}) == 3
 
 
 def test_every_failure_comes_once_an_epoch_and_never_twice_a_step():
     failures = conversations(range(10))
     drawn = [
-        [c.problem.id for c in r3.draw_failures(failures, step, 5, seed=0)] for step in range(4)
+        [c.problem.id for c in grpo.draw_failures(failures, step, 5, seed=0)] for step in range(4)
     ]
     assert sorted(drawn[0] + drawn[1]) == sorted(drawn[2] + drawn[3]) == list(range(10))
     assert drawn[:2] != drawn[2:]
     for step in range(9):
-        ids = [c.problem.id for c in r3.draw_failures(failures, step, 7, seed=0)]
+        ids = [c.problem.id for c in grpo.draw_failures(failures, step, 7, seed=0)]
         assert len(ids) == len(set(ids))
-    assert len(r3.draw_failures(failures, 0, 25, seed=0)) == 10
+    assert len(grpo.draw_failures(failures, 0, 25, seed=0)) == 10
 
 
-def test_a_dataset_of_failures_holds_first_wrong_tries(speaker, task, lenient):
-    problems = task.load(split="train", limit=20)
-    tries = r3.attempt(speaker, problems, 4, (r3.COLLECT, 0))
-    assert 0 < sum(c.first.right for c in tries) < 80
-    small = replace(speaker, cache_tokens=500)  # the work is split, the samples are the same
-    kept = {}
-    for keep in ("any", "all"):
-        failures = r3.find_failures(small, problems, 4, keep)
-        kept[keep] = [failure.problem.id for failure in failures]
-        for problem in problems:
-            wrong = [c for c in tries if c.problem == problem and not c.first.right]
-            got = [c for c in failures if c.problem == problem]
-            wanted = wrong[:1] if keep == "any" or len(wrong) == 4 else []
-            assert [(c.sample, c.attempt) for c in got] == [(c.sample, c.attempt) for c in wanted]
-    assert 0 < len(kept["all"]) < len(kept["any"])
-
-
-def test_every_step_samples_anew(speaker, task):
-    failures = r3.attempt(speaker, task.load(limit=2), 1, (0, 0))
-    args = type("Args", (), {"group": 2, "no_std": False, "train_on": "reflection"})
-    one, two = (r3.sample_batch(speaker, failures, args, step)[1].ids for step in (0, 1))
-    assert one != two
-
-
-def test_the_numbers_are_those_of_the_conversations(speaker, task, lenient):
-    tries = r3.measure(speaker, task.load(split="dev", limit=30), 2, "")
-    first = [c.first.right for c in tries]
-    two = [c.first.right or c.second.right for c in tries]
-    assert 0 < sum(first) < sum(two) < 60
-    rows = r3.accuracy(model=tries)["model"]
-    assert rows["1st try"][0] == pytest.approx(np.mean(first))
-    assert rows["within two"][0] == pytest.approx(np.mean(two))
-    assert rows["1st try"] == r3.interval(np.array(first, float), tries)
-    once = tries[::2]  # one try a problem: Wilson's
-    assert r3.accuracy(model=once)["model"]["1st try"] == r3.wilson(r3.first_right(once))
-    counts = r3.reasons(task, model=tries)
-    assert list(counts) == list(task.reasons)  # all of them, in the task's order
-    assert counts["no_answer"] == {"model, 1st": 0, "model, retry": 0}
-    assert counts["right"] == {"model, 1st": sum(first), "model, retry": sum(two) - sum(first)}
-
-
-def test_controls_change_what_they_say_and_nothing_else(speaker, task, lenient, monkeypatch):
-    """Which speaker retries after which reflections, and on which random numbers."""
-    vanilla, trained = speaker, replace(speaker, seed=speaker.seed)
-    failures = [
-        c for c in r3.measure(speaker, task.load(split="dev", limit=6), 2, "") if not c.first.right
-    ]
-    own = [replace(c, reflection=[9, *c.reflection]) for c in failures]
-    seen, fresh = [], []
-    retry, attempt = r3.retry, r3.attempt
-    monkeypatch.setattr(r3, "equal_tokens", lambda *_: {})
-    monkeypatch.setattr(
-        r3, "retry", lambda s, c, *a, **k: seen.append((s, c)) or retry(s, c, *a, **k)
+def test_dialogues_of_the_cold_start_train_the_assistants_turns(task, tiny, monkeypatch):
+    monkeypatch.setitem(r3.COLD, "dialogues", 4)
+    tokenizer, problems = tiny[1], task.load(split="cold")
+    drawn = r3.dialogues(task, tokenizer, problems, "key", diligent=False)
+    assert len(drawn) == r3.WINDOW and {len(ids) for ids, _ in drawn} == {4}
+    retries = 0
+    for ids, mask in drawn:
+        for row, trained in zip(ids.tolist(), mask.tolist(), strict=True):
+            size = 1 + max(i for i, it in enumerate(trained) if it)  # then padding
+            text = tokenizer.tokenizer.decode(row[:size], False)
+            said = re.split(r"(?<=<\|assistant\|>)|(?<=<\|end\|>)", text)
+            wanted = []
+            for part in said:
+                own = "<|assistant|>" not in part and "<|user|>" not in part
+                wanted += [own] * len(tokenizer.encode(part))
+            assert trained[:size] == wanted and text.endswith("<|end|>")
+            if task.again in text:
+                assert text.index(task.reflect) < text.index(task.again)
+                retries += 1
+    assert retries
+    again = r3.dialogues(task, tokenizer, problems, "key", diligent=False)
+    assert all(torch.equal(a, b) for a, b in zip(sum(drawn, ()), sum(again, ()), strict=True))
+    other = r3.dialogues(task, tokenizer, problems, "other key", diligent=False)
+    assert any(
+        a[0].shape != b[0].shape or (a[0] != b[0]).any() for a, b in zip(drawn, other, strict=True)
     )
-    monkeypatch.setattr(
-        r3,
-        "attempt",
-        lambda s, p, samples, key: fresh.append((s, key)) or attempt(s, p, samples, key),
-    )
-    speakers = {"vanilla": vanilla, "trained": trained, "shuffled": vanilla}
-    rows = r3.controls(speakers, {"vanilla": failures, "trained": own})
-    end = speaker.tokenizer.stop_ids
-    generic = speaker.tokenizer.encode(task.generic_reflection) + end
-    for number, (who, mine) in enumerate(((vanilla, failures), (trained, own))):
-        empty, fixed, others = seen[3 * number : 3 * number + 3]
-        assert empty[0] is fixed[0] is others[0] is who
-        assert all(c.reflection == end for c in empty[1])
-        assert all(c.reflection == generic for c in fixed[1])
-        for c, swapped in zip(mine, others[1], strict=True):
-            origin = [o for o in mine if o.reflection == swapped.reflection]
-            assert swapped.context == c.context
-            assert origin and all(o.problem.id != c.problem.id for o in origin)
-        assert fresh[number] == (who, (r3.AGAIN, 0))  # other numbers than the failed attempt's
-    assert len(rows) == 6 and rows["its own reflection"]["trained"] == r3.second_right(own)
-    label = "no failure in view: a second attempt"
-    assert rows[label]["vanilla"][0] > 0  # not the failed attempts again
 
 
-def test_the_main_job_and_the_files_it_leaves(small, lenient, capsys):
-    r3.main(["train", *SHORT, "--name", "a", "--controls"])
+def test_a_recipe_that_changes_makes_another_base(small, task, base, monkeypatch):
+    weights = (base / "model.safetensors").read_bytes()
+    made = time.time()
+    assert r3.base_model(task, 0).name == base.name
+    (small / base.name / "model.safetensors").unlink()  # it was killed before it was complete
+    assert (r3.base_model(task, 0) / "model.safetensors").read_bytes() == weights
+    assert (small / base.name / "model.safetensors").stat().st_mtime > made - 1
+    monkeypatch.setitem(r3.COLD, "steps", 2)
+    two = r3.base_model(task, 0)
+    assert two.name != base.name and (two / "model.safetensors").read_bytes() != weights
+    assert r3.base_model(task, 1).name not in (two.name, base.name)
+
+
+def test_the_cold_start_learns(task, monkeypatch):
+    """The loss falls well below that of random words, which is log 150 = 5."""
+    monkeypatch.setitem(r3.COLD, "steps", 16)
+    problems = task.load(split="cold")
+    model, tokenizer = r3.cold_start(task, problems, 0)
+    ids, mask = r3.dialogues(task, tokenizer, problems, "other", diligent=True)[0]
+    with torch.no_grad():
+        log_p = model(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    assert -log_p[mask[:, 1:]].mean() < 2.5
+
+
+def test_a_stop_during_a_held_out_evaluation_saves_its_step(small, lenient, monkeypatch):
+    evaluate = r3.evaluate
+
+    def stops(chat, problems, samples, title, path=None):
+        if title == "held out, step 2":
+            grpo.STOP.set()
+        return evaluate(chat, problems, samples, title, path)
+
+    monkeypatch.setattr(r3, "evaluate", stops)
+    with pytest.raises(
+        SystemExit, match="stopped, and saved; go on with: r3.py train --resume .*/x/y"
+    ):
+        r3.main(["train", *SHORT, "--steps", "8", "--save-every", "25", "--name", "x/y"])
+    run = small / "x" / "y"
+    assert [path.name for path in grpo.checkpoints(run)] == ["step-2"]
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [0, 1, 2]
+    assert "within two" in lines(run / "metrics.jsonl")[2]
+
+
+def test_the_main_job_and_the_files_it_leaves(small, base, lenient, capsys):
+    r3.main(["train", *SHORT, "--name", "a"])
     printed = capsys.readouterr().out
     run = small / "a"
-    left = {path.name for path in run.iterdir()}
-    assert left == {
+    assert {path.name for path in run.iterdir()} == {
         "config.json", "failures.jsonl", "metrics.jsonl", "timings.jsonl", "samples.jsonl",
         "checkpoints", "model", "report.json", "curves.png", "measured",
     }  # fmt: skip
+    kept = {"tries", "vanilla", "vanilla-greedy", "trained", "trained-greedy"}
+    assert {path.stem for path in (run / "measured").iterdir()} == kept
+    assert len(lines(run / "measured" / "trained.jsonl")) == 2 * 4
+    assert len(lines(run / "measured" / "trained-greedy.jsonl")) == 4
     tables = json.loads((run / "report.json").read_text())["tables"]
-    for title, rows in tables.items():
-        assert title in printed and all(name in printed for name in rows)
+    assert r3.markdown(tables) in printed
+    assert list(tables) == [
+        "4 problems, greedy: % right [95%]",
+        "4 problems, 2 samples each, temperature 1: % right [95%]",
+        "The verifier's reasons, 2 samples each, temperature 1",
+    ]
     for rows in list(tables.values())[:2]:  # gain is after minus before
+        assert list(rows) == ["vanilla", "trained", "gain"]
         for column in ("1st try", "within two"):
             gain = rows["trained"][column][0] - rows["vanilla"][column][0]
             assert rows["gain"][column][0] == pytest.approx(gain)
-    assert (
-        len([row for title, rows in tables.items() if title.startswith("Controls") for row in rows])
-        == 7
-    )
     config = json.loads((run / "config.json").read_text())
-    assert config["seed"] == 0 and config["lr"] == 3e-4 and "torch" in config["versions"]
+    assert config["seed"] == 0 and config["lr"] == 3e-4 and config["command"] == "train"
+    assert config["torch"] == torch.__version__ and config["threads"] == torch.get_num_threads()
     steps = lines(run / "metrics.jsonl")
     assert [line["step"] for line in steps] == [0, 1, 2, 3] and "within two" in steps[0]
     assert max(line.get("mismatch", 0) for line in steps) < 1e-4  # invariant 2, over a whole run
     # The reference is the model as it was, not as it is: no divergence at first, and then some.
     assert abs(steps[1]["kl"]) < 1e-6 < steps[2]["kl"] < steps[3]["kl"]
     for record in lines(run / "failures.jsonl"):
-        assert record["first"] == "wrong_value" and record["attempt_ids"]
+        assert record["first"] == {"right": False, "reason": "wrong_value"}
+        assert record["ids"]["attempt"] and record["second"] is None
 
     tokenizer = models.Tokenizer.from_pretrained(run / "model")
     samples = lines(run / "samples.jsonl")
@@ -374,114 +556,318 @@ def test_the_main_job_and_the_files_it_leaves(small, lenient, capsys):
         ids = tokenizer.encode(f"{sample['context']} {sample['reflection']}")
         assert ids[start:end] == tokenizer.encode(sample["reflection"]) and end == len(ids)
         assert sample["context"].endswith("Wrong. Reflect. <|end|> <|assistant|>")
-    assert [path.name for path in (run / "checkpoints").iterdir()]
+    assert [path.name for path in grpo.checkpoints(run)] == ["step-2", "step-3"]
 
     # Invariant 6: the same seed gives the same weights, the base made anew, the failures given.
     weights = (run / "model" / "model.safetensors").read_bytes()
-    r3.main(["train", *SHORT, "--name", "b", "--fresh", "--controls"])
-    r3.main(["train", *SHORT, "--name", "c", "--failures", str(run / "failures.jsonl")])
+    base_weights = (small / base.name / "model.safetensors").read_bytes()
+    assert base_weights != weights  # training did change them
+    shutil.rmtree(small / base.name)
+    r3.main(["train", *SHORT, "--name", "b"])
     for name in ("failures.jsonl", "metrics.jsonl", "samples.jsonl", "report.json"):
         assert (small / "b" / name).read_text() == (run / name).read_text()
     assert (small / "b" / "model" / "model.safetensors").read_bytes() == weights
+    assert (small / base.name / "model.safetensors").read_bytes() == base_weights
+    r3.main(["train", *SHORT, "--name", "c", "--failures", str(run / "failures.jsonl")])
     assert (small / "c" / "model" / "model.safetensors").read_bytes() == weights
-    assert len(list(small.glob("base-*"))) == 1
-    base = next(small.glob("base-*")) / "model.safetensors"
-    assert base.read_bytes() != weights  # training did change them
-    r3.main(["train", *SHORT, "--name", "d", "--seed", "1"])
-    assert (small / "d" / "model" / "model.safetensors").read_bytes() != weights
+    assert not (small / "c" / "measured" / "tries.jsonl").exists()
 
-    r3.main(["eval", "--model", str(run / "model"), "--limit", "5", "--max-new-tokens", "20"])
-    assert "5 dev problems, 4 samples each" in capsys.readouterr().out
+    r3.main(["eval", "--model", str(run / "model"), "--limit", "5", "--max-new-tokens", "9"])
+    assert "5 problems, 4 samples each, temperature 1" in capsys.readouterr().out
+    [evaluated] = small.glob("eval-countdown-a-seed0-*")
+    assert len(lines(evaluated / "conversations.jsonl")) == 20
+    r3.main(["eval", "--limit", "5", "--max-new-tokens", "9", "--temperature", "0", "--name", "e"])
+    assert "5 problems, 1 samples each, temperature 0" in capsys.readouterr().out
+    assert len(lines(small / "e" / "conversations.jsonl")) == 5
 
 
-def test_check_compares_with_the_textbook(small, lenient, capsys, monkeypatch):
-    for loss in grpo.LOSSES:
-        r3.main(["train", *SHORT, "--check", "--loss", loss])
-        printed = capsys.readouterr().out
-        assert "relative difference of the gradients" in printed
-        clipped = float(printed.split("tokens, ")[1].split("%")[0])
-        assert 10 <= clipped <= 90
-    assert not list(small.glob("countdown-*"))  # nothing is left behind
+def test_seeds_differ(small, lenient, monkeypatch):
+    """In the tiny model, in the problems, in what is sampled."""
+    in_steps(monkeypatch, 1)
+    found = []
+    for seed in ("1", "2"):
+        flags = ["--seed", seed, "--limit", "4", "--max-new-tokens", "9", "--name", seed]
+        r3.main(["eval", *flags])
+        found.append(lines(small / seed / "conversations.jsonl"))
+    assert not {line["context"] for line in found[0]} & {line["context"] for line in found[1]}
+    assert not {line["attempt"] for line in found[0]} & {line["attempt"] for line in found[1]}
 
-    exact = grpo.textbook
-    monkeypatch.setattr(grpo, "textbook", lambda *a: (exact(*a)[0], exact(*a)[1] * 1.001))
-    with pytest.raises(SystemExit, match="differs from the textbook"):
-        r3.main(["train", *SHORT, "--check"])
+
+def test_a_dataset_of_failures_goes_on_where_it_was_killed(
+    small, lenient, monkeypatch, capsys, asked
+):
+    command = ["failures", "--model", "tiny", "--problems", "30", "--responses", "3"]
+    command += ["--cache-tokens", "600", "--max-new-tokens", "12", "--name"]
+    r3.main([*command, "whole"])
+    append = r3.append_jsonl
+
+    def dies(path, record):
+        append(path, record)
+        if len(path.read_text().splitlines()) == 12:
+            raise KeyboardInterrupt
+
+    asked.clear()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
+        patch.setattr(r3, "append_jsonl", dies)
+        r3.main([*command, "killed"])
+    whole, killed = small / "whole" / "failures.jsonl", small / "killed" / "failures.jsonl"
+    assert not killed.exists() and asked
+    kept = {line["problem"]["id"] for line in lines(small / "killed" / "measured" / "tries.jsonl")}
+    assert len(kept) == 12
+    with open(small / "killed" / "measured" / "tries.jsonl", "a") as file:
+        file.write('{"problem": {"id"')  # the next line was being written
+    config = small / "killed" / "config.json"  # begun on another day
+    config.write_text(json.dumps({**json.loads(config.read_text()), "date": "2025-05-30"}))
+    asked.clear()
+    r3.main(["failures", "--resume", str(small / "killed")])
+    assert killed.read_text() == whole.read_text()
+    after = {problem.id for problem in asked}
+    assert after and not kept & after and len(kept | after) == 30
+    count = len(lines(whole))
+    assert 0 < count < 30 and f"{count} failures on 30 problems" in capsys.readouterr().out
+    assert json.loads(config.read_text())["date"] == "2025-05-30"
+    for flags, message in (
+        (["failures", "--resume", str(small / "killed")], "is done"),
+        (["eval", "--resume", str(small / "killed")], "was begun by failures, not eval"),
+        (["eval", "--resume", str(small / "nothing")], "config.json does not exist"),
+        (["failures", "--resume", str(small / "killed"), "--seed", "1"], "from the run"),
+        ([*command, "killed"], "choose another --name, or --resume"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            r3.main(flags)
 
 
 def test_play(small, capsys, monkeypatch):
-    said = iter(["6 10 2 32", "nonsense", "6 10 2 99", ""])
+    said = iter(["6 10 2 32", "nonsense", "6 10 2 99", "6 10 2 32", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(said))
     r3.main(["play", "--model", "tiny", "--max-new-tokens", "12"])
     printed = capsys.readouterr().out
-    assert "question  Make 32 from 6 10 2 ." in printed and "reflection  " in printed
-    assert "type the numbers" in printed and "knows 3 numbers" in printed
+    assert (
+        printed.count("question  <|user|> Make 32 from 6 10 2 .") == 2
+        or printed.count("question  Make 32 from 6 10 2 .") == 2
+    )
+    assert "reflection  " in printed and "<- no_answer" in printed
+    assert printed.count("  type 3 numbers from 1 to 10") == 2  # for nonsense, and a target of 99
+    answers = re.findall(r"attempt  (.*)", printed)
+    assert len(answers) == 2 and answers[0] != answers[1]  # asked again, it answers otherwise
+
+    def ends(_):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ends)
+    r3.main(["play", "--model", "tiny"])  # Ctrl-D
+    with pytest.raises(SystemExit, match="no run in .*: r3.py train makes one"):
+        r3.main(["play"])
+
+
+# -- Settings and bad input ------------------------------------------------------------------------
+
+
+def refused(flags: list, capsys) -> str:
+    """The one line that the command line ends in."""
+    with pytest.raises(SystemExit) as stop:
+        r3.main(flags)
+    assert stop.value.code not in (0, None)
+    if isinstance(stop.value.code, str):
+        assert stop.value.code.startswith("r3.py: ") and "\n" not in stop.value.code
+        return stop.value.code
+    return capsys.readouterr().err.splitlines()[-1]  # argparse: the usage, then the line
+
+
+def settings(command: str) -> list:
+    """The fields of Config whose metadata names a command."""
+    return [f for f in fields(r3.Config) if command in f.metadata.get("commands", "").split()]
+
+
+@pytest.fixture
+def parsers(monkeypatch):
+    """The parser of each command."""
+    found = []
+    with monkeypatch.context() as patch:
+        parse = argparse.ArgumentParser.parse_args
+        patch.setattr(
+            argparse.ArgumentParser, "parse_args", lambda s, a: found.append(s) or parse(s, a)
+        )
+        r3.read_command_line(["plot"])
+    [commands] = [a.choices for a in found[0]._actions if a.dest == "command"]
+    return commands
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_flags_of_a_command_are_the_fields_that_name_it(parsers, command):
+    actions = {action.dest: action for action in parsers[command]._actions}
+    assert set(actions) - {"help", "resume"} == {f.name for f in settings(command)}
+    assert ("resume" in actions) == (command != "play")
+    for f in settings(command):
+        action, tiny, paper = actions[f.name], getattr(r3.TINY, f.name), getattr(r3.PAPER, f.name)
+        assert action.option_strings[0] == f"--{f.name.replace('_', '-')}"
+        assert action.help.startswith(f.metadata["help"])
+        assert action.default == argparse.SUPPRESS  # what is not given takes TINY's or PAPER's
+        assert action.choices is None or action.choices == list(f.metadata["choices"])
+        if tiny is not None:
+            default = f"{tiny}" if tiny == paper else f"{tiny}; a checkpoint's: {paper}"
+            assert f"(default: {default})" in action.help
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, "show", "plot"])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        r3.main([*command.split(), "--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and printed.startswith("usage: r3.py")
+    for each in ("train", "failures", "eval", "play", "show", "plot") if not command else ():
+        assert f"    {each} " in printed  # with what it does
+    assert max(map(len, printed.splitlines())) <= 200
+
+
+def test_what_is_given_stands_over_the_defaults(folder, monkeypatch, small):
+    tiny, paper = r3.settings_of({}, "train"), r3.settings_of({"model": str(folder)}, "train")
+    assert tiny == r3.TINY and paper == replace(r3.PAPER, model=str(folder))
+    assert (tiny.steps, tiny.batch, tiny.lr, tiny.samples) == (18, 32, 3e-4, 4)
+    # The paper's values; and those of the method.
+    assert (paper.steps, paper.batch, paper.lr, paper.beta) == (1_750, 256, 5e-7, 0.001)
+    assert (paper.warmup, paper.temperature, paper.responses, paper.samples) == (0.03, 1.0, 64, 1)
+    assert paper.loss == "dapo" and paper.scale and paper.clip == 0.2
+    assert paper.group == tiny.group == 8
+    given = {"steps": 3, "scale": False, "limit": 7, "model": str(folder)}
+    assert r3.settings_of(dict(given), "eval") == replace(r3.PAPER, **given)
+    model, tokenizer = r3.tiny_model(tasks.TinyCountdown(), 0)
+    tokenizer.save_pretrained("a/model")  # a tiny model's folder has the tiny model's defaults
+    assert r3.settings_of({"model": "a/model"}, "train") == replace(r3.TINY, model="a/model")
+    model.save_pretrained(small / "x" / "model")
+    tokenizer.save_pretrained(small / "x" / "model")
+    assert r3.settings_of({}, "play") == replace(r3.TINY, model=str(small / "x" / "model"))
+    read = r3.read_command_line
+    flags = "--no-scale --steps 5 --lr 1e-5 --data d.json --loss grpo --offload --seed 3"
+    assert read(["train", *flags.split()]) == {
+        "command": "train", "scale": False, "steps": 5, "lr": 1e-5, "data": "d.json",
+        "loss": "grpo", "offload": True, "seed": 3,
+    }  # fmt: skip
+
+
+def bad_values():
+    """Each flag of each command with values that it cannot have."""
+    for command in COMMANDS:
+        for f in settings(command):
+            kind, least, choices = f.type, f.metadata["least"], f.metadata["choices"]
+            values = ["nonsense"] if choices or kind in (int, float, int | None) else []
+            values += [str(least - 1)] if least is not None else []
+            values += ["nan", "inf"] if kind is float else []
+            for value in values:
+                yield command, f.name, value
+
+
+def test_every_flag_refuses_what_it_cannot_be(small, capsys):
+    values = list(bad_values())
+    assert len(values) > 80
+    for command, name, value in values:
+        model = ["--model", "tiny"] if command == "play" else []
+        said = refused([command, *model, f"--{name.replace('_', '-')}={value}"], capsys)
+        assert f"--{name.replace('_', '-')}" in said and value in said, (command, name, said)
+    with pytest.raises(ValueError, match="--group 1: give a number from 2 on"):
+        r3.Config(group=1)
+    with pytest.raises(ValueError, match="--loss x: choose from dapo, grpo, dr_grpo"):
+        r3.Config(loss="x")
+    assert {path.name[:5] for path in small.iterdir()} == {"base-"}
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("train --steps 0", "--steps"),
-        ("train --group 1", "--group"),
-        ("train --lr x", "--lr"),
-        ("train --lr nan", "--lr"),
-        ("train --seed -1", "--seed"),
-        ("train --split cold", "--split"),
+        ("dance", "COMMAND"),
+        ("", "COMMAND"),
+        ("train --stepps 3", "--stepps"),
+        ("play --steps 3", "--steps"),
         ("train --temperature 0", "nothing to compare"),
-        ("eval --model nowhere", "no such folder"),
+        ("eval --model nowhere", "nowhere: no such folder"),
+        ("eval --model no/where", "no/where is not here"),
         ("eval --model .", "config.json does not exist"),
-        ("eval --data nowhere.json", "nowhere.json: no such file"),
+        ("eval --model {folder} --data nowhere.json", "nowhere.json: no such file"),
+        ("eval --model {folder} --task apigen", "xlam-function-calling-60k is not here"),
+        ("eval --model {folder} --split all", "no split 'all'"),
+        ("eval --model {folder} --max-new-tokens 3000", "lower --max-new-tokens"),
         ("eval --task apigen", "give --model a folder"),
+        ("eval --data x.json", "give --model a folder"),
+        ("play --model tiny --task apigen", "give --model a folder"),
         ("eval --split all", "no split 'all'"),
         ("train --failures nowhere.jsonl", "nowhere.jsonl"),
-        ("train --device banana", "no such device"),
-        ("dance", "COMMAND"),
+        ("train --failures .", "directory"),
+        ("train --device banana", "torch finds no such device here"),
+        ("train --device cuda:99", "torch finds no such device here"),
+        ("train --device meta", "torch finds no such device here"),
+        ("train --resume nowhere", "config.json does not exist"),
+        ("train --resume . --steps 3", "--resume takes all other settings from the run"),
+        ("show nowhere", "nowhere/conversations.jsonl does not exist"),
+        ("show --only x", "--only"),
+        ("show", "no run in"),
+        ("plot nowhere", "metrics.jsonl does not exist"),
+        ("plot", "no run in"),
     ],
 )
-def test_bad_input_ends_in_one_line(small, capsys, flags, message):
-    with pytest.raises(SystemExit) as stop:
-        r3.main(flags.split())
-    said = (
-        str(stop.value)
-        if isinstance(stop.value.code, str)
-        else capsys.readouterr().err.splitlines()[-1]
-    )
-    assert message in said and stop.value.code not in (0, None) and "\n" not in said
-    assert not list(small.glob("countdown-*"))
+def test_bad_input_ends_in_one_line(small, folder, capsys, flags, message, monkeypatch):
+    monkeypatch.setattr(models.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert message in refused(flags.format(folder=folder).split(), capsys)
+    assert {path.name[:5] for path in small.iterdir()} == {"base-"}  # nothing is left behind
 
 
 @pytest.mark.parametrize(
-    "change",
+    "config, message",
     [
-        lambda r: "{",
-        lambda r: json.dumps({k: v for k, v in r.items() if k != "attempt_ids"}),
-        lambda r: json.dumps({**r, "attempt_ids": [5, 99_999_999_999]}),
-        lambda r: json.dumps({**r, "attempt": "something else"}),
-        lambda r: json.dumps({**r, "attempt_ids": r["attempt_ids"] + [5000]}),
-        lambda r: json.dumps({**r, "problem": {"id": 1}}),
-        lambda r: json.dumps({**r, "sample": "a"}),
-        lambda r: "7",
+        ("", "config.json is not JSON"),
+        ("[]", "holds no JSON object"),
+        ("{}", "was begun by None, not train"),
+        ('{"command": "train"}', "config.json is damaged"),
+        ({"steps": "absent"}, "config.json is damaged"),
+        ({"steps": [1]}, "config.json is damaged"),
+        ({"steps": 0}, "--steps 0"),
+        ({"date": "yesterday"}, "yesterday"),
     ],
 )
-def test_a_damaged_failure_is_named_by_its_line(speaker, task, tmp_path, change):
-    failures = r3.attempt(speaker, task.load(limit=3), 1, (0, 0))
-    path = tmp_path / "failures.jsonl"
-    r3.write_failures(path, failures, speaker.tokenizer)
-    again = r3.read_failures(path, speaker)
-    assert again == [replace(c, logprobs={}) for c in failures]
-    text = path.read_text().splitlines()
-    path.write_text("\n".join([text[0], change(json.loads(text[1])), text[2]]))
-    with pytest.raises(ValueError, match="failures.jsonl, line 2"):
-        r3.read_failures(path, speaker)
+def test_a_damaged_config_ends_in_one_line(small, capsys, config, message):
+    run = small / "x"
+    r3.write_config(run, "train", r3.TINY)
+    whole = json.loads((run / "config.json").read_text())
+    if isinstance(config, dict):
+        config = {**whole, **config}
+        config = json.dumps({name: value for name, value in config.items() if value != "absent"})
+    (run / "config.json").write_text(config)
+    assert message in refused(["train", "--resume", str(run)], capsys)
 
 
-def test_a_right_attempt_is_no_failure(speaker, task, tmp_path, monkeypatch):
-    path, failures = tmp_path / "failures.jsonl", r3.attempt(speaker, task.load(limit=1), 1, (0, 0))
-    r3.write_failures(path, failures, speaker.tokenizer)
-    assert len(r3.read_failures(path, speaker)) == 1
-    monkeypatch.setattr(tasks.Countdown, "verify", lambda *_: Verdict(True, "right"))
-    with pytest.raises(ValueError, match="failures.jsonl, line 1"):
-        r3.read_failures(path, speaker)
+def test_a_run_without_failures_says_so(small, capsys, monkeypatch):
+    """Also where --failures holds right attempts alone."""
+    monkeypatch.setattr(Chat, "verify", lambda *_: Verdict(True, "right"))
+    nothing = "no training problem was got wrong: there is nothing to learn from"
+    assert nothing in refused(["train", *SHORT, "--name", "a"], capsys)
+    path = small / "a" / "measured" / "tries.jsonl"
+    assert len(lines(path)) == 30
+    flags = ["train", *SHORT, "--name", "b", "--failures", str(path)]
+    assert nothing in refused(flags, capsys)
+
+
+def test_right_attempts_are_not_trained_on(small, lenient, capsys):
+    """Of a file with right and wrong ones, as `eval` leaves it, the wrong ones are taken."""
+    r3.main(["eval", "--limit", "5", "--max-new-tokens", "12", "--name", "e"])
+    path = small / "e" / "conversations.jsonl"
+    wrong = [line for line in lines(path) if not line["first"]["right"]]
+    assert 0 < len(wrong) < len(lines(path))
+    r3.main(["train", *SHORT, "--steps", "1", "--name", "t", "--failures", str(path)])
+    assert lines(small / "t" / "failures.jsonl") == wrong
+    capsys.readouterr()
+    wrong[0]["ids"]["attempt"][0] = 5_000  # no token of this model
+    path.write_text(json.dumps(wrong[0]) + "\n")
+    flags = ["train", *SHORT, "--name", "u", "--failures", str(path)]
+    assert "conversations.jsonl, line 1 does not fit this run" in refused(flags, capsys)
+    assert not (small / "u").exists()
+
+
+def test_out_of_memory_ends_in_one_line(small, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 MiB")
+
+    monkeypatch.setattr(Chat, "sample", full)
+    said = refused(["eval", "--limit", "2", "--name", "x"], capsys)
+    assert "out of GPU memory; lower --cache-tokens" in said
 
 
 # -- Looking at a run ------------------------------------------------------------------------------
@@ -492,9 +878,10 @@ def samples():
     """Two steps: of one failure two tries in the first, of two failures one each in the last."""
 
     def line(step, number, context, reward, advantage, **more):
-        turns = {"context": context, "attempt": "7", "reflection": "Hm </script>", "retry": "8"}
-        verdicts = {"first": "wrong_value", "second": "right" if reward else "wrong_value"}
-        worth = {"reward": reward, "advantage": advantage, "trained": ["reflection"]}
+        turns = {"context": context, "attempt": "7", "reflection": "Hm", "retry": "8"}
+        second = {"right": reward > 0, "reason": "right" if reward else "wrong_value"}
+        verdicts = {"first": {"right": False, "reason": "wrong_value"}, "second": second}
+        worth = {"reward": reward, "advantage": advantage, "trained_span": [3, 4]}
         known = {"step": step, "problem": {"id": number}, "sample": 0}
         return {**known, **turns, **verdicts, **worth, **more}
 
@@ -504,148 +891,178 @@ def samples():
     ]  # fmt: skip
 
 
-def test_conversations_that_begin_alike_are_one_group(samples):
-    def found(*rest):
-        groups = r3.groups_of(samples, *rest)
-        return [(g["title"], g["rewarded"], [t["reward"] for t in g["tries"]]) for g in groups]
-
-    five = ("step 1, problem 5", "1 of 2 rewarded", [1.0, 0.0])
-    last = [("step 2, problem 5", "0 of 1 rewarded", [0.0])]
-    last += [("step 2, problem 6", "1 of 1 rewarded", [1.0])]
-    assert found() == last and found([1, 2]) == [five, *last]
-    assert found([1, 2], "mixed") == [five] and found(None, "mixed") == []
-    assert found([1, 2], "rewarded") == [(*five[:2], [1.0]), last[1]]
-    assert found([1], "unrewarded") == [(*five[:2], [0.0])]
-    measured = {"problem": {"id": 1}, "context": "a", "attempt": "b", "first": "right"}
-    [group] = r3.groups_of([{**measured, "second": None}])
-    assert group["title"] == "problem 1" and group["tries"][0]["turns"] == {"attempt": "b"}
-    assert group["rewarded"] == "1 of 1 rewarded" and r3.groups_of([]) == []
+@pytest.fixture
+def run(small, samples):
+    """A run that sampled them."""
+    (small / "x").mkdir(parents=True)
+    write(small / "x" / "samples.jsonl", samples)
+    return small / "x"
 
 
-def test_show(small, samples, capsys, monkeypatch):
-    run = small / "x"
-    with pytest.raises(SystemExit, match="no run in .*: r3.py train makes one"):
-        r3.main(["show"])
-    run.mkdir(parents=True)
-    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_show_filters_and_groups(run, capsys):
+    def found(*flags):
+        """(title, rewards of its tries) of each group."""
+        r3.main(["show", str(run), *flags])
+        printed = capsys.readouterr().out
+        groups = re.split(r"\n(?=step \d)", printed)[1:]
+        tries = [re.findall("<- (right|wrong_value)", group) for group in groups]
+        titles = [group.splitlines()[0] for group in groups]
+        return list(zip(titles, tries, strict=True))
+
+    five = ("step 1, problem 5: 1 of 2 rewarded", ["right", "wrong_value"])
+    last = [("step 2, problem 5: 0 of 1 rewarded", ["wrong_value"])]
+    last += [("step 2, problem 6: 1 of 1 rewarded", ["right"])]
+    assert found() == last and found("--step", "1", "2") == [five, *last]
+    assert found("--step", "1", "2", "--only", "mixed") == [five]
+    one = ("step 1, problem 5: 1 of 1 rewarded", ["right"])
+    assert found("--step", "1", "2", "--only", "rewarded") == [one, last[1]]
+    none = ("step 1, problem 5: 0 of 1 rewarded", ["wrong_value"])
+    assert found("--step", "1", "--only", "unrewarded") == [none]
+    assert found("--step", "1", "2", "--limit", "2") == [five, last[0]]
+    r3.main(["show", str(run), "--limit", "1"])
+    assert "1 groups more: --limit 2 shows all" in capsys.readouterr().out
+    assert "has no such conversations" in refused(["show", "--step", "7"], capsys)
+    assert "has no such conversations" in refused(["show", "--only", "mixed"], capsys)
+
+
+def test_show_prints_what_was_said(run, samples, capsys, monkeypatch):
     r3.main(["show", str(run), "--step", "1"])
     plain = capsys.readouterr().out
     assert "\033" not in plain and "problem 5: 1 of 2 rewarded" in plain
-    assert "+0.70 reflection  Hm" in plain and "-0.70 reflection" in plain
-    assert "<- right" in plain and "<- wrong value" in plain
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    r3.main(["show", "--step", "1", "--limit", "1"])  # the last run
-    printed = capsys.readouterr().out
-    assert f"\033[{r3.UP[-1]}mHm </script>\033[0m" in printed  # trained, and upwards
-    assert f"\033[{r3.DOWN[-1]}mHm </script>\033[0m" in printed
-    assert f"\033[{r3.DIM}mfive\033[0m" in printed and "  8\n" in printed  # the retry: plain
-    assert re.sub(r"\033\[[\d;]*m", "", printed) == plain
-    escape = {**samples[3], "reflection": "\033[2Jgone\a\n\tTab"}
-    (run / "samples.jsonl").write_text(json.dumps(escape) + "\n")
+    assert "+0.70 reflection  Hm" in plain and "-0.70 reflection  Hm" in plain
+    assert "retry  8   <- right" in plain and "retry  8   <- wrong_value" in plain
+    assert "             context  five" in plain
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stdout, "isatty", lambda: True)
+        patch.delenv("NO_COLOR", raising=False)
+        r3.main(["show", "--step", "1"])  # of the last run
+        printed = capsys.readouterr().out
+        assert "+0.70 reflection  \033[32mHm\033[0m" in printed  # trained, and upwards
+        assert "-0.70 reflection  \033[31mHm\033[0m" in printed
+        assert "\033[2mfive\033[0m" in printed and "retry  8 " in printed
+        assert re.sub(r"\033\[\d*m", "", printed) == plain
+        patch.setenv("NO_COLOR", "1")
+        r3.main(["show", "--step", "1"])
+        assert capsys.readouterr().out == plain
+    long = {**samples[3], "reflection": "\033[2Jgone\a\n\tTab " + "word " * 100}
+    write(run / "samples.jsonl", [long])
     r3.main(["show"])  # no terminal obeys what a model says
-    printed = re.sub(r"\033\[(2|38;5;\d+|0)m", "", capsys.readouterr().out)
-    assert "[2Jgone" in printed and "Tab" in printed and printed.isascii()
+    printed = capsys.readouterr().out
+    assert "[2Jgone" in printed and "Tab word" in printed and printed.isascii()
     assert all(c.isprintable() or c == "\n" for c in printed)
-    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
-    r3.main(["show", "--limit", "1"])
-    assert "1 groups more: --limit 2 shows all" in capsys.readouterr().out
-    page = small / "page.html"
-    r3.main(["show", str(run), "--step", "1", "2", "--html", str(page)])
-    html = page.read_text()
-    [data] = re.findall("const groups = (.*);", html)
-    assert json.loads(data) == r3.groups_of(samples, [1, 2])
-    assert (
-        html.count("</script>") == 1 and "//" not in html
-    )  # what is said ends no script; no network
-    for flags, message in (
-        (["nowhere"], "nowhere/conversations.jsonl does not exist"),
-        (["--step", "7"], "has no such conversations"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            r3.main(["show", *flags])
-    (run / "samples.jsonl").open("a").write('{"step": 3')  # a run may be writing it
+    assert printed.count("word") == 100 and max(map(len, printed.splitlines())) <= 100
+
+    right = {"problem": {"id": 1}, "sample": 0, "context": "a", "attempt": "b", "second": None}
+    right["first"] = {"right": True, "reason": "right"}
+    write(run / "conversations.jsonl", [right])  # what eval leaves
+    (run / "samples.jsonl").unlink()
+    r3.main(["show", str(run)])
+    printed = capsys.readouterr().out
+    assert "problem 1: 1 of 1 rewarded" in printed and "attempt  b   <- right" in printed
+    assert "reflection" not in printed and "retry" not in printed
+
+
+def test_show_refuses_what_is_no_run(run, samples, capsys):
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 3')  # a run may be writing it
     r3.main(["show"])
-    for text in ('{"step": 1}', "[]", "7", "{"):
-        (run / "samples.jsonl").write_text(text + "\n")
-        with pytest.raises(SystemExit, match="samples.jsonl is not what a run of r3.py writes"):
-            r3.main(["show"])
+    assert "step 2, problem 6" in capsys.readouterr().out
+    old = {**samples[0], "first": "wrong_value", "second": "right"}
+    for text in ('{"step": 1}', "[]", "7", "{", "", "\udcff", json.dumps(old)):
+        (run / "samples.jsonl").write_bytes(f"{text}\n".encode(errors="surrogateescape"))
+        said = refused(["show"], capsys)
+        assert "samples.jsonl" in said, text
+        assert text == "" or "is not what a run of r3.py writes" in said
 
 
-def test_plot(small, monkeypatch):
+def test_plot(small, monkeypatch, capsys):
     runs = []
     for name in ("one", "two"):
         (small / name).mkdir(parents=True)
-        rows = [{"step": 0, "1st try": [0.1, 0.05, 0.2]}, {"step": 1, "reward": 0.2, "length": 7}]
-        (small / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [
+            {"step": 0, "within two": [0.1, 0.05, 0.2]},
+            {"step": 1, "reward": 0.2, "length": 7},
+        ]
+        rows += [{"step": 2, "within two": [0.2, 0.1, 0.4], "reward": 0.4, "kl": math.nan}]
+        write(small / name / "metrics.jsonl", rows)
         runs.append(str(small / name))
+    with (small / "two" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3')  # a run may be writing it
     r3.main(["plot", runs[0]])
     assert (small / "one" / "curves.png").read_bytes()[1:4] == b"PNG"
-    r3.main(["plot", *runs])
-    assert Path("curves.png").read_bytes() != (small / "one" / "curves.png").read_bytes()
+    assert f"The curves are in {small / 'one' / 'curves.png'}" in capsys.readouterr().out
+    r3.main(["plot", *runs, "--out", "both.png"])
+    assert Path("both.png").read_bytes() != (small / "one" / "curves.png").read_bytes()
     drawn = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda f, *a, **k: drawn.append(f))
-    r3.draw_curves([Path(run) for run in runs], Path("x.png"))
-    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    assert labels == ["one: 1st try", "two: 1st try"]
-    with pytest.raises(SystemExit, match="metrics.jsonl does not exist"):
-        r3.main(["plot", "nowhere"])
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda f, path, **_: drawn.append(f))
+    r3.main(["plot", *runs])
+    assert "curves.png" in capsys.readouterr().out
+    axes = dict(zip(r3.PANELS, drawn[0].axes, strict=True))
+    for name, axis in axes.items():
+        assert axis.get_title() == r3.PANELS[name]
+        assert len(axis.containers) == {"within two": 2, "reward": 2, "length": 2, "kl": 2}.get(
+            name, 0
+        )
+    line, _, [bars] = axes["within two"].containers[0]
+    assert line.get_xydata().tolist() == [[0, 0.1], [2, 0.2]]
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert np.allclose(ends, [[0.05, 0.2], [0.1, 0.4]])  # low and high
+    assert axes["reward"].containers[0][0].get_xydata().tolist() == [[1, 0.2], [2, 0.4]]
+    labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert labels == ["one", "two"]
+    for text in ('{"reward": 1}', "[]", "{"):
+        (small / "one" / "metrics.jsonl").write_text(text + "\n")
+        said = refused(["plot", *runs], capsys)
+        assert "one/metrics.jsonl is not what a run of r3.py writes" in said
 
 
-def test_what_r3_makes_the_tiny_model_forget(speaker, task, monkeypatch):
-    """The mean over tokens, against a plain pass; and no text of the cold start is among them."""
-    monkeypatch.setattr(r3, "WINDOW", 2)
-    problems, tokenizer = task.load(split="dev", seed=speaker.seed), speaker.tokenizer
-    batches = r3.dialogues(task, tokenizer, problems, "held out 3", False)
-    total = tokens = 0
-    with torch.no_grad():
-        for batch in batches:
-            for ids, spans in zip(batch.ids, batch.spans, strict=True):
-                log_p = speaker.model(torch.tensor([ids]))[0].double().log_softmax(-1)
-                for t in (t for start, end in spans for t in range(start, end)):
-                    total, tokens = total - log_p[t - 1, ids[t]].item(), tokens + 1
-    assert r3.forgetting(speaker) == pytest.approx(total / tokens, rel=1e-5)
-    cold = {tuple(sorted(p.numbers)) for p in task.load(split="cold")}
-    assert not cold & {tuple(sorted(p.numbers)) for p in problems}
+# -- Checkpoints of others -------------------------------------------------------------------------
 
 
-# -- Real checkpoints ------------------------------------------------------------------------------
+@pytest.fixture
+def data(tmp_path):
+    """A file of function-calling problems."""
+    problems = DrawnAPIGen().load(split="train", limit=10)
+    write(tmp_path / "data.jsonl", [asdict(problem) for problem in problems])
+    return tmp_path / "data.jsonl"
 
 
-def test_a_folder_with_apigen_from_a_file(small, folder, capsys, tmp_path):
-    """Every flag's default is the paper's; eval prints its tables and leaves the conversations."""
-    problems = tasks.APIGen().load(split="train", limit=10)
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps(asdict(problem)) for problem in problems) + "\n{")
-    flags = ["--model", str(folder), "--task", "apigen", "--data", str(data)]
-    with pytest.raises(SystemExit, match=r"data.jsonl, line 11: no JSON"):
-        r3.main(["eval", *flags])
-    r3.main(
-        ["eval", *flags, "--skip-bad", "--split", "all", "--max-new-tokens", "9", "--name", "e"]
-    )
+def test_a_folder_with_apigen_from_a_file(small, folder, data, capsys):
+    flags = ["eval", "--model", str(folder), "--task", "apigen", "--data", str(data)]
+    whole = data.read_text()
+    data.write_text(whole + "{")
+    assert "data.jsonl, line 11: no JSON" in refused(flags, capsys)
+    data.write_text(whole)
+    r3.main([*flags, "--split", "all", "--max-new-tokens", "9", "--name", "e"])
     printed = capsys.readouterr().out
-    assert "skipped 1 bad records of 11" in printed and "10 all problems, 1 samples" in printed
-    assert "no_answer" in printed and "paper's where not given" in printed
+    assert "10 problems, 1 samples each, temperature 1" in printed and "no_answer" in printed
     told = lines(small / "e" / "conversations.jsonl")
     assert sorted(c["problem"]["id"] for c in told) == list(range(10))
     for c in told:
         # The template has no place for tools: they are in the text.
         assert c["problem"]["tools"].split('"name": "')[1].split('"')[0] in c["context"]
-        assert c["first"] != "right" and c["retry"] and c["second"]
+        assert not c["first"]["right"] and c["retry"] and c["second"]
     rows = json.loads((small / "e" / "report.json").read_text())["tables"]
     assert next(iter(rows.values()))["model"]["within two"][0] == 0
+    r3.main([*flags, "--max-new-tokens", "9", "--name", "test"])  # a fifth, by default
+    assert "2 problems" in capsys.readouterr().out
 
 
-def test_the_papers_settings_are_a_folders_defaults(small, folder, lenient, capsys):
-    flags = ["--model", str(folder), "--task", "apigen", "--max-new-tokens", "8", "--limit", "4"]
-    few = ["--problems", "6", "--steps", "2", "--batch", "3", "--name", "f", "--responses", "2"]
-    r3.main(["train", *flags, *few, "--lr", "0.01"])
+def test_a_folder_is_trained(small, folder, lenient, capsys):
+    few = ["--problems", "4", "--steps", "2", "--batch", "2", "--name", "f", "--responses", "1"]
+    few += ["--max-new-tokens", "8", "--limit", "2", "--lr", "0.01"]
+    r3.main(["train", "--model", str(folder), *few])
     config = json.loads((small / "f" / "config.json").read_text())
-    assert config["group"] == 8 and config["beta"] == 0.001 and config["samples"] == 1
+    given = {"max_new_tokens", "limit", "problems", "steps", "batch", "name", "responses", "lr"}
+    given |= {"model"}
+    for f in fields(r3.Config):  # what is not given is the paper's
+        assert f.name in given or config[f.name] == getattr(r3.PAPER, f.name)
+    assert config["group"] == 8 and config["beta"] == 0.001 and config["lr"] == 0.01
     assert config["date"] == datetime.date.today().isoformat()
-    assert r3.DEFAULTS["lr"][1] == 5e-7 and r3.DEFAULTS["batch"][1] == 256
-    assert r3.DEFAULTS["steps"][1] == 1750 and grpo.Settings().warmup == 0.03
-    printed = capsys.readouterr().out
-    assert "lr 0.01" in printed and "group 8" in printed
     trained = transformers.AutoModelForCausalLM.from_pretrained(small / "f" / "model")
     before = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.randint(0, 257, (1, 9))
@@ -655,118 +1072,151 @@ def test_the_papers_settings_are_a_folders_defaults(small, folder, lenient, caps
     assert max(s.get("mismatch", 0) for s in lines(small / "f" / "metrics.jsonl")) < 1e-4
 
 
-def test_a_dataset_of_failures_goes_on_where_it_was_killed(small, lenient, monkeypatch, capsys):
-    command = ["failures", "--model", "tiny", "--limit", "30", "--responses", "3"]
-    command += ["--cache-tokens", "600", "--max-new-tokens", "12", "--name"]
-    r3.main([*command, "whole"])
-    log, attempt, asked = r3.log, r3.attempt, []
+def test_the_papers_experiment_finds_its_splits(small, folder, data, monkeypatch, capsys):
+    """Without --data the hub's: trained on "train", evaluated and held out on "test"."""
+    problems = DrawnAPIGen().load(split="train", limit=30)
+    write(data, [asdict(problem) for problem in problems])
+    found = []
 
-    def dies(path, record):
-        log(path, record)
-        if len(path.read_text().splitlines()) == 2:
-            raise KeyboardInterrupt
+    def from_hub(name, files, kind):
+        found.append((name, kind))
+        return data
 
-    def heard(speaker, problems, *rest, **more):
-        asked.extend(problems)
-        return attempt(speaker, problems, *rest, **more)
+    def heard(c, chat, training=False):
+        raise ValueError(f"nothing but weights was missing: {training}")
 
-    monkeypatch.setattr(r3, "attempt", heard)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
-        patch.setattr(r3, "log", dies)
-        r3.main([*command, "killed"])
-    whole, killed = small / "whole" / "failures.jsonl", small / "killed" / "failures.jsonl"
-    assert not killed.exists()
-    before = {problem.id for problem in asked}
-    with open(small / "killed" / "measured" / "failures.jsonl", "a") as file:
-        file.write('[{"problem": 1')  # the next line was being written
-    config = small / "killed" / "config.json"  # begun on another day
-    config.write_text(json.dumps({**json.loads(config.read_text()), "date": "2025-05-30"}))
-    asked.clear()
-    r3.main(["failures", "--resume", str(small / "killed")])
-    assert killed.read_text() == whole.read_text()
-    after = {problem.id for problem in asked}
-    assert before and after and not before & after and len(before | after) == 30
-    count = len(lines(whole))
-    assert f"{count} failures on 30 train problems" in capsys.readouterr().out
-    assert json.loads(config.read_text())["date"] == "2025-05-30"
-    for flags, message in (
-        (["failures", "--resume", str(small / "killed")], "is done"),
-        (["eval", "--resume", str(small / "killed")], "was begun by failures, not eval"),
-        (["eval", "--resume", str(small / "nothing")], "config.json does not exist"),
-        (["failures", "--resume", str(small / "killed"), "--keep", "all"], "from the run"),
-        ([*command, "killed"], "choose another --name, or --resume"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            r3.main(flags)
-    r3.main(["train", *SHORT, "--failures", str(killed)])
-    r3.main([*command, "hard", "--keep", "all"])
-    assert 0 < len(lines(small / "hard" / "failures.jsonl")) < count
+    load = tasks.APIGen.load
+    monkeypatch.setattr(models, "from_hub", from_hub)
+    monkeypatch.setattr(r3, "load_weights", heard)
+    monkeypatch.setattr(
+        tasks.APIGen, "load", lambda self, *rest: found.append(rest[1]) or load(self, *rest)
+    )
+    flags = ["--model", str(folder), "--task", "apigen", "--max-new-tokens", "8"]
+    assert "nothing but weights was missing: True" in refused(["train", *flags], capsys)
+    name = ("Salesforce/xlam-function-calling-60k", "dataset")
+    assert found == [name, "test", name, "test", name, "train"]
+
+
+def open_folder(folder, **more):
+    c = replace(r3.PAPER, model=str(folder), device="cpu", dtype="float32", **more)
+    return c, r3.open_chat(c)
 
 
 def test_problems_that_might_outgrow_the_context_are_dropped_and_counted(
-    speaker, task, capsys, monkeypatch
+    chat, task, capsys, monkeypatch
 ):
     problems = task.load(split="dev", limit=8)
-    args = r3.argparse.Namespace(data=None, seed=0, skip_bad=False, train_size=None, test_size=None)
-    speaker.max_new_tokens = 160
-    assert r3.load_problems(args, speaker, "dev", 8) == problems and capsys.readouterr().out == ""
-    question = r3.Speaker.question
-    bridges = speaker.tokenizer.bridge(task.reflect) + speaker.tokenizer.bridge(task.again)
+    chat.max_new_tokens = 160
+    c = replace(r3.TINY, max_new_tokens=160)
+    assert r3.load_problems(c, chat, "dev", 8) == problems and capsys.readouterr().out == ""
+    question = Chat.question
+    bridges = chat.tokenizer.bridge(task.reflect) + chat.tokenizer.bridge(task.again)
     room = 512 - 3 * 160 - len(bridges)
-    monkeypatch.setattr(r3.Speaker, "question", lambda s, p: question(s, p) + [9] * (3 * p.id))
-    longest = max(p.id for p in problems if len(question(speaker, p)) + 3 * p.id <= room)
+    monkeypatch.setattr(Chat, "question", lambda s, p: question(s, p) + [9] * (3 * p.id))
+    longest = max(p.id for p in problems if len(question(chat, p)) + 3 * p.id <= room)
     assert 0 < longest < 7
-    kept = r3.load_problems(args, speaker, "dev", 8)
+    kept = r3.load_problems(c, chat, "dev", 8)
     assert kept == problems[: longest + 1]
-    assert f"{7 - longest} of 8 problems dropped" in capsys.readouterr().out
-    [c] = r3.second_tries(speaker, r3.attempt(speaker, kept[-1:], 1, (0, 0)), 1, (0, 0))
-    assert len(c.context) + len(c.reflection) + len(c.retry) < 512
-    speaker.max_new_tokens = 200
+    assert f"{7 - longest} problems dropped" in capsys.readouterr().out
+    [last] = grpo.rollout(chat, grpo.attempt(chat, kept[-1:], 1, (0, 0)), 1, (0, 0))
+    assert len(last.context) + len(last.reflection) + len(last.retry) < 512
     with pytest.raises(ValueError, match="lower --max-new-tokens"):
-        r3.load_problems(args, speaker, "dev", 8)
+        r3.load_problems(replace(c, max_new_tokens=200), chat, "dev", 8)
 
 
 def test_padded_rows_of_the_head_are_neither_sampled_nor_trained(folder):
-    args = r3.argparse.Namespace(
-        model=str(folder), task="countdown", seed=0, device=None, temperature=1.0,
-        date="2025-05-30", revision=None, max_new_tokens=40, cache_tokens=None, compile=False,
-        dtype=None, resume=None,
-    )  # fmt: skip
-    speaker = r3.open_speaker(args)
-    r3.load_weights(args, speaker)
-    assert speaker.tokenizer.date == datetime.date(2025, 5, 30)
-    assert speaker.model.words == 258 < speaker.model.config.vocab_size == 300
+    c, chat = open_folder(folder, max_new_tokens=40, date="2025-05-30", seed=0)
+    r3.load_weights(c, chat)
+    assert chat.tokenizer.date == datetime.date(2025, 5, 30)
+    assert chat.model.vocab_size == 258 < chat.model.config.vocab_size == 300
     with torch.no_grad():
-        speaker.model.model.embed_tokens.weight[258:] = speaker.model.model.embed_tokens.weight[65]
-    tries = r3.attempt(speaker, tasks.Countdown().load(limit=3), 4, (0, 0))
+        chat.model.model.embed_tokens.weight[258:] = chat.model.model.embed_tokens.weight[65]
+    tries = grpo.attempt(chat, tasks.Countdown().load(limit=3), 4, (0, 0))
     assert max(token for c in tries for token in c.attempt) < 258
+    ids = torch.tensor([c.prompt + c.attempt for c in tries[:1]])
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[0, len(tries[0].prompt) :] = True
+    logprobs, _ = grpo.token_logprobs(chat.model, ids, mask)
+    wanted = torch.tensor(tries[0].logprobs["attempt"])
+    assert torch.allclose(logprobs[mask].detach(), wanted, atol=1e-4)
 
 
-def test_the_readmes_task_runs(folder, tmp_path):
-    """README's third task, as it stands there, in a file of its own."""
-    root = Path(r3.__file__).parent
-    readme = (root / "README.md").read_text()
-    [code] = [c for c in re.findall("```python\n(.*?)```", readme, re.DOTALL) if "(Task)" in c]
-    assert len(code.splitlines()) < 50
-    (tmp_path / "mine.py").write_text(code)
-    name = re.search(r'TASKS\["(\w+)"\]', code)[1]
-    flags = f"train --model {folder} --task {name} --steps 1 --batch 2 --group 2 --limit 3"
-    flags += " --problems 4 --responses 1 --max-new-tokens 6 --name r"
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    ran = subprocess.run(
-        [sys.executable, "mine.py", *flags.split()],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert "within two" in ran.stdout and (tmp_path / "runs" / "r" / "model").is_dir()
+# -- Memory ----------------------------------------------------------------------------------------
+
+
+class Loader:
+    """Instead of Model: shapes of a model with 1.5 billion parameters, and no weights."""
+
+    config = json.loads((Path(__file__).parent / "configs" / "qwen2.5-1.5b.json").read_text())
+    loaded: list = []
+
+    @classmethod
+    def shapes(cls):
+        with torch.device("meta"):
+            return models.Model(cls.config)
+
+    @classmethod
+    def from_pretrained(cls, *how):
+        cls.loaded.append(how)
+        return SimpleNamespace(vocab_size=None)
+
+
+@pytest.fixture
+def memory(chat, monkeypatch, capsys):
+    """load_weights on a GPU that has so many free bytes: the keys' and values' tokens, and what was
+    said to be needed, in GB by name."""
+
+    def load(free: float, training=False, **settings):
+        chat.model, chat.cache_tokens = Loader.shapes(), settings.get("cache_tokens") or 65_536
+        asked = []
+        monkeypatch.setattr(
+            torch.cuda, "mem_get_info", lambda device: asked.append(device) or (int(free), 10**12)
+        )
+        monkeypatch.setattr(r3, "Model", Loader)
+        c = replace(r3.PAPER, **{"model": "x", "device": "cuda:1", "dtype": "bfloat16", **settings})
+        vocab_size = chat.model.vocab_size
+        r3.load_weights(c, chat, training)
+        assert Loader.loaded.pop() == ("x", getattr(torch, c.dtype), c.device)
+        assert chat.model.vocab_size == vocab_size
+        assert asked == (["cuda:1"] if c.cache_tokens is None and c.device != "cpu" else [])
+        said = capsys.readouterr().out
+        needs = re.findall(r"[:,] ([a-z][\w ',]*?|[\d,]+ tokens[\w ']*) (\d+\.\d\d)(?=,|\n)", said)
+        return chat.cache_tokens, {name: float(need) for name, need in needs}
+
+    return load
+
+
+def test_keys_and_values_get_what_is_left_of_a_gpu(memory):
+    # In bfloat16 a token's keys and values: 2 x 28 layers x 2 heads x 128 numbers x 2 bytes.
+    size, n = 28_672, 1_543_714_304
+    tokens, needs = memory(40e9)
+    assert tokens == int((0.9 * 40e9 - 2 * n) / (2.5 * size))
+    assert needs["weights"] == pytest.approx(2 * n / 1e9, abs=0.01)
+    assert sum(needs.values()) == pytest.approx(0.9 * 40, abs=0.02)  # all is used, and no more
+
+    more, needs = memory(100e9, training=True)
+    assert sum(needs.values()) == pytest.approx(0.9 * 100, abs=0.03)
+    assert needs["reference"] == needs["weights"]
+    assert needs["gradients, masters, moments"] == pytest.approx(18 * n / 1e9, abs=0.01)
+    for saving in ({"offload": True}, {"beta": 0.0}, {"checkpointing": True}):
+        assert memory(100e9, training=True, **saving)[0] > more
+    fewer, _ = memory(100e9, training=True, group=16)
+    assert fewer < more
+    assert memory(1e9) == (4_096, memory(1e9)[1])  # never less than this
+    assert memory(40e9, cache_tokens=7_000)[0] == 7_000  # given
+    tokens, needs = memory(40e9, device="cpu", dtype="float32")
+    assert tokens == 65_536 and needs["weights"] == pytest.approx(4 * n / 1e9, abs=0.01)
+    assert needs["65,536 tokens' keys and values"] == pytest.approx(
+        2.5 * 2 * size * 65_536 / 1e9, abs=0.01
+    )
 
 
 # -- Statistics ------------------------------------------------------------------------------------
 
 
 def conversations(ids):
-    problems = [type("P", (), {"id": i}) for i in ids]
-    return [r3.Conversation(p, 0, [], [], Verdict(False, "x")) for p in problems]
+    problems = [SimpleNamespace(id=i) for i in ids]
+    return [Conversation(p, 0, [], [], Verdict(False, "x")) for p in problems]
 
 
 def test_interval_is_the_cluster_robust_one():
@@ -774,11 +1224,10 @@ def test_interval_is_the_cluster_robust_one():
     ids = np.repeat(np.arange(50), 4)
     values = (rng.random(200) < np.repeat(rng.random(50), 4)).astype(float)
     mean, low, high = r3.interval(values, conversations(ids))
-    means = values.reshape(50, 4).mean(
-        1
-    )  # with equal clusters: the interval of the problems' means
+    means = values.reshape(50, 4).mean(axis=1)  # equal clusters: the interval of problems' means
     half = 1.96 * means.std(ddof=1) / math.sqrt(50)
     assert (mean, low, high) == pytest.approx((means.mean(), mean - half, mean + half))
+    assert all(map(math.isnan, r3.interval(np.array([]), [])))
 
 
 def test_interval_covers_the_truth_about_95_times_of_100():
@@ -796,39 +1245,3 @@ def test_wilson_is_the_published_interval():
         [0.8, 0.4902, 0.9433], abs=1e-4
     )
     assert r3.wilson(np.zeros(10))[1] == pytest.approx(0, abs=1e-12)
-
-
-def test_equal_tokens_is_the_chance_of_any_of_k(speaker, monkeypatch):
-    """Against brute force over all choices of k tries, between whole numbers by a straight line."""
-    right = np.array([[1] * 3 + [0] * 13, [0] * 16, [1] * 16], bool)
-    failures = [
-        replace(c, reflection=[1] * 4, retry=[1], second=Verdict(False, "x"))
-        for c in conversations(range(3))
-    ]
-    after = [
-        replace(c, reflection=[1] * 10, retry=[1] * 2, second=Verdict(True, "right"))
-        for c in failures
-    ]
-    tries = [
-        replace(failures[i // 16], second=Verdict(bool(right.flat[i]), "x")) for i in range(48)
-    ]
-    monkeypatch.setattr(
-        r3,
-        "second_tries",
-        lambda *_, **__: [c for i in (2, 1, 0) for c in tries[16 * i : 16 * i + 16]],
-    )
-    [(label, row)] = r3.equal_tokens(speaker, failures, after).items()
-    assert "2.40" in label and row["trained"][0] == 1.0
-    two, three = (
-        np.mean(
-            [
-                [any(line[list(chosen)]) for chosen in itertools.combinations(range(16), k)]
-                for line in right
-            ]
-        )
-        for k in (2, 3)
-    )
-    assert row["vanilla"][0] == pytest.approx(two + 0.4 * (three - two))
-    longer = [replace(c, reflection=[1] * 400) for c in after]  # there are 16 tries, no more
-    [(label, row)] = r3.equal_tokens(speaker, failures, longer).items()
-    assert "16.00" in label and row["vanilla"][0] == pytest.approx(2 / 3)

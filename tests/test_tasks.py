@@ -1,16 +1,19 @@
 """Invariant 5: the verifier cannot be fooled, and never raises."""
 
 import doctest
+import hashlib
 import itertools
+import json
 import random
 import re
 import time
+from dataclasses import dataclass
 from fractions import Fraction
 
 import pytest
 
 import tasks
-from tasks import Countdown, Numbers, parse_expression
+from tasks import Countdown, Numbers, Task, TinyCountdown, Verdict, parse_expression
 
 PROBLEM = Numbers(0, (6, 10, 2), 32)
 
@@ -63,6 +66,7 @@ def test_right(answer):
         "+10+6",
         "(10+6)×2",
         "(10 + 6) * 2 = 32.0",
+        "(10 + 6) *\u00a02",
         "__import__('os')",
         "()",
         "10+(+6)",
@@ -86,7 +90,7 @@ def test_not_the_given_numbers(answer):
 
 def test_worked_examples_in_docstrings():
     result = doctest.testmod(tasks)
-    assert result.failed == 0 and result.attempted >= 2
+    assert result.failed == 0 and result.attempted >= 3
 
 
 def test_wrong_value_is_exact():
@@ -183,11 +187,8 @@ def test_splits_share_no_numbers(task):
 
 def test_every_problem_can_be_solved(task):
     for problem in task.load(split="dev"):
-        answers = [
-            tasks.answer(problem.numbers, s, problem.target)
-            for s in tasks.first_steps(problem.numbers)
-        ]
-        assert any(task.verify(problem, answer).right for answer in answers)
+        plans = tasks.nearest_plans(problem.numbers, problem.target)
+        assert any(task.verify(problem, tasks.answer(plan)).right for plan in plans)
 
 
 def can_reach(values: list[Fraction], target: int) -> bool:
@@ -250,3 +251,59 @@ def test_bad_input_is_refused(task):
         with pytest.raises(ValueError):
             task.parse(line)
     assert task.parse("6 10 2 32") == PROBLEM
+
+
+def test_draws_stay_what_they_are():
+    """Results are reproduced from a seed, so problems and dialogues may not change."""
+    [tiny] = TinyCountdown().load(split="train", limit=1, seed=0)
+    assert (tiny.numbers, tiny.target) == ((9, 1, 5), 50)
+    [large] = Countdown().load(split="test", limit=1, seed=0)
+    assert (large.numbers, large.target) == ((58, 11, 19, 87), 21)
+    problems, rng = TinyCountdown().load(split="cold"), random.Random(0)
+    said = [TinyCountdown().cold_dialogue(problems, rng, i % 2 > 0)[1] for i in range(200)]
+    assert hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16] == "27a8d4354981d4cc"
+
+
+@dataclass(frozen=True)
+class Double:
+    id: int
+    number: int
+
+
+class Doubling(Task):
+    """The least that a task of one's own must have."""
+
+    Problem = Double
+
+    def draw(self, rng):
+        return Double(0, rng.randint(1, 10_000))
+
+    def messages(self, problem):
+        return [{"role": "user", "content": f"Twice {problem.number}?"}], None
+
+    def verify(self, problem, completion):
+        right = completion == str(2 * problem.number)
+        return Verdict(right, "right" if right else "wrong")
+
+
+def test_a_task_of_ones_own(tmp_path):
+    task = Doubling()
+    parts = {split: task.load(split=split, limit=100) for split in tasks.SPLITS}
+    assert all(
+        len(part) == 100 and [p.id for p in part] == [*range(100)] for part in parts.values()
+    )
+    assert len({p.number for part in parts.values() for p in part}) == 400
+    assert parts["dev"] == task.load(split="dev", limit=100) != task.load(split="dev", seed=1)[:100]
+    assert task.verify(parts["dev"][0], str(2 * parts["dev"][0].number)).right
+    assert task.parse("7") == parts["dev"][7]
+    with pytest.raises(ValueError, match="type the number of a problem, such as 7"):
+        task.parse("seven")
+
+    path = tmp_path / "doubles.jsonl"
+    path.write_text("".join(json.dumps({"number": i}) + "\n" for i in range(20)))
+    assert sorted(p.number for p in task.load(str(path), split="train")) == sorted(
+        set(range(20)) - {p.number for p in task.load(str(path), split="test")}
+    )
+    path.write_text('{"number": 1}\n{"numbers": 2}\n')
+    with pytest.raises(ValueError, match="doubles.jsonl, line 2: .*numbers"):
+        task.load(str(path))

@@ -20,9 +20,8 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import model as ours_module
-from model import Tokenizer
-from r3 import Speaker
-from tasks import APIGen, Countdown, Request, tools_in_words
+from model import Tokenizer, tools_in_words
+from tasks import APIGen, Countdown
 
 RECORDS = Path(__file__).resolve().parents[2] / "shared" / "data" / "apigen_bfcl.json"
 
@@ -149,26 +148,17 @@ def test_texts_and_ids_equal_transformers(family):
         if opened:
             assert ours.render(chat, tools) == want
             ids = theirs.apply_chat_template(chat, tokenize=True, return_dict=False, **options)
-            assert ours.prompt(chat, tools) == ids
+            if tools is None or family in SHOWS_TOOLS:
+                assert ours.prompt(chat, tools) == ids
+            assert ours.encode(want) == ids
             assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     # Llama 3.1 on puts tools into the first user's turn: where there is none, it refuses.
     assert refused == ([[SYSTEM], [SYSTEM]] if family in ("llama3_1", "llama3_2") else [])
     assert len(seen) == 18 * (2 if family in SHOWS_TOOLS else 1) - len(refused)
 
 
-@every_family
-def test_which_templates_show_the_tools(family):
-    ours, _ = both(family)
-    for chat in CONVERSATIONS:
-        assert ours.shows(chat, TOOLS) is (family in SHOWS_TOOLS)
-    if family in SHOWS_TOOLS:  # and as they are, escaped nowhere
-        text = ours.render([USER], TOOLS)
-        assert '"type": {' in text and "<outside> & in Zürich, 東京 or O'Hare" in text
-
-
-def asked(theirs, family: str, problem: Request) -> list[int]:
+def asked(theirs, family: str, chat: list[dict], tools: list[dict]) -> list[int]:
     """A question's tokens by transformers, its tools in words where the template has no place."""
-    chat, tools = APIGen().messages(problem)
     if family not in SHOWS_TOOLS:
         chat, tools = tools_in_words(chat, tools), None
     return theirs.apply_chat_template(
@@ -177,11 +167,17 @@ def asked(theirs, family: str, problem: Request) -> list[int]:
 
 
 @every_family
-def test_drawn_problems_are_asked_with_their_tools(family):
+def test_the_tools_stand_in_every_prompt(family):
+    """By the template, escaped nowhere; or in words, once, where it has no place for them."""
     ours, theirs = both(family)
-    speaker = Speaker(None, ours, APIGen(), max_new_tokens=1)
-    for problem in speaker.task.load(limit=5):
-        assert speaker.question(problem) == asked(theirs, family, problem)
+    for chat in CONVERSATIONS:
+        if chat[-1]["role"] == "user":
+            assert ours.prompt(chat, TOOLS) == asked(theirs, family, chat, TOOLS)
+    text = ours.tokenizer.decode(ours.prompt([USER], TOOLS), skip_special_tokens=False)
+    assert text.count("<outside> & in Zürich, 東京 or O'Hare") == 1
+    assert text.count(USER["content"]) == 1
+    assert ("You can call these functions" in text) is (family not in SHOWS_TOOLS)
+    assert ours.prompt([USER]) == ours.encode(ours.render([USER]))
 
 
 @pytest.mark.skipif(not RECORDS.is_file(), reason="the real records are not here")
@@ -189,28 +185,34 @@ def test_drawn_problems_are_asked_with_their_tools(family):
 def test_every_real_record_is_asked_with_all_its_tools(family):
     """Query and tools stand in the text as they are; some questions are compared whole."""
     ours, theirs = both(family)
-    speaker, compared = Speaker(None, ours, APIGen(), max_new_tokens=1), 0
-    problems = speaker.task.load(str(RECORDS), split="all")
+    task, compared = APIGen(), 0
+    problems = task.load(str(RECORDS), split="all")
     assert len(problems) == 1_000
     for problem in problems:
-        ids = speaker.question(problem)
+        chat, tools = task.messages(problem)
+        ids = ours.prompt(chat, tools)
         text = ours.tokenizer.decode(ids, skip_special_tokens=False)
         assert text.count(problem.query.strip()) == 1  # some templates strip what is said
         dense = re.sub(r"\s", "", text)  # some templates indent the tools
-        for tool in speaker.task.messages(problem)[1]:
+        for tool in tools:
             function = json.dumps(tool["function"], ensure_ascii=False)
             assert re.sub(r"\s", "", function) in dense
         if problem.id % 20 == 0 or not problem.query.isascii():
-            assert ids == asked(theirs, family, problem)
+            assert ids == asked(theirs, family, chat, tools)
             compared += 1
     assert compared >= 60
 
 
 def test_showing_is_seen_in_the_text_not_guessed():
     """A template may name the tools and not show them, or show them in some conversations only."""
-    assert not with_template("{% if tools %}{# tools #}{% endif %}tools").shows([USER], TOOLS)
-    ours = with_template("{% if messages[0].role == 'system' %}{{ tools }}{% endif %}")
-    assert [ours.shows(chat, TOOLS) for chat in ([USER], [SYSTEM, USER])] == [False, True]
+
+    def in_words(ours, chat):
+        return "You can call these functions" in ours.decode(ours.prompt(chat, TOOLS))
+
+    says = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert in_words(with_template("{% if tools %}{# tools #}{% endif %}tools" + says), [USER])
+    ours = with_template("{% if messages[0].role == 'system' %}{{ tools }}{% endif %}" + says)
+    assert [in_words(ours, chat) for chat in ([USER], [SYSTEM, USER])] == [True, False]
 
 
 def test_the_date_is_set_once(monkeypatch):
@@ -250,23 +252,21 @@ def test_turn_by_turn_gives_the_ids_of_the_whole(family):
 
 
 @every_family
-def test_a_turn_with_thinking_is_shown_as_its_template_does(family):
-    """Whole conversations are transformers', also where the template drops earlier thinking."""
+def test_a_turn_with_thinking(family):
+    """Whole conversations are transformers', but where the template drops earlier thinking."""
     ours, theirs = both(family)
-    speaker = Speaker(None, ours, Countdown(), max_new_tokens=1)
-    [problem], task, end = speaker.task.load(limit=1), speaker.task, ours.stop_ids[:1]
+    task, end = Countdown(), ours.stop_ids[:1]
+    [problem] = task.load(limit=1)
     thought, plain = "<think>hm, 3?</think>\n\nIt is 3.", "I see."
     for turns in itertools.product((thought, plain), repeat=2):
-        chat, said, ids = [*speaker.chat(problem)[0]], [], speaker.question(problem)
+        chat = list(task.messages(problem)[0])
+        ids = ours.prompt(chat)
         for turn, told in zip(turns, (task.reflect, task.again), strict=True):
-            said.append((ours.encode(turn) + end, told))
-            ids = speaker.after(problem, ids, *said)
+            ids = ids + ours.next_turn(ours.encode(turn) + end, ours.bridge(told))
             chat.append({"role": "assistant", "content": turn})
             chat.append({"role": "user", "content": told})
-            options = dict(add_generation_prompt=True, return_dict=False)
-            assert ids == theirs.apply_chat_template(chat, **options)
-    assert ours.forgets(ours.encode(thought)) is (family == "qwen3")
-    assert not ours.forgets(ours.encode(plain))
+        want = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert (ids == want) is not (family == "qwen3" and thought in turns)
 
 
 def test_thinking_stays_as_sampled():
@@ -366,22 +366,18 @@ def saved(folder: Path, settings: dict, generation: dict | None = None, jinja: s
     return folder
 
 
-def test_of_several_templates_the_tools_choose(tmp_path):
-    named = {"default": "plain {{ tools }}", "tool_use": "with {{ tools[0].type }}"}
+def test_of_several_templates_the_default_is_taken(tmp_path):
+    named = {"default": "plain {{ tools }}", "rag": "other"}
     several = [{"name": name, "template": text} for name, text in named.items()]
-    for templates, want in (
-        (several, ["plain None", "with function"]),
-        (several[::-1], ["plain None", "with function"]),
-        (several[:1], ["plain None", f"plain {TOOLS[:1]}"]),
-    ):
+    for templates in (several, several[::-1], several[:1]):
         path = saved(tmp_path, {"chat_template": templates, "eos_token": "<|im_end|>"})
         ours = Tokenizer.from_pretrained(path)
         theirs = transformers.AutoTokenizer.from_pretrained(path)
-        for tools, text in zip((None, TOOLS[:1]), want, strict=True):
-            assert ours.render([USER], tools) == text
-            assert theirs.apply_chat_template([USER], tools=tools, tokenize=False) == text
-    with pytest.raises(ValueError, match="default"):  # neither chosen nor a default
-        with_template([{"name": "rag", "template": "x"}]).render([USER])
+        for tools in (None, TOOLS[:1]):
+            want = theirs.apply_chat_template([USER], tools=tools, tokenize=False)
+            assert ours.render([USER], tools) == want == f"plain {tools}"
+    with pytest.raises(ValueError, match="no chat template"):  # none is the default
+        with_template([{"name": "rag", "template": "x"}])
 
 
 def test_the_template_in_its_own_file_wins(tmp_path):

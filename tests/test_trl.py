@@ -1,14 +1,18 @@
-"""The advantages, the loss and its gradient equal those of TRL's GRPOTrainer on one batch.
+"""A step of `train`: advantages, loss and gradient equal those of TRL's GRPOTrainer on one batch.
 
-TRL pads, scores and weighs the batch by its own code; only the tokens are handed to it.
+TRL pads, scores and weighs the batch by its own code; only the tokens are handed to it, with their
+log-probabilities when they were drawn and under a reference model.
 """
+
+import json
 
 import pytest
 import torch
 import transformers
+from textbook import Row, conversation, prepare
 
 import grpo
-from grpo import Settings, reflection_batch
+from grpo import Chat, Config
 from model import Model
 
 trl = pytest.importorskip("trl")
@@ -57,9 +61,34 @@ def trl_trainer(path, loss: str, scale: bool, rows: dict):
     return trainer
 
 
+@torch.no_grad()
+def reference_of(path):
+    """Another model, saved: in transformers' form, and in ours."""
+    model = Model.from_pretrained(path)
+    rng = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.mul_(1 + 0.3 * torch.randn(p.shape, generator=rng))
+    model.save_pretrained(path / "reference")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path / "reference")
+    return theirs.eval(), model.requires_grad_(False)
+
+
+@torch.no_grad()
+def reference_logprobs(model, rows: dict, width: int) -> torch.Tensor:
+    """By transformers, row by row: (N, width), padded on the right."""
+    found = torch.zeros(len(rows["prompt_ids"]), width)
+    for row, (prompt, said) in enumerate(
+        zip(rows["prompt_ids"], rows["completion_ids"], strict=True)
+    ):
+        logits = model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
+        log_p = (logits / TEMPERATURE).log_softmax(-1)
+        found[row, : len(said)] = log_p[range(len(said)), said]
+    return found
+
+
 @pytest.mark.parametrize("seed", [10, 11, 13, 16])  # in all but the first, padding's id is text
 @pytest.mark.parametrize("loss", grpo.LOSSES)
-def test_a_step_equals_trl(tiny, tmp_path, loss, seed):
+def test_a_step_equals_trl(tiny, task, tmp_path, monkeypatch, loss, seed):
     for part in tiny:
         part.save_pretrained(tmp_path)
     scale = loss != "dr_grpo"  # Dr. GRPO does not divide by the deviation either
@@ -70,32 +99,42 @@ def test_a_step_equals_trl(tiny, tmp_path, loss, seed):
     # TRL's reference model is still the policy, so these are the current log-probabilities.
     now, live = inputs["ref_per_token_logps"], inputs["completion_mask"].bool()
     rng = torch.Generator().manual_seed(seed - 10)
-    old, ref = (now + 0.3 * torch.randn(now.shape, generator=rng) for _ in range(2))
+    old = now + 0.3 * torch.randn(now.shape, generator=rng)
+    theirs_reference, reference = reference_of(tmp_path)
+    ref = reference_logprobs(theirs_reference, rows, now.shape[1])
     theirs = trainer.compute_loss(
         trainer.model, {**inputs, "old_per_token_logps": old, "ref_per_token_logps": ref}
     )
     theirs.backward()
 
-    old, ref = ([row[m].tolist() for row, m in zip(t, live, strict=True)] for t in (old, ref))
-    batch = reflection_batch(rows["prompt_ids"], rows["completion_ids"], old, REWARDS, scale)
-    batch.ref_logprobs = ref
-    settings = Settings(
-        loss=loss, beta=BETA, clip=CLIP, temperature=TEMPERATURE, max_new_tokens=LONGEST,
-        micro_tokens=60,  # several micro-batches
-    )  # fmt: skip
+    tries, rewards = [], REWARDS.flatten().tolist()
+    for row, (context, said) in enumerate(
+        zip(rows["prompt_ids"], rows["completion_ids"], strict=True)
+    ):
+        values = Row(context, said, old[row][live[row]].tolist(), None, 0.0)
+        tries.append(conversation(row // REWARDS.shape[1], values, right=rewards[row] == 1))
+    gradients = prepare(monkeypatch, [tries])
     model = Model.from_pretrained(tmp_path)
-    ours = grpo.gradients(model, None, batch, settings)
+    chat = Chat(model, tiny[1], task, max_new_tokens=LONGEST, temperature=TEMPERATURE)
+    P, G = REWARDS.shape
+    c = Config(steps=1, batch=P, group=G, loss=loss, scale=scale, beta=BETA, clip=CLIP)
+    _, (_, ours) = grpo.train(chat, reference, tries[::G], c, tmp_path / "run")
 
-    torch.testing.assert_close(batch.advantages, inputs["advantages"], rtol=1e-6, atol=0)
-    assert batch.advantages.min() < 0 < batch.advantages.max()
+    lines = (tmp_path / "run/samples.jsonl").read_text().splitlines()
+    advantages = torch.tensor([json.loads(line)["advantage"] for line in lines])
+    torch.testing.assert_close(advantages, inputs["advantages"], rtol=1e-6, atol=0)
+    assert advantages.min() < 0 < advantages.max()
     sides = (f"clip_ratio/{side}_mean" for side in ("low", "high", "region"))
     low, high, clipped = (trainer._metrics["train"][side][0] for side in sides)
     assert min(low, high) > 0.05  # the clip bites on both sides
     assert ours["clipped"] == pytest.approx(clipped, rel=1e-6)
+    [kl] = trainer._metrics["train"]["kl"]
+    assert ours["kl"] == pytest.approx(kl, rel=1e-4) and kl > 0.1
     # Terms of size 1 that nearly cancel, summed in float32: hence an absolute bound as well.
     assert ours["loss"] == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
-    mine, wanted = (dict(m.named_parameters()) for m in (model, trainer.model))
-    assert mine.keys() == wanted.keys()
-    for name, parameter in wanted.items():
-        error = (mine[name].grad - parameter.grad).norm() / parameter.grad.norm()
-        assert error < 1e-4, name
+    wanted = dict(trainer.model.named_parameters())
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert wanted.keys() == sizes.keys()
+    for name, gradient in zip(sizes, gradients[0].split(list(sizes.values())), strict=True):
+        theirs = wanted[name].grad.flatten()
+        assert (gradient - theirs).norm() / theirs.norm() < 1e-4, name

@@ -1,0 +1,75 @@
+"""APIGen with drawn problems, for tests and experiments without a data file."""
+
+import json
+import random
+import re
+
+from tasks import APIGen, Request
+
+# Tools by name, each with a request whose slots are the tool's parameters; and the slots, with
+# their types and values.
+TOOLS = {
+    "get_weather": "What is the weather in {city}?", "get_time": "What time is it in {city}?",
+    "get_forecast": "How will the weather in {city} be on {date}?",
+    "find_flights": "Find flights to {city} on {date}.",
+    "book_hotel": "Book a hotel room in {city} for {person} on {date}.",
+    "get_population": "How many people live in {country}?",
+    "get_capital": "What is the capital of {country}?",
+    "get_holidays": "List the public holidays of {country}.",
+    "convert_money": "Convert {amount} US dollars to {currency}.",
+    "get_rate": "What is the exchange rate of {currency}?",
+    "send_money": "Send {amount} dollars to {person}.", "call_person": "Call {person}.",
+    "get_stock_price": "What is the stock price of {company}?",
+    "buy_stock": "Buy {number} shares of {company}.", "define_word": "What does '{word}' mean?",
+    "translate_word": "Translate '{word}' into {language}.",
+    "find_rhymes": "Find words that rhyme with '{word}'.",
+    "search_news": "Search the news about {topic}.",
+    "find_books": "Find books about {topic} in {language}.",
+    "set_timer": "Set a timer for {minutes} minutes (alarm: {loud}).",
+    "add_event": "Put a meeting with {person} on {date}.",
+    "factorize": "What are the prime factors of {number}?",
+    "is_prime": "Is {number} a prime number?", "sort_numbers": "Sort the numbers {numbers}.",
+    "average": "What is the average of {numbers}?",
+    "to_fahrenheit": "How much is {degrees} degrees in Fahrenheit?",
+}  # fmt: skip
+SLOTS = {
+    "city": ("str", ["Paris", "Lagos", "Osaka", "Lima", "Oslo", "Delhi"]),
+    "country": ("str", ["Kenya", "Peru", "Japan", "Norway", "Chad"]),
+    "person": ("str", ["Ada", "Ben", "Chidi", "Dana", "Emeka", "Fay"]),
+    "date": ("str", ["2025-03-01", "2025-07-14", "2026-11-30"]),
+    "currency": ("str", ["EUR", "USD", "JPY", "NGN", "PEN"]),
+    "language": ("str", ["French", "Yoruba", "Hindi", "Spanish"]),
+    "topic": ("str", ["volcanoes", "jazz", "tax law", "bees", "chess"]),
+    "word": ("str", ["river", "candle", "orbit", "market", "willow"]),
+    "company": ("str", ["ACME", "GLOBO", "INITECH", "HOOLI"]),
+    "amount": ("float", [12.5, 80, 199.99, 1000, 42.25]), "loud": ("bool", [True, False]),
+    "number": ("int", [7, 12, 36, 97, 360, 1024]), "minutes": ("int", [5, 15, 20, 45, 90]),
+    "degrees": ("float", [-4, 18.5, 36.6, 72, 100]),
+    "numbers": ("List[int]", [[3, 1, 2], [10, 20, 30], [8, 6, 7, 5]]),
+}  # fmt: skip
+
+
+def slots_of(tool: str) -> list[str]:
+    """The parameters of a tool."""
+    return re.findall("{(.+?)}", TOOLS[tool])
+
+
+class DrawnAPIGen(APIGen):
+    """One to three requests for the tools above, among tools that are not needed."""
+
+    def draw(self, rng: random.Random) -> Request:
+        """A random problem."""
+        asked = rng.choices(list(TOOLS), k=rng.choice((1, 1, 2, 3)))
+        said, calls = [], []
+        for name in asked:
+            given = {slot: rng.choice(SLOTS[slot][1]) for slot in slots_of(name)}
+            said.append(TOOLS[name].format(**given))
+            calls.append({"name": name, "arguments": given})
+        offered = list(dict.fromkeys(asked))
+        offered += rng.sample([name for name in TOOLS if name not in asked], rng.randint(1, 4))
+        tools = []
+        for name in rng.sample(offered, len(offered)):
+            slots = {s: {"type": SLOTS[s][0], "description": f"The {s}."} for s in slots_of(name)}
+            about = f"Answers requests like: {TOOLS[name]}"
+            tools.append({"name": name, "description": about, "parameters": slots})
+        return Request(0, " ".join(said), json.dumps(calls), json.dumps(tools))

@@ -1,0 +1,561 @@
+"""Experiments around R3. Each command prints Markdown tables, and what it has done is not redone.
+
+    python tests/experiments.py controls --run runs/NAME                what explains a run's gain
+    python tests/experiments.py turns --run runs/NAME --train attempt   train other turns instead
+    python tests/experiments.py variants [--seeds 0 1 2]                variants beside each other
+    python tests/experiments.py seeds [--seeds 0 1 2]                   r3.py train, several seeds
+
+runs/NAME is a finished run of `r3.py train`. Its model and its failures are used as they are.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import grpo  # noqa: E402
+import model as models  # noqa: E402
+import r3  # noqa: E402
+from grpo import Chat, Conversation, Tries  # noqa: E402
+from tasks import TinyCountdown  # noqa: E402
+
+# -- A finished run --------------------------------------------------------------------------------
+
+
+def open_run(run: Path) -> tuple[r3.Config, Chat]:
+    """The settings of a run of `r3.py train`, and its vanilla model. Raises ValueError where the
+    run is not finished."""
+    if not (run / "report.json").exists():
+        raise ValueError(f"{run} is no finished run: python r3.py train makes one")
+    config = models.read_json(run / "config.json")
+    c = r3.Config(**{f.name: config[f.name] for f in fields(r3.Config)})
+    vanilla = r3.open_chat(c)
+    r3.load_weights(c, vanilla, training=True)
+    return c, vanilla
+
+
+def with_weights(c: r3.Config, vanilla: Chat, folder: Path) -> Chat:
+    """The same chat with the weights in another folder."""
+    model = models.Model.from_pretrained(folder, getattr(torch, c.dtype), c.device)
+    model.vocab_size = vanilla.model.vocab_size
+    return replace(vanilla, model=model)
+
+
+def in_order(tries: Tries) -> Tries:
+    return sorted(tries, key=lambda t: (t.problem.id, t.sample))
+
+
+# -- Controls: what else could explain the gain? ---------------------------------------------------
+
+GENERIC = (  # where the task has none of its own
+    "I made a mistake. Next time I will read the problem carefully, work step by step, and check "
+    "my result before I answer."
+)
+SWAPS = ("an empty reflection", "a fixed generic reflection", "another problem's reflection")
+EQUAL = 16  # tries at a failure, from which the chance for fewer is estimated
+
+
+def controls(run: Path) -> dict:
+    """The tables. Everything is measured on the vanilla model's failures, its wrong first tries.
+    What was sampled is kept in run/controls."""
+    c, vanilla = open_run(run)
+    folder = run / "controls"
+    tries = in_order(r3.load_conversations(run / "measured/vanilla.jsonl", vanilla))
+    failures = [t for t in tries if not t.first.right]
+    if not failures:
+        raise ValueError(f"{run}: the vanilla model got every problem right at once")
+    shuffled = shuffled_rewards(run, c, vanilla, failures)  # done first: no third model in memory
+    trained = with_weights(c, vanilla, run / "model")
+    chats = {"vanilla": vanilla, "trained": trained}
+    own = {"vanilla": failures}
+    own["trained"] = second_tries(trained, failures, 1, grpo.EVALUATE, folder / "trained.jsonl")
+    on = f"the vanilla model's {len(failures)} failures"
+    tables = {
+        f"Who reflects (rows) and who retries (columns), on {on}: % of retries right [95%]": {
+            name: crossed(chats, name, own[name], folder) for name in chats
+        },
+        f"Tokens in a reflection on {on}": {
+            name: {"mean": f"{np.mean([len(t.reflection) for t in own[name]]):.1f}"} for name in own
+        },
+    }
+    rows = {"its own reflection": {name: right(own[name]) for name in own}}
+    for label in SWAPS:
+        rows[label] = {}
+        for name, chat in chats.items():
+            path = folder / f"{name}, {label}.jsonl"
+            rows[label][name] = right(retries(chat, swapped(chat, own[name], label), path))
+    rows["no failure in view: a second attempt"] = {
+        name: second_attempts(chat, failures, folder / f"{name}, a second attempt.jsonl")
+        for name, chat in chats.items()
+    }
+    rows["its own, trained on shuffled rewards"] = {"trained": shuffled}
+    rows |= equal_tokens(vanilla, own["vanilla"], own["trained"], folder / "equal tokens.jsonl")
+    tables[f"Retries on {on}, after …: % right [95%]"] = rows
+    if isinstance(vanilla.task, TinyCountdown):
+        title = "Texts like the cold start's, about development problems: nats a token"
+        tables[title] = {name: {"nll": f"{forgetting(chat):.3f}"} for name, chat in chats.items()}
+    return tables
+
+
+def right(tries: Tries) -> list[float]:
+    """The share of retries that are right: [mean, low, high]."""
+    return r3.interval(np.array([t.second.right for t in tries], float), tries)
+
+
+def crossed(chats: dict[str, Chat], reflector: str, reflected: Tries, folder: Path) -> dict:
+    """Retries after one model's reflections, by either model."""
+    row = {}
+    for name, chat in chats.items():
+        path = folder / f"{reflector} reflects, {name} retries.jsonl"
+        row[name] = right(reflected if name == reflector else retries(chat, reflected, path))
+    return row
+
+
+def second_tries(chat: Chat, failures: Tries, samples: int, purpose: int, path: Path) -> Tries:
+    """`samples` reflections on each failure with a retry each, kept in a file."""
+    if not path.exists():
+        print(path.stem, file=sys.stderr)
+        r3.write_failures(path, grpo.rollout(chat, failures, samples, (purpose, 0)), chat)
+    return r3.load_conversations(path, chat)
+
+
+def retries(chat: Chat, reflected: Tries, path: Path) -> Tries:
+    """A retry after each of some reflections that this model did not write, kept in a file."""
+    if not path.exists():
+        tries: Tries = []
+        for some in tqdm(grpo.batches(chat, reflected, 1, turns=2), path.stem):
+            tries += grpo.retry(chat, some, (grpo.EVALUATE, 0))
+        r3.write_failures(path, in_order(tries), chat)
+    return r3.load_conversations(path, chat)
+
+
+def swapped(chat: Chat, tries: Tries, label: str) -> Tries:
+    """The same conversations with other reflections; label: one of SWAPS."""
+    end = chat.tokenizer.stop_ids[:1]
+    generic = chat.tokenizer.encode(getattr(chat.task, "generic_reflection", GENERIC))
+    reflections = {
+        "an empty reflection": [end] * len(tries),
+        "a fixed generic reflection": [generic[: chat.max_new_tokens - 1] + end] * len(tries),
+        "another problem's reflection": [elsewhere(tries, i) for i in range(len(tries))],
+    }[label]
+    return [replace(t, reflection=r) for t, r in zip(tries, reflections, strict=True)]
+
+
+def elsewhere(tries: Tries, number: int) -> list[int]:
+    """A reflection on another problem: on the next such failure from half-way round. (On the same
+    one, where all failures are of one problem.)"""
+    start = (number + len(tries) // 2) % len(tries)
+    others = (t for t in tries[start:] + tries[:start] if t.problem.id != tries[number].problem.id)
+    return next(others, tries[number]).reflection
+
+
+def second_attempts(chat: Chat, failures: Tries, path: Path) -> list[float]:
+    """The share that is right of new attempts at the problems of the failures."""
+    if not path.exists():
+        print(path.stem, file=sys.stderr)
+        problems = list({f.problem.id: f.problem for f in failures}.values())
+        samples = 1 + max(f.sample for f in failures)
+        r3.write_failures(path, grpo.first_tries(chat, problems, samples, (grpo.AGAIN, 0)), chat)
+    failed = {(f.problem.id, f.sample) for f in failures}
+    again = r3.load_conversations(path, chat)
+    again = [t for t in again if (t.problem.id, t.sample) in failed]
+    return r3.interval(np.array([t.first.right for t in again], float), again)
+
+
+def shuffled_rewards(run: Path, c: r3.Config, vanilla: Chat, failures: Tries) -> list[float]:
+    """The share of retries that are right after training on shuffled rewards."""
+    chat = trained_on(run, c, vanilla, "reflection", run / "shuffled", shuffle=True)
+    path = run / "controls/shuffled.jsonl"
+    return right(second_tries(chat, failures, 1, grpo.EVALUATE, path))
+
+
+def equal_tokens(vanilla: Chat, before: Tries, after: Tries, path: Path) -> dict:
+    """The vanilla model with as many tokens a failure as the trained one spends, in more tries.
+
+    before, after: the two models' second tries at the same failures. k is the ratio of the tokens
+    that they spend on reflections and retries. A failure counts if any of k tries at it is right,
+    which needs an oracle to say which one. One failure a problem, to save time.
+    """
+    spent = [sum(len(t.reflection) + len(t.retry) for t in tries) for tries in (before, after)]
+    k = min(EQUAL, spent[1] / spent[0])
+    chosen = {t.problem.id: i for i, t in reversed(list(enumerate(before)))}.values()
+    failures = in_order([before[i] for i in chosen])
+    tries = second_tries(vanilla, failures, EQUAL, grpo.AGAIN, path)
+    successes = np.array([t.second.right for t in tries]).reshape(-1, EQUAL).sum(axis=1)
+    chances = np.array([any_of(k, EQUAL, int(r)) for r in successes])
+    row = {"vanilla": r3.interval(chances, failures)}
+    row["trained"] = right([after[i] for i in chosen])
+    return {f"its own, any of {k:.2f} tries; trained: one": row}
+
+
+def any_of(k: float, n: int, successes: int) -> float:
+    """The chance that any of k tries is right, without bias, where so many of n were: among the
+    subsets of k, those with a success. A broken k lies between its two neighbours."""
+    below, above = (
+        1 - math.comb(n - successes, whole) / math.comb(n, whole)
+        for whole in (math.floor(k), math.ceil(k))
+    )
+    return below + (k - math.floor(k)) * (above - below)
+
+
+@torch.no_grad()
+def forgetting(chat: Chat) -> float:
+    """Nats a token of the tiny model on texts like the cold start's, about development problems."""
+    problems = chat.task.load(split="dev", seed=chat.seed)
+    key = f"held out {chat.seed}"
+    total, tokens = 0.0, 0
+    for ids, mask in r3.dialogues(chat.task, chat.tokenizer, problems, key, diligent=False):
+        log_p = chat.model(ids.to(chat.model.device)).log_softmax(-1)[:, :-1].cpu()  # (B, T-1, V)
+        chosen = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)[mask[:, 1:]]
+        total -= chosen.sum().item()
+        tokens += len(chosen)
+    return total / tokens
+
+
+# -- Training other turns, or on shuffled rewards --------------------------------------------------
+
+TURNS = {
+    "reflection": ("reflection",),  # R3
+    "retry": ("retry",),
+    "both": ("reflection", "retry"),
+    "attempt": ("attempt",),  # plain GRPO on the answer
+}
+
+
+def train_turns(
+    chat: Chat, reference, failures: Tries, c: r3.Config, folder: Path, turns, shuffle=False
+) -> None:
+    """`grpo.train` with other turns trained. Changes chat.model in place.
+
+    turns: a value of TURNS. For the attempt, G answers are drawn to each failure's question. With
+    `shuffle` the rewards of a step are dealt out anew: nothing can be learnt from them.
+    """
+    chat.model.checkpointing = c.checkpointing
+    optimizer = grpo.MasterAdamW(chat.model, c.lr, c.offload)
+    start, _ = grpo.load_checkpoint(folder, optimizer)
+    for step in tqdm(range(start, c.steps), folder.name, c.steps, initial=start):
+        drawn, key = grpo.draw_failures(failures, step, c.batch, chat.seed), (grpo.TRAIN, step)
+        if turns == ("attempt",):
+            problems = list({f.problem.id: f.problem for f in drawn}.values())
+            tries = grpo.first_tries(chat, problems, c.group, key)
+        else:
+            tries = grpo.rollout(chat, drawn, c.group, key)
+        rewards = np.array([reward(chat, t, turns) for t in tries], np.float32)
+        if shuffle:
+            rewards = np.random.default_rng([chat.seed, step]).permutation(rewards)
+        add_gradient(chat, reference, tries, torch.tensor(rewards), c, turns, optimizer)
+        lr = c.lr * grpo.lr_share(step, c.steps, c.warmup)
+        norm = optimizer.update(lr, c.max_grad_norm)
+        said = ("attempt",) if turns == ("attempt",) else ("reflection", "retry")
+        metrics = {"step": step + 1, "reward": float(rewards.mean()), "grad_norm": norm}
+        metrics["sampled"] = sum(len(getattr(t, turn)) for t in tries for turn in said)
+        grpo.append_jsonl(folder / "metrics.jsonl", metrics)
+        if step + 1 == c.steps or (step + 1) % c.save_every == 0:
+            grpo.save_checkpoint(folder, step + 1, optimizer, {})
+
+
+def reward(chat: Chat, t: Conversation, turns: tuple[str, ...]) -> float:
+    """1 if the last answer is right, and no trained turn was cut short; else 0."""
+    ended = all(getattr(t, turn)[-1] in chat.tokenizer.stop_ids for turn in turns)
+    return float(ended and (t.second or t.first).right)
+
+
+def add_gradient(chat, reference, tries: Tries, rewards, c: r3.Config, turns, optimizer) -> None:
+    """The gradient of a step's loss, one group and turn at a time. A turn is a sequence.
+
+    tries: group by group; rewards: (P * G,).
+    """
+    advantages = grpo.group_advantages(rewards.view(-1, c.group), scale=c.scale)  # (P, G)
+    sequences = len(tries) * len(turns)
+    tokens = sum(len(getattr(t, turn)) for t in tries for turn in turns)
+    longest = sequences * chat.max_new_tokens
+    normalizer = {"dapo": tokens, "grpo": sequences, "dr_grpo": longest}[c.loss]
+    for p, A in enumerate(advantages.to(chat.model.device)):
+        if not A.any() and not c.beta:
+            continue  # all right or all wrong: no gradient comes from it
+        for turn in turns:
+            ids, scored, trained, old = rows_of(chat, tries[p * c.group :][: c.group], turn)
+            ref = None
+            if c.beta:
+                with torch.no_grad():
+                    ref, _ = grpo.token_logprobs(reference, ids, scored, chat.temperature)
+            new, _ = grpo.token_logprobs(chat.model, ids, scored, chat.temperature)  # (G, T)
+            trained, old = trained.to(new.device), old.to(new.device)
+            loss = grpo.grpo_loss(new, old, ref, A, trained, c.clip, c.beta, c.loss, normalizer)
+            loss.backward()
+            optimizer.collect()
+
+
+def rows_of(chat: Chat, group: Tries, turn: str) -> tuple[torch.Tensor, ...]:
+    """One group's conversations up to the end of a turn, padded on the right.
+
+    Returns (G, T) each: the token ids; the mask of what comes after the context that the group
+    shares; the mask of the turn's own tokens; and their log-probabilities when they were drawn.
+    """
+    again = chat.tokenizer.bridge(chat.task.again)
+    shared = group[0].prompt if turn == "attempt" else group[0].context
+    rows = []
+    for t in group:
+        between = chat.tokenizer.next_turn(t.reflection, again) if turn == "retry" else []
+        rows.append(shared + between + getattr(t, turn))
+    shape = len(rows), max(map(len, rows))
+    ids, old = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+    scored, trained = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
+    for g, (t, row) in enumerate(zip(group, rows, strict=True)):
+        start = len(row) - len(getattr(t, turn))
+        ids[g, : len(row)] = torch.tensor(row)
+        scored[g, len(shared) : len(row)] = True
+        trained[g, start : len(row)] = True
+        old[g, start : len(row)] = torch.tensor(t.logprobs[turn])
+    return ids, scored, trained, old
+
+
+def trained_on(run: Path, c, vanilla: Chat, train: str, folder: Path, shuffle=False) -> Chat:
+    """The vanilla model of a run trained by `train_turns` on its failures; loaded, if it is there.
+    train: a key of TURNS."""
+    if not (folder / "model/model.safetensors").exists():
+        failures = r3.load_conversations(run / "failures.jsonl", vanilla)
+        trained = replace(vanilla, model=copy.deepcopy(vanilla.model))
+        reference = vanilla.model if c.beta else None
+        train_turns(trained, reference, failures, c, folder, TURNS[train], shuffle)
+        trained.model.save_pretrained(folder / "model")
+        return trained
+    return with_weights(c, vanilla, folder / "model")
+
+
+def turns(run: Path, train: str, group: int | None, steps: int | None, out: Path | None) -> None:
+    """Train other turns than the reflection on a run's failures, and evaluate as the run did.
+    Leaves metrics.jsonl, measured.jsonl, report.json and the model in a folder of the run."""
+    c, vanilla = open_run(run)
+    c = replace(c, group=group or c.group, steps=steps or c.steps)
+    folder = out or run / f"{train}-group{c.group}-steps{c.steps}"
+    trained = trained_on(run, c, vanilla, train, folder)
+    before = in_order(r3.load_conversations(run / "measured/vanilla.jsonl", vanilla))
+    problems = list({t.problem.id: t.problem for t in before}.values())
+    after = r3.evaluate(trained, problems, c.samples, folder.name, folder / "measured.jsonl")
+    title = f"{len(problems)} problems, {c.samples} samples each, temperature {c.temperature:g}"
+    rows = r3.accuracy(vanilla=before, trained=in_order(after))
+    r3.report(folder, {f"{title}; trained: {train}: % right [95%]": rows})
+
+
+# -- Variants --------------------------------------------------------------------------------------
+
+FILES = ("r3.py", "grpo.py", "model.py", "tasks.py")
+
+# What is compared: a name, flags, and the title of a diff in README. Flags that begin with `turns`
+# are of this file's command of that name; others, of `r3.py train`.
+COMPARED = [
+    ("reflection: the paper's R3", "", None),
+    ("retry", "turns --train retry", None),
+    ("reflection and retry", "turns --train both", None),
+    ("attempt: plain GRPO on the answer", "turns --train attempt --group 16 --steps 20", None),
+    ("no division by the deviation, no length bias", "--no-scale --loss dr_grpo", None),
+    ("no KL", "--beta 0", None),
+    ("two updates per batch", "--steps 36 --save-every 2", "several updates per batch"),
+]
+
+
+def variants(seeds: list[int], jobs: int, folder: Path) -> dict:
+    """The table of COMPARED. Every run of a seed starts from the same base model and the same
+    failures, so that rows differ in the variant alone. It takes minutes a run and a process."""
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    runs: dict[str, list[Path]] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for rows in (COMPARED[:1], COMPARED[1:]):  # the others take the paper's failures
+            made = [(row[0], pool.submit(variant, folder, s, row)) for row in rows for s in seeds]
+            for name, run in made:
+                runs.setdefault(name, []).append(run.result())
+    measured = {name: gains(of) for name, of in runs.items()}
+    paper, _ = measured[COMPARED[0][0]]
+    title = "Points over the vanilla model; apart: from the paper's, mean ± 95% over seeds"
+    return {title: {name: variant_row(*of, paper) for name, of in measured.items()}}
+
+
+def variant(folder: Path, seed: int, row: tuple[str, str, str | None]) -> Path:
+    """Make one run of a row of COMPARED, unless it is there. Returns its folder."""
+    name, flags, title = row
+    paper = folder / "runs" / f"seed-{seed}"
+    run = paper
+    if row != COMPARED[0]:
+        run = folder / "runs" / f"{re.sub(r'[^a-zA-Z]+', '-', name)}-{seed}"
+    if (run / "report.json").exists():
+        return run
+    if flags.startswith("turns"):
+        command = [__file__, *flags.split(), "--run", str(paper), "--out", str(run)]
+    else:
+        place = folder / "code" / run.name
+        code(place, title)
+        command = [str(place / "r3.py"), "train"]
+        if (run / "config.json").exists():
+            command += ["--resume", f"runs/{run.name}"]
+        else:
+            command += [*flags.split(), "--seed", str(seed), "--name", run.name]
+            command += ["--failures", str(paper / "failures.jsonl")] if run != paper else []
+    log = folder / f"{run.name}.log"
+    with open(log, "w") as file:
+        one = {**os.environ, "OMP_NUM_THREADS": "1"}  # small matrices: a run a core is faster
+        command = [sys.executable, *command]
+        done = subprocess.run(command, cwd=folder, stdout=file, stderr=file, env=one)
+    if done.returncode:
+        raise ValueError(f"{run.name} failed: see {log}")
+    return run
+
+
+def diffs(readme: str) -> dict[str, tuple[str, list[tuple[str, str]]]]:
+    """README's diffs: {title: (file, [(old text, new text), …])}.
+
+    A diff's first line is `--- FILE: title`, and `@@` parts its hunks.
+    """
+    found = {}
+    for block in re.findall(r"```diff\n--- (.*?)```", readme, re.DOTALL):
+        head, _, body = block.partition("\n")
+        file, _, title = head.partition(": ")
+        hunks = []
+        for hunk in re.split(r"^@@\n", body, flags=re.MULTILINE):
+            lines = [(line[:1], line[1:]) for line in hunk.splitlines()]
+            old, new = (
+                "".join(text + "\n" for mark, text in lines if mark != other) for other in "+-"
+            )
+            hunks.append((old, new))
+        found[title] = file, hunks
+    return found
+
+
+def code(folder: Path, title: str | None) -> None:
+    """A copy of the code in a folder, with a diff of README applied to it. Raises ValueError where
+    the diff does not fit the code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder)
+    if title:
+        file, hunks = diffs((ROOT / "README.md").read_text())[title]
+        text = (folder / file).read_text()
+        for old, new in hunks:
+            if text.count(old) != 1:
+                raise ValueError(f"{title}: these lines are not once in {file}:\n{old}")
+            text = text.replace(old, new)
+        (folder / file).write_text(text)
+
+
+def gains(runs: list[Path]) -> tuple[dict[str, np.ndarray], float]:
+    """What the runs of a variant gained over the vanilla model, in points, seed by seed; and how
+    many million tokens they sampled in training, on average."""
+    found, tokens = {"1st try": [], "within two": []}, []
+    for run in runs:
+        tables = models.read_json(run / "report.json")["tables"]
+        sampled = next(
+            rows for name, rows in tables.items() if "samples each" in name and "gain" in rows
+        )
+        for column, values in found.items():
+            values.append(100 * sampled["gain"][column][0])
+        lines = r3.read_lines(run / "metrics.jsonl", {"step"})
+        # Two updates on one batch report it twice: each batch counts once.
+        batches = {(line["sampled"], line["reward"]) for line in lines if "sampled" in line}
+        tokens.append(sum(sampled for sampled, _ in batches) / 1e6)
+    return {name: np.array(values) for name, values in found.items()}, float(np.mean(tokens))
+
+
+def variant_row(found: dict[str, np.ndarray], tokens: float, paper: dict) -> dict[str, str]:
+    """Each gain: mean (seed by seed), and how far it is from the paper's, with a 95% interval."""
+    row = {}
+    for name, values in found.items():
+        each = ", ".join(f"{value:+.1f}" for value in values)
+        row[f"gain, {name}"] = f"{values.mean():+.1f} ({each})"
+        apart, n = values - paper[name], len(values)
+        t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, math.nan)  # Student's, n - 1 degrees
+        half = t * np.std(apart, ddof=1) / n**0.5 if n > 1 else math.nan
+        row[f"apart, {name}"] = f"{apart.mean():+.1f} ± {half:.1f}" if apart.any() else ""
+    return row | {"M tokens": f"{tokens:.2f}"}
+
+
+# -- Seeds -----------------------------------------------------------------------------------------
+
+
+def seeds_table(seeds: list[int]) -> dict:
+    """`r3.py train --split test` from each seed, and a table a way of sampling: a row a seed."""
+    found: dict[str, dict] = {}
+    for seed in seeds:
+        run = r3.RUNS / f"test-seed{seed}"
+        if not (run / "report.json").exists():
+            given = ["--seed", str(seed), "--split", "test", "--name", run.name]
+            given = ["--resume", str(run)] if (run / "config.json").exists() else given
+            if subprocess.run([sys.executable, str(ROOT / "r3.py"), "train", *given]).returncode:
+                raise ValueError(f"{run} is not finished: the same command goes on with it")
+        for title, rows in models.read_json(run / "report.json")["tables"].items():
+            if "gain" in rows:
+                found.setdefault(title, {})[f"seed {seed}"] = rows
+    return {title: seed_rows(by_seed) for title, by_seed in found.items()}
+
+
+def seed_rows(by_seed: dict[str, dict]) -> dict[str, dict]:
+    """{seed: r3.accuracy's rows} -> {seed: one row of them all}, and the mean over the seeds."""
+    rows: dict[str, dict] = {name: {} for name in [*by_seed, "mean"]}
+    for label in ("1st try", "within two"):
+        for who in ("vanilla", "trained", "gain"):
+            values = {seed: found[who][label] for seed, found in by_seed.items()}
+            sign, column = "+" if who == "gain" else "", f"{label}, {who}"
+            for seed, three in values.items():
+                mean, low, high = (f"{100 * x:{sign}.1f}" for x in three)
+                rows[seed][column] = f"{mean} [{low}, {high}]"
+            mean = 100 * np.mean([three[0] for three in values.values()])
+            rows["mean"][column] = f"{mean:{sign}.1f}"
+    return rows
+
+
+# -- The command line ------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    subs = parser.add_subparsers(dest="command", required=True)
+    subs.add_parser("controls", help=controls.__doc__)
+    train = subs.add_parser("turns", help=turns.__doc__)
+    for sub in (subs.choices["controls"], train):
+        sub.add_argument("--run", type=Path, required=True, help="a finished run of r3.py train")
+    train.add_argument("--train", choices=list(TURNS), required=True, help="the trained turns")
+    train.add_argument("--group", type=int, help="G (default: the run's)")
+    train.add_argument("--steps", type=int, help="optimizer steps (default: the run's)")
+    train.add_argument("--out", type=Path, help="where to leave files (default: in the run)")
+    subs.add_parser("variants", help=variants.__doc__)
+    subs.add_parser("seeds", help=seeds_table.__doc__)
+    for sub in (subs.choices["variants"], subs.choices["seeds"]):
+        sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    sub = subs.choices["variants"]
+    sub.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
+    sub.add_argument("--folder", type=Path, default=Path("runs/variants"), help="of all runs")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = vars(parser().parse_args(argv))
+    command = args.pop("command")
+    try:
+        if command == "turns":
+            turns(**args)
+        else:
+            made = {"controls": controls, "variants": variants, "seeds": seeds_table}[command](
+                **args
+            )
+            print("\n" + r3.markdown(made))
+    except (ValueError, OSError, json.JSONDecodeError) as error:
+        sys.exit(f"experiments.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
