@@ -15,7 +15,8 @@ mask and the log-probabilities, the conversation (`attempt`, `reflect`, `retry`)
 checkpoints. A conversation is token ids from end to end: what is trained is what was sampled, never
 text that was decoded and tokenized again.
 
-This file knows a task by `task.messages`, `task.verify`, `task.reflect` and `task.again` alone.
+This file knows a task only by `messages`, `verify`, `reflect` and `again`; a problem by its `id`;
+and a verdict by `right`.
 
 Shapes: P failures with G reflections each; T tokens of a conversation; V the vocabulary.
 """
@@ -49,17 +50,17 @@ def train(
 
     reference: the model that training started with, for the KL term; None where c.beta is 0. What
     was sampled is added to folder/samples.jsonl. Checkpoints go to folder/checkpoints, and training
-    goes on from the last one there. Raises ValueError after five steps in a row whose gradient is
-    not finite (such a step is skipped), and Stopped, with the step saved, where STOP was set.
+    goes on from the last one. A step whose gradient is not finite is skipped; five in a row raise
+    ValueError. Raises Stopped, with the step saved, once STOP is set.
     """
     policy, G, skipped = chat.model, c.group, 0
     policy.checkpointing = c.checkpointing
     optimizer = MasterAdamW(policy, c.lr, c.offload)
-    start, state = load_checkpoint(folder, optimizer)  # state: a JSON object, free for variants
+    start, state = load_checkpoint(folder, optimizer)  # state: what a variant wants kept
     if start == 0:
         yield 0, {}
     for step in range(start, c.steps):
-        # 1-2. Reflect G times on each failure of the step, and retry once after each reflection.
+        # 1-2. Draw failures, reflect G times on each, and retry once after each reflection.
         drawn = draw_failures(failures, step, c.batch, chat.seed)
         tries = rollout(chat, drawn, G, key=(TRAIN, step))  # P * G conversations
 
@@ -75,7 +76,7 @@ def train(
         normalizer = {"dapo": tokens, "grpo": len(tries), "dr_grpo": longest}[c.loss]
         parts = []
         for p in range(len(rewards)):
-            A = advantages[p].to(policy.device)  # (G,)
+            A = advantages[p]  # (G,)
             if not A.any() and not c.beta:
                 continue  # all right or all wrong: no gradient comes from it
             ids, mask, old = reflection_rows(tries[p * G : (p + 1) * G])  # (G, T) each
@@ -84,7 +85,7 @@ def train(
                 with torch.no_grad():
                     ref, _ = token_logprobs(reference, ids, mask, chat.temperature)
             new, entropy = token_logprobs(policy, ids, mask, chat.temperature)  # (G, T) both
-            mask, old = mask.to(policy.device), old.to(policy.device)
+            A, mask, old = A.to(policy.device), mask.to(policy.device), old.to(policy.device)
             loss = grpo_loss(new, old, ref, A, mask, c.clip, c.beta, c.loss, normalizer)
             loss.backward()
             optimizer.collect()
@@ -141,7 +142,7 @@ class Config:
 
 
 def group_advantages(rewards: Tensor, epsilon: float = 1e-4, scale: bool = True) -> Tensor:
-    """(P, G) rewards -> (P, G) advantages: how far above the group's mean, in its deviations.
+    """(P, G) rewards -> (P, G) advantages: how far above the group's mean, in standard deviations.
 
     One success among G = 4: the mean is 0.25, the (sample) standard deviation 0.5, so
 
@@ -184,7 +185,7 @@ def grpo_loss(
     default it is taken from `mask` (its width being the longest length).
     """
     A = advantages[:, None]  # (N, 1)
-    # What is not trained is taken out first: its exponential might overflow, and 0 * inf is no 0.
+    # Untrained positions are set to 0 first: their exponential might overflow; 0 * inf is nan.
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # (N, T)
     per_token = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
     if beta:
@@ -200,8 +201,8 @@ def grpo_loss(
 def k3(difference: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(pi || pi_ref) per token, from log pi_ref - log pi.
 
-    Never negative; its gradient, used as a loss, is that of the forward KL. (expm1(d) is exp(d) - 1
-    without the rounding where d is small.)
+    Never negative. Used as a loss, its expected gradient is that of KL(pi_ref || pi). (expm1(d) is
+    exp(d) - 1, exact for small d, too.)
     """
     return torch.expm1(difference) - difference
 
@@ -250,7 +251,9 @@ def token_logprobs(
     C = int(mask.any(dim=0).int().argmax())  # the context: all before the first trained token
     if C == 0 or (ids[:, :C] != ids[0, :C]).any():
         raise ValueError("packed rows must share what stands before their first trained token")
-    last = (mask * column).amax(dim=1, keepdim=True)  # (G, 1): it predicts nothing
+    # A row's last trained token predicts nothing, so it is not packed: with C = 3 and reflections
+    # of 2 and 1 tokens, `packed` holds 3 + 1 + 0 tokens.
+    last = (mask * column).amax(dim=1, keepdim=True).clamp(min=C)  # (G, 1)
     row, place = ((column >= C) & (column < last)).nonzero(as_tuple=True)  # of each own token
     packed = torch.cat([ids[0, :C], ids[row, place]])  # (L,)
     positions = torch.cat([column[:C], place])
@@ -260,7 +263,9 @@ def token_logprobs(
 
     # Each trained token is predicted by the one before it: the context's last, or one of its row.
     trained, at = mask.nonzero(as_tuple=True)
-    starts = C + torch.cat([torch.zeros(1, dtype=torch.long), (last[:, 0] - C).cumsum(0)])  # rows'
+    starts = C + torch.cat(
+        [torch.zeros(1, dtype=torch.long), (last[:, 0] - C).cumsum(0)]
+    )  # where each row begins in `packed`
     before = torch.where(at == C, C - 1, starts[trained] + at - C - 1)
 
     device = model.device
@@ -272,7 +277,7 @@ def token_logprobs(
     return blank.masked_scatter(mask, values[0]), blank.masked_scatter(mask, values[1])
 
 
-LOGITS = 2**25  # that exist at once
+LOGITS = 2**25  # computed at once, at most
 
 
 def score_in_parts(
@@ -280,14 +285,14 @@ def score_in_parts(
 ) -> tuple[Tensor, Tensor]:
     """(tokens, E) hidden states, (tokens,) targets -> their log-probabilities and the entropies.
 
-    The output head is the widest matrix: its logits are computed a part at a time and, if there are
-    several parts, anew in the backward pass, so that they never all exist at once.
+    The output head is the widest matrix. It is applied to a part of the tokens at a time. If there
+    are several parts, the backward pass computes each again: all logits never exist at once.
     """
     parts = [x.split(max(1, LOGITS // model.vocab_size)) for x in (hidden, targets)]
-    again = len(parts[0]) > 1 and torch.is_grad_enabled()
+    recompute = len(parts[0]) > 1 and torch.is_grad_enabled()
     logprobs, entropies = [], []
     for part in zip(*parts, strict=True):
-        if again:
+        if recompute:
             scored = checkpoint(score, model, *part, temperature, use_reentrant=False)
         else:
             scored = score(model, *part, temperature)
@@ -317,7 +322,7 @@ class Chat:
     max_new_tokens: int  # the longest turn
     temperature: float = 1.0
     seed: int = 0
-    cache_tokens: int = 131_072  # whose keys and values are held at once: this bounds the memory
+    cache_tokens: int = 131_072  # in the KV cache at once: this bounds the memory
 
     def question(self, problem) -> list[int]:
         """The prompt of the first try, up to where the assistant's turn begins."""
@@ -355,13 +360,15 @@ class Conversation:
     cut: bool = False  # whether the reflection reached the longest length
     retry: list[int] = field(default_factory=list)
     second: object = None  # the verdict on the retry
-    logprobs: dict[str, list[float]] = field(default_factory=dict)  # of a turn, when it was drawn
+    logprobs: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # by turn: of each token, when it was drawn
 
 
 Tries = list[Conversation]
 
 # The random numbers of a turn are keyed by (seed, purpose, step, turn, problem, attempt, …), so
-# that a sample depends on nothing else. A `key` below is its (purpose, step).
+# that they do not depend on the batch. A `key` below is its (purpose, step).
 EVALUATE, COLLECT, TRAIN, AGAIN = range(4)  # purposes
 ATTEMPT, REFLECT, RETRY = range(3)  # turns
 
@@ -401,16 +408,17 @@ def reflect(chat: Chat, failures: Tries, samples: int, key: tuple) -> tuple[Trie
 def retry(chat: Chat, reflected: Tries, key: tuple, cache: KVCache | None = None) -> Tries:
     """A second try after each reflection.
 
-    With the cache from `reflect`, only what comes after it is read. Without one (for reflections
-    of another model, say) each conversation is read from its beginning.
+    With the cache from `reflect`, only what comes after it is read. Without one (the reflections
+    may be another model's) each conversation is read from its beginning.
     """
     prompts, keys, seen = [], [], {}
     bridge = chat.tokenizer.bridge(chat.task.again)
     for c in reflected:
         ids = c.context + chat.tokenizer.next_turn(c.reflection, bridge)
-        # The cache holds all of a reflection but its last token.
+        # The last token that was drawn has not been read: the new prompt begins with it.
         prompts.append(ids[len(c.context) + len(c.reflection) - 1 :] if cache else ids)
-        number = seen[c.problem.id, c.sample] = seen.get((c.problem.id, c.sample), -1) + 1
+        number = seen.get((c.problem.id, c.sample), 0)  # which reflection on this attempt
+        seen[c.problem.id, c.sample] = number + 1
         keys.append((*key, RETRY, c.problem.id, c.sample, number))
     drawn = chat.sample(prompts, 1, keys, cache)
     tries = []
@@ -421,7 +429,7 @@ def retry(chat: Chat, reflected: Tries, key: tuple, cache: KVCache | None = None
 
 
 def first_tries(chat: Chat, problems: list, samples: int, key: tuple, first: int = 0) -> Tries:
-    """`attempt` at any number of problems, as many at once as fit. In the order of their ids."""
+    """`attempt` at any number of problems, in batches that fit the memory. Sorted by their ids."""
     tries, todo = [], batches(chat, problems, samples, turns=1)
     while todo:
         some = todo.pop(0)
@@ -433,8 +441,8 @@ def first_tries(chat: Chat, problems: list, samples: int, key: tuple, first: int
 
 
 def rollout(chat: Chat, failures: Tries, samples: int, key: tuple) -> Tries:
-    """Reflect `samples` times on any number of failures, and retry once after each reflection, as
-    many at once as fit. In the order of the problems' ids, the tries on one failure together."""
+    """Reflect `samples` times on any number of failures, and retry once after each reflection, in
+    batches that fit the memory. Sorted by problem id; the tries on one failure stand together."""
     tries, todo = [], batches(chat, failures, samples, turns=2)
     while todo:
         some = todo.pop(0)
@@ -449,8 +457,8 @@ def rollout(chat: Chat, failures: Tries, samples: int, key: tuple) -> Tries:
 
 def batches(chat: Chat, items: list, samples: int, turns: int) -> list[list]:
     """Problems or failures, longest first, in batches whose keys and values fit chat.cache_tokens.
-    Each item has `samples` times `turns` more turns, with some 50 tokens of the
-    template before each, and is as wide as the longest of its batch."""
+    The size of an item: what it has read, and samples * turns new turns, with about 50
+    tokens of the template before each. All items of a batch count as the longest."""
     sizes = []
     for item in items:
         read = item.prompt + item.attempt if isinstance(item, Conversation) else chat.question(item)
@@ -465,12 +473,11 @@ def batches(chat: Chat, items: list, samples: int, turns: int) -> list[list]:
 
 
 def halves(chat: Chat, todo: list[list], error: torch.OutOfMemoryError) -> list[list]:
-    """The batches that are left, of which the first did not fit the memory, each in two; and a
-    smaller cache from now on. Raises the error where there is nothing to halve."""
+    """After a batch did not fit the memory: halve the cache, and every batch that is left. Raises
+    the error where that batch is a single item."""
     if len(todo[0]) == 1:
         raise error
     chat.cache_tokens //= 2
-    torch.cuda.empty_cache()
     parts = []
     for batch in todo:
         half = (len(batch) + 1) // 2
@@ -481,7 +488,8 @@ def halves(chat: Chat, todo: list[list], error: torch.OutOfMemoryError) -> list[
 def draw_failures(
     failures: Tries, step: int, size: int, seed: int, leave_out: tuple[int, ...] = ()
 ) -> Tries:
-    """The failures of a step: each once an epoch, in an order drawn anew, none twice a step.
+    """The failures of a step. Each comes once an epoch, in a new random order, and at most once a
+    step (which may then be smaller).
 
     leave_out: the ids of problems that are not to be drawn. Raises ValueError where none is left.
     """
@@ -500,7 +508,7 @@ def draw_failures(
 
 
 def token_sums(loss, new, old, ref, entropy, A, mask, clip) -> dict[str, float]:
-    """Of one failure's trained tokens: what the metrics of the step are made from."""
+    """Sums over one failure's trained tokens, for the metrics of the step."""
     clipped = ((new - old).exp() - 1) * A[:, None].sign() > clip  # the clip stops the gradient
     kl = torch.zeros_like(new) if ref is None else k3(torch.where(mask, ref - new, 0.0))
     of_tokens = {"nll": -new, "entropy": entropy, "clipped": clipped.float(), "kl": kl}
@@ -546,7 +554,11 @@ def as_text(c: Conversation, tokenizer: Tokenizer) -> dict:
     else before the attempt."""
     turns = {"context": c.context or c.prompt, "attempt": c.attempt}
     turns |= {"reflection": c.reflection, "retry": c.retry}
-    said = {name: tokenizer.tokenizer.decode(ids, False) for name, ids in turns.items() if ids}
+    said = {
+        name: tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
+        for name, ids in turns.items()
+        if ids
+    }
     verdicts = {"first": asdict(c.first), "second": c.second and asdict(c.second)}
     return {"problem": asdict(c.problem), "sample": c.sample, **said, **verdicts}
 
@@ -572,9 +584,9 @@ def lr_share(step: int, steps: int, warmup: float) -> float:
 class MasterAdamW(torch.optim.AdamW):
     """AdamW on float32 masters of the weights, kept in main memory with `offload`.
 
-    A bfloat16 has 8 significant bits: at a learning rate of 5e-7 nearly every update of a weight
-    rounds away. So updates add up in a float32 copy, from which the weight is rounded anew after
-    each step. Gradients add up in float32, too. A weight that is float32 is its own master.
+    bfloat16 has 8 significant bits: at a learning rate of 5e-7, rounding undoes nearly every
+    update. So updates and gradients are summed in float32 copies, the masters, and each step ends
+    by rounding these into the weights. A weight that is float32 is its own master.
     """
 
     def __init__(self, model: Model, lr: float, offload: bool = False):
@@ -595,8 +607,8 @@ class MasterAdamW(torch.optim.AdamW):
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     def update(self, lr: float, max_grad_norm: float) -> float:
-        """One step with the gradient, cut to a norm; returns the norm before.
-        Where that is not finite, nothing is changed."""
+        """One step with the gradient, cut to max_grad_norm. Returns its norm before that; where it
+        is not finite, nothing changes."""
         for master in self.masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -615,7 +627,7 @@ class MasterAdamW(torch.optim.AdamW):
                 weight.copy_(master)
 
 
-# -- Stopping and going on -------------------------------------------------------------------------
+# -- Stopping and resuming -------------------------------------------------------------------------
 
 STOP = threading.Event()  # set by a signal: finish the step, save it, and leave
 
@@ -681,7 +693,10 @@ def load_checkpoint(folder: Path, optimizer: MasterAdamW) -> tuple[int, dict]:
         step, updates, lengths = record["step"], record["updates"], record["logs"]
         names = ("weights", "exp_avg", "exp_avg_sq") if updates else ("weights",)
         saved = {name: safetensors.torch.load_file(path / f"{name}.safetensors") for name in names}
-    except (ValueError, KeyError, OSError, safetensors.SafetensorError) as error:
+        lengths = {name: int(length) for name, length in lengths.items()}
+    except (
+        ValueError, KeyError, TypeError, AttributeError, OSError, safetensors.SafetensorError,
+    ) as error:  # fmt: skip
         reason = f"{path} is damaged ({error})"
         raise ValueError(f"{reason}; delete it to go on from the one before it") from None
     shapes = {str(i): master.shape for i, master in enumerate(optimizer.masters)}

@@ -65,35 +65,39 @@ class Config(grpo.Config):
     task: str = setting("countdown", "what to solve", choices=TASKS, commands=ALL)
     data: str | None = setting(None, "problems: JSON, JSONL, parquet or a hub id", commands=MOST)
     split: str | None = setting(None, "evaluate on: dev, test, train, all", commands="train eval")
-    limit: int | None = setting(None, "evaluate on so many problems", 2, commands="train eval")
+    limit: int | None = setting(
+        None, "evaluate on at most so many problems", 2, commands="train eval"
+    )
     samples: int = setting(1, "first tries at each problem", 1, commands="train eval")
-    problems: int | None = setting(None, "find failures among so many", 1, commands=MOST)
-    responses: int = setting(64, "tries at most at each of them", 1, commands="train failures")
-    failures: str | None = setting(None, "take this failures.jsonl of another run")
-    temperature: float = setting(1.0, "of sampling; 0: greedy", 0, commands=ALL)
+    problems: int | None = setting(
+        None, "look for failures among so many problems", 1, commands=MOST
+    )
+    responses: int = setting(
+        64, "at most so many tries at each of them", 1, commands="train failures"
+    )
+    failures: str | None = setting(None, "train on this failures.jsonl of another run")
+    temperature: float = setting(1.0, "of sampling; 0 is greedy", 0, commands=ALL)
     max_new_tokens: int = setting(512, "the longest turn", 1, commands=ALL)
-    seed: int = setting(0, "of everything random", 0, commands=ALL)
+    seed: int = setting(0, "of all random numbers", 0, commands=ALL)
     device: str = setting("cpu", "cpu, cuda or mps", commands=ALL)
     dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16"), commands=ALL)
-    cache_tokens: int | None = setting(None, "keys and values at once; a GPU: all", 1, commands=ALL)
+    cache_tokens: int | None = setting(None, "tokens in the KV cache at once", 1, commands=ALL)
     name: str | None = setting(None, "the run's folder in runs/", commands=MOST)
     date: str = field(default_factory=lambda: str(datetime.date.today()))  # that templates print
 
     def __post_init__(self):
         for f in fields(self):
-            value, least, choices = (
-                getattr(self, f.name),
-                *map(f.metadata.get, ("least", "choices")),
-            )
+            value, least = getattr(self, f.name), f.metadata.get("least")
+            choices = f.metadata.get("choices")
             flag = f"--{f.name.replace('_', '-')} {value}"
-            if None not in (value, least) and not least <= value < math.inf:
+            if value is not None and least is not None and not least <= value < math.inf:
                 raise ValueError(f"{flag}: give a number from {least} on")
             if choices and value not in choices:
                 raise ValueError(f"{flag}: choose from {', '.join(choices)}")
 
 
-# The tiny experiment's defaults; and a checkpoint's, the paper's where it states them (it does not
-# state the group size and the longest turn).
+# Defaults for the tiny model, and for a checkpoint: the paper's values where it states them (it
+# does not state the group size and the longest turn).
 TINY = Config(
     steps=18, batch=32, lr=3e-4, save_every=1, samples=4, responses=4, max_new_tokens=134,
     cache_tokens=131_072,
@@ -103,7 +107,7 @@ PAPER = Config(
     device="cuda" if torch.cuda.is_available() else "cpu",
     dtype="bfloat16" if torch.cuda.is_available() else "float32",
 )  # fmt: skip
-HELD_OUT = (200, 2)  # development problems behind a point of the curves, and tries at each
+HELD_OUT = (200, 2)  # problems behind a point of the curves, and tries at each
 
 
 # -- The cold start: how the tiny model is made ----------------------------------------------------
@@ -113,8 +117,8 @@ WINDOW = 8  # steps whose dialogues are drawn together
 
 
 def base_model(task: TinyCountdown, seed: int) -> Path:
-    """The folder of the tiny model of a seed, made or found. Change the recipe (the numbers, the
-    architecture, the dialogues), and another one is made beside it."""
+    """The folder of the tiny model of a seed, made if it is not there. Its name holds a hash of the
+    recipe (numbers, architecture, dialogues), so that another recipe makes another folder."""
     problems = task.load(split="cold", seed=seed)
     said = [task.cold_dialogue(problems, random.Random(i), i % 2 > 0)[1] for i in range(200)]
     architecture = models.tiny(task.words(), seed)[0].config_dict
@@ -123,12 +127,13 @@ def base_model(task: TinyCountdown, seed: int) -> Path:
     if not (path / "model.safetensors").exists():
         model, tokenizer = cold_start(task, problems, seed)
         tokenizer.save_pretrained(path)
-        model.save_pretrained(path)  # the weights come last: they say that it is complete
+        model.save_pretrained(path)  # weights last: a folder that has them is complete
     return path
 
 
 def cold_start(task: TinyCountdown, problems: list, seed: int) -> tuple[Model, Tokenizer]:
-    """A tiny model trained from random weights on dialogues: their masked log-likelihood."""
+    """A tiny model trained from random weights on dialogues, by the cross-entropy of the
+    assistant's tokens."""
     model, tokenizer = tiny_model(task, seed)
     adamw = torch.optim.AdamW(model.parameters(), betas=COLD["betas"], weight_decay=0, fused=True)
     with tqdm(range(COLD["steps"]), "cold start") as bar:
@@ -208,8 +213,8 @@ def evaluate(
 ) -> Tries:
     """Attempt every problem `samples` times; reflect once on each failure, and retry once.
 
-    With a path, conversations are added to this file, a batch at a time, and what it holds is not
-    done again. Raises grpo.Stopped between two batches where the run is to stop.
+    With a path, conversations are added to this file, a batch at a time, and those that it has are
+    not sampled again. Raises grpo.Stopped between two batches where the run is to stop.
     """
     kept = kept_conversations(path, chat, problems) if path else []
     found = {(c.problem.id, c.sample): c for c in kept}
@@ -273,8 +278,9 @@ def load_conversations(path: Path, chat: Chat) -> Tries:
             if c.retry:
                 c.context = chat.context(c)
                 c.second = chat.verify(problem, c.retry)
+            # What would be written today must be what the file says.
             if saved != {**saved, **json.loads(json.dumps(record(c, chat)))}:
-                raise ValueError("the texts are not what the token ids say")
+                raise ValueError("texts or verdicts do not match the token ids")
             tries.append(c)
         except (
             ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError,
@@ -356,8 +362,8 @@ def markdown(tables: dict[str, dict]) -> str:
 
 
 PANELS = {  # of the curves: what is drawn of metrics.jsonl, and its title
-    "within two": "right within two tries, held-out problems (95%)",
-    "1st try": "right at the first try, held-out problems (95%)",
+    "within two": "right within two tries, held out (95%)",
+    "1st try": "right at the first try, held out (95%)",
     "reward": "mean reward",
     "length": "tokens in a reflection",
     "kl": "KL to the vanilla model, per token",
@@ -366,9 +372,9 @@ PANELS = {  # of the curves: what is drawn of metrics.jsonl, and its title
 
 
 def draw_curves(folders: list[Path], path: Path) -> None:
-    """How training went, step by step, a colour a run. Raises FileNotFoundError or ValueError for a
-    folder that is no training run."""
-    from matplotlib.figure import Figure  # here, since few commands want it
+    """How training went, step by step, one colour per run. Raises FileNotFoundError or ValueError
+    for a folder that is no training run."""
+    from matplotlib.figure import Figure  # imported here: few commands need it
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = list(figure.subplots(2, 3).flat)
@@ -382,6 +388,7 @@ def draw_curves(folders: list[Path], path: Path) -> None:
                 axis.errorbar(x, y, error, fmt="o-" if ends else "-", capsize=3, label=folder.name)
     for axis, title in zip(axes, PANELS.values(), strict=True):
         axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     if len(folders) > 1:
         axes[0].legend()
@@ -407,7 +414,7 @@ def read_lines(path: Path, names: set[str]) -> list[dict]:
 
 
 def open_chat(c: Config) -> Chat:
-    """A chat as the settings say, its model still without weights, so that everything else is
+    """A chat for these settings. Its model has no weights yet, so that everything else is
     checked first. Raises ValueError for settings that do not fit together."""
     try:
         torch.zeros(1, device=c.device).item()
@@ -462,9 +469,9 @@ def load_weights(c: Config, chat: Chat, training: bool = False) -> None:
         needs["activations"] = (c.group + 2) * c.max_new_tokens * kept * layers
     if c.device.startswith("cuda") and c.cache_tokens is None:
         left = 0.9 * torch.cuda.mem_get_info(c.device)[0] - sum(needs.values())
-        chat.cache_tokens = max(4_096, int(left / (2.5 * kv)))  # a retry reads from a copy
+        chat.cache_tokens = max(4_096, int(left / (2.5 * kv)))  # a retry copies the cache
     needs[f"{chat.cache_tokens:,} tokens' keys and values"] = 2.5 * kv * chat.cache_tokens
-    listed = ", ".join(f"{name} {need / 1e9:.2f}" for name, need in needs.items())
+    listed = ", ".join(f"{name} {need / 1e9:.3g}" for name, need in needs.items())
     print(f"{n:,} parameters in {c.dtype} on {c.device}; GB, about: {listed}")
     path = base_model(chat.task, c.seed) if c.model == "tiny" else c.model
     vocab_size = chat.model.vocab_size
@@ -480,9 +487,6 @@ def train_command(c: Config, folder: Path) -> None:
         raise ValueError("--temperature 0 draws equal reflections: there is nothing to compare")
     vanilla = open_chat(c)
     problems = load_problems(c, vanilla, c.split, c.limit)
-    points = min(HELD_OUT[0], c.limit or HELD_OUT[0])
-    from_file = c.data or vanilla.task.hub_id
-    held_out = load_problems(c, vanilla, c.split if from_file else "dev", points)
     if c.failures:
         failures = load_conversations(Path(c.failures), vanilla)
     else:
@@ -503,7 +507,8 @@ def train_command(c: Config, folder: Path) -> None:
     with tqdm(total=c.steps, desc="R3") as bar:
         for step, metrics in grpo.train(trained, reference, failures, c, folder):
             if step % max(1, c.steps // 4) == 0 or step == c.steps:
-                tries = evaluate(trained, held_out, HELD_OUT[1], f"held out, step {step}")
+                some = problems[: HELD_OUT[0]]
+                tries = evaluate(trained, some, HELD_OUT[1], f"held out, step {step}")
                 metrics |= accuracy(at=tries)["at"]
             append_jsonl(folder / "metrics.jsonl", {"step": step, **metrics})
             seconds = round(time.time() - begun, 2)
@@ -518,7 +523,9 @@ def train_command(c: Config, folder: Path) -> None:
     for way, tries in before.items():
         title = f"{len(problems)} problems, {way}: % right [95%]"
         tables[title] = accuracy(vanilla=tries, trained=after[way])
-    tables[f"The verifier's reasons, {way}"] = reasons(vanilla=tries, trained=after[way])
+    sampled = list(before)[-1]
+    both = reasons(vanilla=before[sampled], trained=after[sampled])
+    tables[f"The verifier's reasons, {sampled}"] = both
     report(folder, tables)
     draw_curves([folder], folder / "curves.png")
     print(f"{(time.time() - begun) / 60:.1f} minutes; all in {folder}/")
@@ -578,7 +585,7 @@ def play_command(c: Config) -> None:
     number = 0
     while line := input("> ").strip():
         number += 1
-        key = (grpo.AGAIN, number)  # asked again, it may answer otherwise
+        key = (grpo.AGAIN, number)  # a new key each time: the answer may differ
         try:
             [t] = attempt(chat, [chat.task.parse(line)], 1, key)
         except ValueError as error:
@@ -609,23 +616,24 @@ def show_command(folder: Path, step: list[int] | None, only: str, limit: int) ->
             groups[line.get("step"), line["problem"]["id"], line["context"]].append(line)
     found = []
     for group in groups.values():
-        kinds = {True: "rewarded", False: "unrewarded"}
-        mixed = len({line["reward"] for line in group}) > 1
-        kept = [line for line in group if only in ("all", kinds[line["reward"] > 0])]
-        found += [group] if only == "mixed" and mixed else [kept] if kept else []
+        rewarded = [line for line in group if line["reward"] > 0]
+        unrewarded = [line for line in group if not line["reward"] > 0]
+        mixed = group if rewarded and unrewarded else []
+        of_kind = {"all": group, "rewarded": rewarded, "unrewarded": unrewarded, "mixed": mixed}
+        if of_kind[only]:
+            found.append((f"{len(rewarded)} of {len(group)} rewarded", of_kind[only]))
     if not found:
         raise ValueError(f"{path} has no such conversations")
-    for group in found[:limit]:
-        show_group(group)
+    for rewarded, group in found[:limit]:
+        show_group(rewarded, group)
     if len(found) > limit:
         print(f"\n{len(found) - limit} groups more: --limit {len(found)} shows all")
 
 
-def show_group(group: list[dict]) -> None:
+def show_group(rewarded: str, group: list[dict]) -> None:
     """Conversations that begin alike: reflections are green where A is above zero, red below."""
     step = f"step {group[0]['step']}, " if "step" in group[0] else ""
-    right = sum(line["reward"] > 0 for line in group)
-    print(f"\n{step}problem {group[0]['problem']['id']}: {right} of {len(group)} rewarded")
+    print(f"\n{step}problem {group[0]['problem']['id']}: {rewarded}")
     say("context", group[0]["context"], colour="2")
     for line in group:
         A, verdict = line["advantage"], line.get("second") or line["first"]
@@ -637,7 +645,7 @@ def show_group(group: list[dict]) -> None:
 
 
 def say(label: str, text: str, colour: str = "") -> None:
-    """Print a turn, wrapped. What a model says may hold codes that a terminal obeys: they go."""
+    """Print a turn, wrapped. Control characters, which a terminal would obey, become spaces."""
     width = max(20, min(100, shutil.get_terminal_size().columns) - 22)
     colour = colour if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ""
     for part in text.strip().splitlines() or [""]:
@@ -678,7 +686,7 @@ def new_folder(command: str, c: Config) -> Path:
 
 
 def write_config(folder: Path, command: str, c: Config) -> None:
-    """config.json: every setting, and what computed with it. With it a run can be resumed."""
+    """config.json: every setting, and what the last bits depend on. A run is resumed from it."""
     folder.mkdir(parents=True, exist_ok=True)
     computed = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     config = {"command": command, **asdict(c), **computed}
@@ -689,17 +697,17 @@ def resumed(folder: Path, command: str) -> Config:
     """The settings of the run to resume. Raises ValueError if it is another command's, or done."""
     config = models.read_json(folder / "config.json")
     if config.get("command") != command:
-        raise ValueError(f"{folder} was begun by {config.get('command')}, not {command}")
+        raise ValueError(f"{folder} is a run of {config.get('command')}, not of {command}")
     last = folder / ("failures.jsonl" if command == "failures" else "report.json")
     if last.exists():
-        raise ValueError(f"{folder} is done: there is {last}")
+        raise ValueError(f"{folder} is finished: {last} exists")
     try:
         computed = config["torch"], config["threads"]
         c = Config(**{f.name: config[f.name] for f in fields(Config)})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is damaged: {error!r}") from None
     if computed != (torch.__version__, torch.get_num_threads()):
-        print("Another torch, or another number of threads: the last bits may come out otherwise")
+        print("Another torch, or another number of threads: the last bits may differ")
     return c
 
 
@@ -793,11 +801,11 @@ def ask_to_stop(number: int, _frame) -> None:
     if grpo.STOP.is_set() and number == signal.SIGINT:
         raise KeyboardInterrupt
     grpo.STOP.set()
-    os.write(2, b"\nr3.py: stopping as soon as this step is saved (Ctrl-C again: at once)\n")
+    os.write(2, b"\nr3.py: stopping after this step or batch (Ctrl-C again: at once)\n")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line. An error that a user can mend is one line."""
+    """The command line. An error that a user can fix is one line."""
     given = read_command_line(argv)
     try:
         run(given.pop("command"), given)

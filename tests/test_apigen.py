@@ -271,6 +271,22 @@ def test_files_of_all_kinds_are_read_and_split(tmp_path, kind):
             task.load(path, split=split)
 
 
+def test_a_folder_is_its_data_files_in_order(tmp_path):
+    some = records(9)
+    (tmp_path / "b").mkdir()
+    written(tmp_path / "b", some[3:5], "parquet")
+    written(tmp_path / "b", some[5:], "jsonl")
+    (tmp_path / "a.json").write_text(json.dumps(some[:3]))
+    (tmp_path / "README.md").write_text("no data")
+    whole = task.load(str(tmp_path), split="all", limit=9)
+    assert {p.id: p.query for p in whole} == {
+        i: f"add {n}" for i, n in enumerate([0, 1, 2, 5, 6, 7, 8, 3, 4])
+    }
+    written(tmp_path / "b", [*some[:2], {**some[2], "tools": "[1]"}], "parquet")
+    with pytest.raises(ValueError, match="b/d.parquet, record 3: "):
+        task.load(str(tmp_path))
+
+
 def test_the_papers_split(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(f'{{"nums": [1, 2, {i}], "target": 3}}\n' for i in range(80_000)))

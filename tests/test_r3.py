@@ -4,6 +4,7 @@ import argparse
 import datetime
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -627,14 +628,48 @@ def test_a_dataset_of_failures_goes_on_where_it_was_killed(
     assert 0 < count < 30 and f"{count} failures on 30 problems" in capsys.readouterr().out
     assert json.loads(config.read_text())["date"] == "2025-05-30"
     for flags, message in (
-        (["failures", "--resume", str(small / "killed")], "is done"),
-        (["eval", "--resume", str(small / "killed")], "was begun by failures, not eval"),
+        (["failures", "--resume", str(small / "killed")], "is finished"),
+        (["eval", "--resume", str(small / "killed")], "is a run of failures, not of eval"),
         (["eval", "--resume", str(small / "nothing")], "config.json does not exist"),
         (["failures", "--resume", str(small / "killed"), "--seed", "1"], "from the run"),
         ([*command, "killed"], "choose another --name, or --resume"),
     ):
         with pytest.raises(SystemExit, match=message):
             r3.main(flags)
+
+
+def test_an_evaluation_goes_on_where_it_was_stopped(small, lenient, monkeypatch, asked):
+    flags = ["eval", "--limit", "12", "--samples", "2", "--max-new-tokens", "9"]
+    flags += ["--cache-tokens", "400", "--name"]
+    r3.main([*flags, "whole"])
+    keep = r3.keep_conversations
+
+    def interrupted(*rest):
+        os.kill(os.getpid(), signal.SIGINT)
+        keep(*rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(r3, "keep_conversations", interrupted)
+        with pytest.raises(SystemExit, match="stopped, and saved; go on with: .* eval --resume"):
+            r3.main([*flags, "x"])
+    path = small / "x" / "conversations.jsonl"
+    kept = {line["problem"]["id"] for line in lines(path)}
+    assert 0 < len(kept) < 12 and not (small / "x" / "report.json").exists()
+    asked.clear()
+    r3.main(["eval", "--resume", str(small / "x")])
+    assert not kept & {problem.id for problem in asked}
+    whole = lines(small / "whole" / "conversations.jsonl")
+    assert sorted(map(json.dumps, lines(path))) == sorted(map(json.dumps, whole))
+    reports = [(small / name / "report.json").read_text() for name in ("x", "whole")]
+    assert reports[0] == reports[1]
+
+
+def test_a_second_interrupt_does_not_wait(capfd):
+    r3.ask_to_stop(signal.SIGTERM, None)
+    assert grpo.STOP.is_set() and "stopping after this step or batch" in capfd.readouterr().err
+    r3.ask_to_stop(signal.SIGTERM, None)  # what sends it twice means the same
+    with pytest.raises(KeyboardInterrupt):
+        r3.ask_to_stop(signal.SIGINT, None)
 
 
 def test_play(small, capsys, monkeypatch):
@@ -815,7 +850,7 @@ def test_bad_input_ends_in_one_line(small, folder, capsys, flags, message, monke
     [
         ("", "config.json is not JSON"),
         ("[]", "holds no JSON object"),
-        ("{}", "was begun by None, not train"),
+        ("{}", "is a run of None, not of train"),
         ('{"command": "train"}', "config.json is damaged"),
         ({"steps": "absent"}, "config.json is damaged"),
         ({"steps": [1]}, "config.json is damaged"),
@@ -918,9 +953,9 @@ def test_show_filters_and_groups(run, capsys):
     last += [("step 2, problem 6: 1 of 1 rewarded", ["right"])]
     assert found() == last and found("--step", "1", "2") == [five, *last]
     assert found("--step", "1", "2", "--only", "mixed") == [five]
-    one = ("step 1, problem 5: 1 of 1 rewarded", ["right"])
+    one = ("step 1, problem 5: 1 of 2 rewarded", ["right"])
     assert found("--step", "1", "2", "--only", "rewarded") == [one, last[1]]
-    none = ("step 1, problem 5: 0 of 1 rewarded", ["wrong_value"])
+    none = ("step 1, problem 5: 1 of 2 rewarded", ["wrong_value"])
     assert found("--step", "1", "--only", "unrewarded") == [none]
     assert found("--step", "1", "2", "--limit", "2") == [five, last[0]]
     r3.main(["show", str(run), "--limit", "1"])
@@ -1094,7 +1129,7 @@ def test_the_papers_experiment_finds_its_splits(small, folder, data, monkeypatch
     flags = ["--model", str(folder), "--task", "apigen", "--max-new-tokens", "8"]
     assert "nothing but weights was missing: True" in refused(["train", *flags], capsys)
     name = ("Salesforce/xlam-function-calling-60k", "dataset")
-    assert found == [name, "test", name, "test", name, "train"]
+    assert found == [name, "test", name, "train"]
 
 
 def open_folder(folder, **more):
@@ -1180,7 +1215,8 @@ def memory(chat, monkeypatch, capsys):
         assert chat.model.vocab_size == vocab_size
         assert asked == (["cuda:1"] if c.cache_tokens is None and c.device != "cpu" else [])
         said = capsys.readouterr().out
-        needs = re.findall(r"[:,] ([a-z][\w ',]*?|[\d,]+ tokens[\w ']*) (\d+\.\d\d)(?=,|\n)", said)
+        needs = re.findall(r"[:,] ([a-z][\w ',]*?|[\d,]+ tokens[\w ']*) (\d[\d.]*)(?=,|\n)", said)
+        assert len(needs) == 2 + 3 * training, said  # and none is 1.3e+02
         return chat.cache_tokens, {name: float(need) for name, need in needs}
 
     return load
@@ -1191,21 +1227,21 @@ def test_keys_and_values_get_what_is_left_of_a_gpu(memory):
     size, n = 28_672, 1_543_714_304
     tokens, needs = memory(40e9)
     assert tokens == int((0.9 * 40e9 - 2 * n) / (2.5 * size))
-    assert needs["weights"] == pytest.approx(2 * n / 1e9, abs=0.01)
-    assert sum(needs.values()) == pytest.approx(0.9 * 40, abs=0.02)  # all is used, and no more
+    assert needs["weights"] == pytest.approx(2 * n / 1e9, rel=0.01)
+    assert sum(needs.values()) == pytest.approx(0.9 * 40, rel=0.01)  # all is used, and no more
 
-    more, needs = memory(100e9, training=True)
-    assert sum(needs.values()) == pytest.approx(0.9 * 100, abs=0.03)
+    more, needs = memory(300e9, training=True)
+    assert sum(needs.values()) == pytest.approx(0.9 * 300, rel=0.01)
     assert needs["reference"] == needs["weights"]
-    assert needs["gradients, masters, moments"] == pytest.approx(18 * n / 1e9, abs=0.01)
+    assert needs["gradients, masters, moments"] == pytest.approx(18 * n / 1e9, rel=0.01)
     for saving in ({"offload": True}, {"beta": 0.0}, {"checkpointing": True}):
-        assert memory(100e9, training=True, **saving)[0] > more
-    fewer, _ = memory(100e9, training=True, group=16)
+        assert memory(300e9, training=True, **saving)[0] > more
+    fewer, _ = memory(300e9, training=True, group=16)
     assert fewer < more
     assert memory(1e9) == (4_096, memory(1e9)[1])  # never less than this
     assert memory(40e9, cache_tokens=7_000)[0] == 7_000  # given
     tokens, needs = memory(40e9, device="cpu", dtype="float32")
-    assert tokens == 65_536 and needs["weights"] == pytest.approx(4 * n / 1e9, abs=0.01)
+    assert tokens == 65_536 and needs["weights"] == pytest.approx(4 * n / 1e9, rel=0.01)
     assert needs["65,536 tokens' keys and values"] == pytest.approx(
         2.5 * 2 * size * 65_536 / 1e9, abs=0.01
     )

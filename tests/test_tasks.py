@@ -248,9 +248,12 @@ def test_bad_input_is_refused(task):
     with pytest.raises(ValueError, match="no split"):
         task.load(split="nowhere")
     for line in ("", "1 2", "a b c d", "1 2 3 99", "11 2 3 9", "1 2 3 4 5", "1 2 3 -4"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="^type 3 numbers from 1 to 10 and a target up to 60"):
             task.parse(line)
     assert task.parse("6 10 2 32") == PROBLEM
+    with pytest.raises(ValueError, match="^type the numbers and then the target, such as 6 10 2"):
+        Countdown().parse("6 10")
+    assert Countdown().parse("58 11 19 87 21") == Numbers(0, (58, 11, 19, 87), 21)
 
 
 def test_draws_stay_what_they_are():

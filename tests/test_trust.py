@@ -39,7 +39,7 @@ r3.draw_curves = lambda folders, path: path.write_text("")  # a second each
 # Imports once, also what torch imports late, and forks for each run, of which it is given the
 # folder and the flags. It says the run's process id, and then how it ended.
 SERVER = f"""{DRIVER}
-import json, os
+import json, os, traceback
 import torch._dynamo
 
 for line in sys.stdin:
@@ -54,8 +54,16 @@ else:
 os.chdir(folder)
 for number, name in ((1, "out"), (2, "err")):
     os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-r3.COLD["steps"] = cold
-r3.main(flags)
+r3.COLD["steps"], status = cold, 1
+try:
+    r3.main(flags)
+    status = 0
+except SystemExit as stop:
+    print(stop, file=sys.stderr)
+except BaseException:
+    traceback.print_exc()
+print(flush=True)
+os._exit(status)  # at once: to tear down a fork of torch takes a second
 """
 FLAGS = [
     *("train", "--steps", "3", "--batch", "3", "--group", "3", "--limit", "4", "--samples", "2"),
@@ -94,8 +102,10 @@ class Runs:
         if self.goes_on():
             os.kill(self.process, number)
 
-    def end(self) -> int:
-        """Wait for the run: its exit status, negative for a signal."""
+    def end(self, seconds: float = 200) -> int:
+        """Wait for the run, no longer than this: its exit status, negative for a signal."""
+        if self.goes_on(seconds):
+            os.kill(self.process, signal.SIGKILL)
         return int(self.server.stdout.readline())
 
     def said(self) -> str:
@@ -180,7 +190,8 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, runs, whole, m
         runs.until(f"runs/x/{moment}")
         runs.goes_on(later)
         runs.send(signal.SIGKILL)
-        assert runs.end() == -signal.SIGKILL, moment
+        ended = (-signal.SIGKILL, 0) if later else (-signal.SIGKILL,)  # the last ones may be done
+        assert runs.end() in ended, moment
         go_on(runs, folder, whole[0])
 
 
@@ -189,7 +200,7 @@ SIGNALLED = [
     pytest.param(signal.SIGTERM, "samples.jsonl", marks=pytest.mark.slow),
     pytest.param(signal.SIGINT, "measured/tries.jsonl", marks=pytest.mark.slow),
     pytest.param(signal.SIGTERM, "measured/vanilla.jsonl", marks=pytest.mark.slow),
-    pytest.param(signal.SIGINT, "measured/trained.jsonl", marks=pytest.mark.slow),
+    pytest.param(signal.SIGINT, "measured/trained-greedy.jsonl", marks=pytest.mark.slow),
 ]
 
 
@@ -214,9 +225,8 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, runs, whole, number, mom
 def test_a_signal_ends_the_cold_start_within_a_step(tmp_path, runs):
     runs.start(tmp_path, FLAGS, cold=2_800)
     runs.until("err", "nll")  # a step is done
-    begun = time.time()
     runs.send(signal.SIGINT)
-    assert runs.end() == 1 and time.time() - begun < 10  # all steps take minutes
+    assert runs.end(seconds=10) == 1  # all steps take minutes
     assert one_line(runs.said()).endswith("go on with: r3.py train --resume runs/x")
     assert not list((tmp_path / "runs").glob("base-*/*.safetensors"))
 
