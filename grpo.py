@@ -11,9 +11,9 @@
     loss = - sum mask * (min(ratio A, clip(ratio) A) - beta KL) / sum mask  `grpo_loss`
 
 The file reads from top to bottom: the loop (`train`), then what it calls: advantages and loss, the
-mask and the log-probabilities, the conversation (`attempt`, `reflect`, `retry`), the optimizer, and
-checkpoints. A conversation is token ids from end to end: what is trained is what was sampled, never
-text that was decoded and tokenized again.
+mask and the log-probabilities, the conversation (`attempt`, `reflect`, `retry`), what a step
+reports, the optimizer, and the checkpoint. A conversation is token ids from end to end: what is
+trained is what was sampled, never text that was decoded and tokenized again.
 
 This file knows a task only by `messages`, `verify`, `reflect` and `again`; a problem by its `id`;
 and a verdict by `right`.
@@ -25,35 +25,30 @@ import json
 import math
 import os
 import random
-import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model import Generation, KVCache, Model, Tokenizer, generate, read_json, replace_file
+from model import Generation, KVCache, Model, Tokenizer, generate, replace_file
+
 
 # -- The loop --------------------------------------------------------------------------------------
-
-
 def train(
     chat: "Chat", reference: Model | None, failures: "Tries", c: "Config", folder: Path
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """R3 on a dataset of failures. Changes chat.model in place; yields (steps done, metrics).
 
     reference: the model that training started with, for the KL term; None where c.beta is 0. What
-    was sampled is added to folder/samples.jsonl. Checkpoints go to folder/checkpoints, and training
-    goes on from the last one. A step whose gradient is not finite is skipped; five in a row raise
-    ValueError. Raises Stopped, with the step saved, once STOP is set.
+    was sampled is added to folder/samples.jsonl, and training goes on from folder's checkpoint.
+    Raises ValueError for a gradient that is not finite.
     """
-    policy, G, skipped = chat.model, c.group, 0
+    policy, G = chat.model, c.group
     policy.checkpointing = c.checkpointing
     optimizer = MasterAdamW(policy, c.lr, c.offload)
     start, state = load_checkpoint(folder, optimizer)  # state: what a variant wants kept
@@ -75,46 +70,37 @@ def train(
         longest = len(tries) * chat.max_new_tokens
         normalizer = {"dapo": tokens, "grpo": len(tries), "dr_grpo": longest}[c.loss]
         parts = []
-        for p in range(len(rewards)):
-            A = advantages[p]  # (G,)
+        for p, A in enumerate(advantages):  # (G,)
             if not A.any() and not c.beta:
                 continue  # all right or all wrong: no gradient comes from it
             ids, mask, old = reflection_rows(tries[p * G : (p + 1) * G])  # (G, T) each
             ref = None
             if c.beta:
                 with torch.no_grad():
-                    ref, _ = token_logprobs(reference, ids, mask, chat.temperature)
-            new, entropy = token_logprobs(policy, ids, mask, chat.temperature)  # (G, T) both
+                    ref = token_logprobs(reference, ids, mask, chat.temperature)
+            new = token_logprobs(policy, ids, mask, chat.temperature)  # (G, T)
             A, mask, old = A.to(policy.device), mask.to(policy.device), old.to(policy.device)
             loss = grpo_loss(new, old, ref, A, mask, c.clip, c.beta, c.loss, normalizer)
             loss.backward()
             optimizer.collect()
-            parts.append(token_sums(loss, new.detach(), old, ref, entropy, A, mask, c.clip))
+            parts.append(token_sums(loss, new.detach(), old, ref, A, mask, c.clip))
 
         # 6. One update of the weights.
         lr = c.lr * lr_share(step, c.steps, c.warmup)
         norm = optimizer.update(lr, c.max_grad_norm)
-        skipped = 0 if math.isfinite(norm) else skipped + 1
-        if skipped == 5:
-            raise ValueError(f"step {step + 1}: no finite gradient in 5 steps in a row")
 
-        write_samples(folder / "samples.jsonl", step + 1, tries, rewards, advantages, chat)
-        metrics = describe(tries, rewards, parts)
-        yield step + 1, {**metrics, "grad_norm": norm, "lr": lr, "skipped": int(skipped > 0)}
-        stop = STOP.is_set()
-        if stop or step + 1 == c.steps or (step + 1) % c.save_every == 0:
+        for t, r, A in zip(tries, rewards.flatten(), advantages.flatten(), strict=True):
+            worth = {"step": step + 1, "reward": r.item(), "advantage": A.item()}
+            append_jsonl(folder / "samples.jsonl", {**worth, **to_json(t, chat.tokenizer)})
+        yield step + 1, {**describe(tries, rewards, parts), "grad_norm": norm, "lr": lr}
+        if step + 1 == c.steps or (step + 1) % c.save_every == 0:
             save_checkpoint(folder, step + 1, optimizer, state)
-        if stop:
-            raise Stopped
 
 
 def setting(default, about: str, least: float | None = None, choices=(), commands="train"):
     """A field of a Config: its default, its help, its values, and the commands that have it."""
     how = {"help": about, "least": least, "choices": choices, "commands": commands}
     return field(default=default, metadata=how)
-
-
-LOSSES = ("dapo", "grpo", "dr_grpo")
 
 
 @dataclass
@@ -127,10 +113,10 @@ class Config:
     lr: float = setting(5e-7, "learning rate at its highest", least=0)
     warmup: float = setting(0.03, "share of the steps in which the learning rate rises", least=0)
     beta: float = setting(0.001, "weight of the KL term; 0 needs no reference model", least=0)
-    clip: float = setting(
-        0.2, "epsilon: the ratio is clipped to 1 - epsilon … 1 + epsilon", least=0
+    clip: float = setting(0.2, "epsilon: the ratio is clipped to 1 - epsilon … 1 + epsilon", 0)
+    loss: str = setting(
+        "dapo", "what a token weighs, see grpo_loss", choices=("dapo", "grpo", "dr_grpo")
     )
-    loss: str = setting("dapo", "what a token weighs, see grpo_loss", choices=LOSSES)
     scale: bool = setting(True, "divide advantages by the group's standard deviation")
     max_grad_norm: float = setting(1.0, "a longer gradient is cut to this norm", least=0)
     offload: bool = setting(False, "keep float32 weights and moments in main memory")
@@ -139,8 +125,6 @@ class Config:
 
 
 # -- Advantages and loss ---------------------------------------------------------------------------
-
-
 def group_advantages(rewards: Tensor, epsilon: float = 1e-4, scale: bool = True) -> Tensor:
     """(P, G) rewards -> (P, G) advantages: how far above the group's mean, in standard deviations.
 
@@ -199,24 +183,18 @@ def grpo_loss(
 
 
 def k3(difference: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(pi || pi_ref) per token, from log pi_ref - log pi.
-
-    Never negative. Used as a loss, its expected gradient is that of KL(pi_ref || pi). (expm1(d) is
-    exp(d) - 1, exact for small d, too.)
-    """
-    return torch.expm1(difference) - difference
+    """Schulman's k3 estimate of KL(pi || pi_ref) per token, from d = log pi_ref - log pi: never
+    negative. Used as a loss, its expected gradient is that of KL(pi_ref || pi)."""
+    return torch.expm1(difference) - difference  # exp(d) - 1 - d, exact for small d, too
 
 
 # -- The mask and the log-probabilities ------------------------------------------------------------
-
-
 def reflection_rows(group: "Tries") -> tuple[Tensor, Tensor, Tensor]:
     """One failure's G conversations up to the end of the reflection, padded on the right.
 
-    Returns (G, T) each: the token ids; the mask, True on the reflection's own tokens (with its
-    end-of-turn token where the model wrote one); and the log-probabilities that these tokens had
-    when they were drawn. The mask is made from positions, never from token ids: a padding token's
-    id may be a real token elsewhere.
+    Returns (G, T) each: the token ids; the mask, True on the reflection's own tokens (with the
+    end-of-turn token that the model wrote); and their log-probabilities when they were drawn. The
+    mask is made from positions, never from ids: a padding token's id may be a real token elsewhere.
     """
     T = max(len(t.context) + len(t.reflection) for t in group)
     ids = torch.zeros(len(group), T, dtype=torch.long)
@@ -226,19 +204,15 @@ def reflection_rows(group: "Tries") -> tuple[Tensor, Tensor, Tensor]:
         start, end = len(t.context), len(t.context) + len(t.reflection)
         ids[row, :end] = torch.tensor(t.context + t.reflection)
         mask[row, start:end] = True
-        old[row, start:end] = torch.tensor(t.logprobs["reflection"])
+        old[row, start:end] = torch.tensor(t.logprobs)
     return ids, mask, old
 
 
-def token_logprobs(
-    model: Model, ids: Tensor, mask: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """The log-probabilities of the tokens where mask is True, and the entropies there.
+def token_logprobs(model: Model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+    """The log-probabilities of the tokens where mask is True: (G, T), zero elsewhere.
 
     ids, mask: (G, T) on the CPU; the rows begin with the same context, which is computed once for
-    all of them. Returns (G, T) both, zero where mask is False, on the model's device.
-
-    All rows become one, in which each token keeps its position:
+    all of them. All rows become one, in which each token keeps its position:
 
         packed     [ context    | reflection_1 | reflection_2 | … | reflection_G ]
         positions    0 1 … C-1    C C+1 …        C C+1 …            C C+1 …
@@ -246,72 +220,45 @@ def token_logprobs(
 
     Raises ValueError where the rows differ before their first trained token, or have none before.
     """
-    G, T = ids.shape
-    column = torch.arange(T)
+    column = torch.arange(ids.shape[1])
     C = int(mask.any(dim=0).int().argmax())  # the context: all before the first trained token
     if C == 0 or (ids[:, :C] != ids[0, :C]).any():
         raise ValueError("packed rows must share what stands before their first trained token")
-    # A row's last trained token predicts nothing, so it is not packed: with C = 3 and reflections
-    # of 2 and 1 tokens, `packed` holds 3 + 1 + 0 tokens.
-    last = (mask * column).amax(dim=1, keepdim=True).clamp(min=C)  # (G, 1)
-    row, place = ((column >= C) & (column < last)).nonzero(as_tuple=True)  # of each own token
+    last = (mask * column).amax(dim=1, keepdim=True)  # (G, 1)
+    row, place = ((column >= C) & (column <= last)).nonzero(as_tuple=True)  # of each own token
     packed = torch.cat([ids[0, :C], ids[row, place]])  # (L,)
     positions = torch.cat([column[:C], place])
     owner = torch.cat([torch.full((C,), -1), row])
-    sees = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
-    sees &= (owner == -1) | (owner[:, None] == owner)  # (L, L)
+    sees = ((owner == -1) | (owner[:, None] == owner)).tril()  # (L, L)
 
-    # Each trained token is predicted by the one before it: the context's last, or one of its row.
-    trained, at = mask.nonzero(as_tuple=True)
-    starts = C + torch.cat(
-        [torch.zeros(1, dtype=torch.long), (last[:, 0] - C).cumsum(0)]
-    )  # where each row begins in `packed`
-    before = torch.where(at == C, C - 1, starts[trained] + at - C - 1)
-
+    # A token is predicted by the one before it: the first of each row, by the context's last.
+    before = torch.where(place == C, C - 1, C - 1 + torch.arange(len(row)))[mask[row, place]]
     device = model.device
-    packed, positions, sees = packed.to(device), positions.to(device), sees.to(device)
-    hidden = model.hidden(packed[None], positions[None], sees[None])[0]  # (L, E)
-    hidden = hidden.index_select(0, before.to(device))  # (tokens, E)
-    values = score_in_parts(model, hidden, ids[mask].to(device), temperature)  # (tokens,) both
-    blank, mask = torch.zeros(G, T, dtype=values[0].dtype, device=device), mask.to(device)
-    return blank.masked_scatter(mask, values[0]), blank.masked_scatter(mask, values[1])
+    inputs = [x[None].to(device) for x in (packed, positions, sees)]
+    hidden = model.hidden(*inputs)[0, before.to(device)]  # (tokens, E)
+    values = score(model, hidden, ids[mask].to(device), temperature)  # (tokens,)
+    return values.new_zeros(ids.shape).masked_scatter(mask.to(device), values)
 
 
 LOGITS = 2**25  # computed at once, at most
 
 
-def score_in_parts(
-    model: Model, hidden: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """(tokens, E) hidden states, (tokens,) targets -> their log-probabilities and the entropies.
+def score(model: Model, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """(tokens, E) hidden states, (tokens,) targets -> their log-probabilities, (tokens,).
 
     The output head is the widest matrix. It is applied to a part of the tokens at a time. If there
     are several parts, the backward pass computes each again: all logits never exist at once.
     """
-    parts = [x.split(max(1, LOGITS // model.vocab_size)) for x in (hidden, targets)]
-    recompute = len(parts[0]) > 1 and torch.is_grad_enabled()
-    logprobs, entropies = [], []
-    for part in zip(*parts, strict=True):
-        if recompute:
-            scored = checkpoint(score, model, *part, temperature, use_reentrant=False)
-        else:
-            scored = score(model, *part, temperature)
-        logprobs.append(scored[0])
-        entropies.append(scored[1])
-    return torch.cat(logprobs), torch.cat(entropies)
-
-
-def score(
-    model: Model, hidden: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    log_p = F.log_softmax(model.head(hidden) / temperature, dim=-1)  # (tokens, V)
-    entropy = -(log_p.detach().exp() * log_p.detach()).sum(dim=-1)
-    return -F.nll_loss(log_p, targets, reduction="none"), entropy
+    size = max(1, LOGITS // model.vocab_size)
+    if len(targets) <= size:
+        log_p = F.log_softmax(model.head(hidden) / temperature, dim=-1)  # (tokens, V)
+        return -F.nll_loss(log_p, targets, reduction="none")
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
+    scored = [checkpoint(score, model, *part, temperature, use_reentrant=False) for part in parts]
+    return torch.cat(scored)
 
 
 # -- The conversation ------------------------------------------------------------------------------
-
-
 @dataclass
 class Chat:
     """A model with what it needs to talk about a task, and how its turns are sampled."""
@@ -334,10 +281,8 @@ class Chat:
         return c.prompt + self.tokenizer.next_turn(c.attempt, bridge)
 
     def sample(self, prompts, samples, keys, cache=None) -> Generation:
-        limits = (samples, self.max_new_tokens, self.temperature)
-        return generate(
-            self.model, prompts, *limits, self.tokenizer.stop_ids, self.seed, keys, cache
-        )
+        how = self.max_new_tokens, self.temperature, self.tokenizer.stop_ids, self.seed
+        return generate(self.model, prompts, samples, *how, keys, cache)
 
     def verify(self, problem, turn: list[int]):
         return self.task.verify(problem, self.tokenizer.decode(turn))
@@ -345,10 +290,8 @@ class Chat:
 
 @dataclass
 class Conversation:
-    """What was said about a problem, as token ids, and the verifier's two verdicts.
-
-    The assistant's turns end with their end-of-turn token, unless they were cut.
-    """
+    """What was said about a problem, as token ids, and the verifier's two verdicts. The assistant's
+    turns end with their end-of-turn token, unless they were cut."""
 
     problem: object
     sample: int  # which attempt at the problem this is
@@ -356,13 +299,12 @@ class Conversation:
     attempt: list[int]
     first: object  # the verdict on the attempt
     context: list[int] = field(default_factory=list)  # question, attempt, and "reflect"
+    number: int = 0  # which reflection on the attempt this is
     reflection: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # of the reflection, when it was drawn
     cut: bool = False  # whether the reflection reached the longest length
     retry: list[int] = field(default_factory=list)
     second: object = None  # the verdict on the retry
-    logprobs: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # by turn: of each token, when it was drawn
 
 
 Tries = list[Conversation]
@@ -379,13 +321,9 @@ def attempt(chat: Chat, problems: list, samples: int, key: tuple, first: int = 0
     keys = [(*key, ATTEMPT, p.id, first + s) for p in problems for s in range(samples)]
     drawn = chat.sample(prompts, samples, keys)
     tries = []
-    for problem, prompt, turns, logprobs in zip(
-        problems, prompts, drawn.tokens, drawn.logprobs, strict=True
-    ):
-        for s, turn in enumerate(turns):
-            c = Conversation(problem, first + s, prompt, turn, chat.verify(problem, turn))
-            c.logprobs["attempt"] = logprobs[s]
-            tries.append(c)
+    for problem, prompt, turns in zip(problems, prompts, drawn.tokens, strict=True):
+        for s, turn in enumerate(turns, first):
+            tries.append(Conversation(problem, s, prompt, turn, chat.verify(problem, turn)))
     return tries
 
 
@@ -395,36 +333,27 @@ def reflect(chat: Chat, failures: Tries, samples: int, key: tuple) -> tuple[Trie
     keys = [(*key, REFLECT, f.problem.id, f.sample, g) for f in failures for g in range(samples)]
     drawn = chat.sample(contexts, samples, keys)
     reflected = []
-    for f, context, turns, logprobs in zip(
-        failures, contexts, drawn.tokens, drawn.logprobs, strict=True
-    ):
-        for g, turn in enumerate(turns):
-            own = {**f.logprobs, "reflection": logprobs[g]}
+    for i, f in enumerate(failures):
+        for g, turn in enumerate(drawn.tokens[i]):
+            said = {"reflection": turn, "logprobs": drawn.logprobs[i][g], "number": g}
             cut = turn[-1] not in chat.tokenizer.stop_ids
-            reflected.append(replace(f, context=context, reflection=turn, cut=cut, logprobs=own))
+            reflected.append(replace(f, context=contexts[i], cut=cut, **said))
     return reflected, drawn.cache
 
 
 def retry(chat: Chat, reflected: Tries, key: tuple, cache: KVCache | None = None) -> Tries:
-    """A second try after each reflection.
-
-    With the cache from `reflect`, only what comes after it is read. Without one (the reflections
-    may be another model's) each conversation is read from its beginning.
-    """
-    prompts, keys, seen = [], [], {}
-    bridge = chat.tokenizer.bridge(chat.task.again)
+    """A second try after each reflection. With the cache from `reflect`, only what comes after is
+    read. Without one (the reflections may be another model's), all is read from the beginning."""
+    prompts, bridge = [], chat.tokenizer.bridge(chat.task.again)
     for c in reflected:
         ids = c.context + chat.tokenizer.next_turn(c.reflection, bridge)
         # The last token that was drawn has not been read: the new prompt begins with it.
         prompts.append(ids[len(c.context) + len(c.reflection) - 1 :] if cache else ids)
-        number = seen.get((c.problem.id, c.sample), 0)  # which reflection on this attempt
-        seen[c.problem.id, c.sample] = number + 1
-        keys.append((*key, RETRY, c.problem.id, c.sample, number))
+    keys = [(*key, RETRY, c.problem.id, c.sample, c.number) for c in reflected]
     drawn = chat.sample(prompts, 1, keys, cache)
     tries = []
-    for c, [turn], [logprobs] in zip(reflected, drawn.tokens, drawn.logprobs, strict=True):
-        own = {**c.logprobs, "retry": logprobs}
-        tries.append(replace(c, retry=turn, second=chat.verify(c.problem, turn), logprobs=own))
+    for c, [turn] in zip(reflected, drawn.tokens, strict=True):
+        tries.append(replace(c, retry=turn, second=chat.verify(c.problem, turn)))
     return tries
 
 
@@ -432,11 +361,11 @@ def first_tries(chat: Chat, problems: list, samples: int, key: tuple, first: int
     """`attempt` at any number of problems, in batches that fit the memory. Sorted by their ids."""
     tries, todo = [], batches(chat, problems, samples, turns=1)
     while todo:
-        some = todo.pop(0)
         try:
-            tries += attempt(chat, some, samples, key, first)
-        except torch.OutOfMemoryError as error:
-            todo = halves(chat, [some, *todo], error)
+            tries += attempt(chat, todo[0], samples, key, first)
+            todo = todo[1:]
+        except torch.OutOfMemoryError:
+            todo = smaller(chat, todo, samples, turns=1)
     return sorted(tries, key=lambda c: (c.problem.id, c.sample))
 
 
@@ -445,54 +374,48 @@ def rollout(chat: Chat, failures: Tries, samples: int, key: tuple) -> Tries:
     batches that fit the memory. Sorted by problem id; the tries on one failure stand together."""
     tries, todo = [], batches(chat, failures, samples, turns=2)
     while todo:
-        some = todo.pop(0)
         try:
-            reflected, cache = reflect(chat, some, samples, key)
+            reflected, cache = reflect(chat, todo[0], samples, key)
             tries += retry(chat, reflected, key, cache)
-        except torch.OutOfMemoryError as error:
-            todo = halves(chat, [some, *todo], error)
+            todo = todo[1:]
+        except torch.OutOfMemoryError:
+            todo = smaller(chat, todo, samples, turns=2)
         cache = None  # its memory is free for the next batch
     return sorted(tries, key=lambda c: (c.problem.id, c.sample))
 
 
 def batches(chat: Chat, items: list, samples: int, turns: int) -> list[list]:
     """Problems or failures, longest first, in batches whose keys and values fit chat.cache_tokens.
-    The size of an item: what it has read, and samples * turns new turns, with about 50
-    tokens of the template before each. All items of a batch count as the longest."""
-    sizes = []
-    for item in items:
-        read = item.prompt + item.attempt if isinstance(item, Conversation) else chat.question(item)
-        sizes.append(len(read) + samples * turns * (chat.max_new_tokens + 50))
-    found, width = [], 0
-    for i in sorted(range(len(items)), key=lambda i: -sizes[i]):
-        if not found or (len(found[-1]) + 1) * width > chat.cache_tokens:
-            found.append([])
-            width = sizes[i]
-        found[-1].append(items[i])
+    All items of a batch count as the longest."""
+    todo = sorted(items, key=lambda item: -cached(chat, item, samples, turns))
+    found = []
+    while todo:
+        size = max(1, chat.cache_tokens // cached(chat, todo[0], samples, turns))
+        found.append(todo[:size])
+        todo = todo[size:]
     return found
 
 
-def halves(chat: Chat, todo: list[list], error: torch.OutOfMemoryError) -> list[list]:
-    """After a batch did not fit the memory: halve the cache, and every batch that is left. Raises
-    the error where that batch is a single item."""
+def cached(chat: Chat, item, samples: int, turns: int) -> int:
+    """Tokens that a problem or failure takes in the cache: what was said, and samples * turns new
+    turns, with about 50 tokens of the template before each."""
+    said = item.prompt + item.attempt if isinstance(item, Conversation) else chat.question(item)
+    return len(said) + samples * turns * (chat.max_new_tokens + 50)
+
+
+def smaller(chat: Chat, todo: list[list], samples: int, turns: int) -> list[list]:
+    """What is left to do, in batches of half the size: the first one did not fit the memory. If
+    that is a single item, its error goes on."""
     if len(todo[0]) == 1:
-        raise error
-    chat.cache_tokens //= 2
-    parts = []
-    for batch in todo:
-        half = (len(batch) + 1) // 2
-        parts += [batch[:half], batch[half:]]
-    return [part for part in parts if part]
+        raise
+    chat.cache_tokens = len(todo[0]) * cached(chat, todo[0][0], samples, turns) // 2
+    return batches(chat, sum(todo, []), samples, turns)
 
 
-def draw_failures(
-    failures: Tries, step: int, size: int, seed: int, leave_out: tuple[int, ...] = ()
-) -> Tries:
+def draw_failures(failures: Tries, step: int, size: int, seed: int, leave_out=()) -> Tries:
     """The failures of a step. Each comes once an epoch, in a new random order, and at most once a
-    step (which may then be smaller).
-
-    leave_out: the ids of problems that are not to be drawn. Raises ValueError where none is left.
-    """
+    step (which may then be smaller). leave_out: the ids of problems that are not to be drawn.
+    Raises ValueError where none is left."""
     left = [c for c in failures if c.problem.id not in leave_out]
     if not left:
         raise ValueError("there is no failure to train on")
@@ -505,28 +428,20 @@ def draw_failures(
 
 
 # -- What a step reports ---------------------------------------------------------------------------
-
-
-def token_sums(loss, new, old, ref, entropy, A, mask, clip) -> dict[str, float]:
+def token_sums(loss, new, old, ref, A, mask, clip) -> dict[str, float]:
     """Sums over one failure's trained tokens, for the metrics of the step."""
     clipped = ((new - old).exp() - 1) * A[:, None].sign() > clip  # the clip stops the gradient
-    kl = torch.zeros_like(new) if ref is None else k3(torch.where(mask, ref - new, 0.0))
-    of_tokens = {"nll": -new, "entropy": entropy, "clipped": clipped.float(), "kl": kl}
-    return {
-        "tokens": mask.sum().item(),
-        "loss": loss.item(),
-        "mismatch": (new - old).abs().max().item(),
-        **{name: values.sum().item() for name, values in of_tokens.items()},
-    }
+    kl = new.new_zeros(()) if ref is None else k3(torch.where(mask, ref - new, 0.0))
+    sums = {"loss": loss, "tokens": mask.sum(), "nll": -new.sum()}
+    sums |= {"clipped": clipped.sum(), "kl": kl.sum(), "mismatch": (new - old).abs().max()}
+    return {name: value.item() for name, value in sums.items()}
 
 
 def describe(tries: Tries, rewards: Tensor, parts: list[dict]) -> dict[str, float]:
-    """The metrics of a step. nll, entropy, clipped and kl are means over the trained tokens;
-    mismatch is the largest difference between the log-probability of a token when it was drawn and
-    as it is computed here; sampled counts the tokens of reflections and retries."""
+    """The metrics of a step. nll (on average, the entropy), clipped and kl are means over trained
+    tokens; mismatch is the largest difference of a token's log-probability from when it was drawn;
+    sampled counts the tokens of reflections and retries."""
     tokens = max(1, sum(part["tokens"] for part in parts))
-    names = ("nll", "entropy", "clipped", "kl")
-    means = {name: sum(part[name] for part in parts) / tokens for name in names}
     lengths = [len(t.reflection) for t in tries]
     return {
         "reward": rewards.mean().item(),
@@ -536,43 +451,31 @@ def describe(tries: Tries, rewards: Tensor, parts: list[dict]) -> dict[str, floa
         "sampled": sum(lengths) + sum(len(t.retry) for t in tries),
         "loss": sum(part["loss"] for part in parts),
         "mismatch": max((part["mismatch"] for part in parts), default=0.0),
-        **means,
+        **{n: sum(part[n] for part in parts) / tokens for n in ("nll", "clipped", "kl")},
     }
 
 
-def write_samples(path: Path, step: int, tries: Tries, rewards, advantages, chat: Chat) -> None:
-    """A line a conversation: its text, verdicts, reward, advantage, and the span of its trained
-    tokens in context and reflection."""
-    for t, reward, A in zip(tries, rewards.flatten(), advantages.flatten(), strict=True):
-        span = [len(t.context), len(t.context) + len(t.reflection)]
-        worth = {"reward": reward.item(), "advantage": A.item(), "trained_span": span}
-        append_jsonl(path, {"step": step, **as_text(t, chat.tokenizer), **worth})
-
-
-def as_text(c: Conversation, tokenizer: Tokenizer) -> dict:
-    """A conversation as JSON. The context is what was read before the reflection, if there is one,
-    else before the attempt."""
-    turns = {"context": c.context or c.prompt, "attempt": c.attempt}
-    turns |= {"reflection": c.reflection, "retry": c.retry}
-    said = {
-        name: tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
-        for name, ids in turns.items()
-        if ids
+def to_json(c: Conversation, tokenizer: Tokenizer) -> dict:
+    """A conversation as JSON: in words for its readers, and its turns as token ids. The context is
+    what was read before the reflection, if there is one, else before the attempt."""
+    ids = {"attempt": c.attempt, "reflection": c.reflection, "retry": c.retry}
+    words = {
+        name: tokenizer.tokenizer.decode(turn, skip_special_tokens=False)
+        for name, turn in {"context": c.context or c.prompt, **ids}.items()
+        if turn
     }
     verdicts = {"first": asdict(c.first), "second": c.second and asdict(c.second)}
-    return {"problem": asdict(c.problem), "sample": c.sample, **said, **verdicts}
+    return {"problem": asdict(c.problem), "sample": c.sample, **words, **verdicts, "ids": ids}
 
 
-def append_jsonl(path: Path, record) -> None:
-    """Add a line to a file."""
+def append_jsonl(path: Path, *records: dict) -> None:
+    """Add lines to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 # -- The optimizer ---------------------------------------------------------------------------------
-
-
 def lr_share(step: int, steps: int, warmup: float) -> float:
     """The share of the full learning rate at a step: a linear rise, then a cosine towards 0."""
     rise = math.ceil(steps * warmup)
@@ -582,12 +485,10 @@ def lr_share(step: int, steps: int, warmup: float) -> float:
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW on float32 masters of the weights, kept in main memory with `offload`.
-
-    bfloat16 has 8 significant bits: at a learning rate of 5e-7, rounding undoes nearly every
-    update. So updates and gradients are summed in float32 copies, the masters, and each step ends
-    by rounding these into the weights. A weight that is float32 is its own master.
-    """
+    """AdamW on float32 masters of the weights, kept in main memory with `offload`. bfloat16 has 8
+    significant bits: at a learning rate of 5e-7, rounding undoes nearly every update. So updates
+    and gradients are summed in float32 copies, the masters, and each step ends by rounding these
+    into the weights. A weight that is float32 is its own master."""
 
     def __init__(self, model: Model, lr: float, offload: bool = False):
         self.weights = list(model.parameters())
@@ -607,120 +508,61 @@ class MasterAdamW(torch.optim.AdamW):
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     def update(self, lr: float, max_grad_norm: float) -> float:
-        """One step with the gradient, cut to max_grad_norm. Returns its norm before that; where it
-        is not finite, nothing changes."""
-        for master in self.masters:
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
+        """One step with the gradient, cut to max_grad_norm. Returns its norm before that. Raises
+        ValueError, and changes nothing, where it is not finite. Nothing to learn is no step."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
-        if math.isfinite(norm):
-            self.param_groups[0]["lr"] = lr
-            self.step()
-            self.round()
+        if not math.isfinite(norm):
+            raise ValueError("the gradient is not finite: take a lower --lr")
+        self.param_groups[0]["lr"] = lr
+        self.step()
+        self.round()
         self.zero_grad(set_to_none=True)
         return norm
 
-    @torch.no_grad()
     def round(self) -> None:
-        if self.masters is not self.weights:
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                weight.copy_(master)
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            weight.data.copy_(master.data)
 
 
-# -- Stopping and resuming -------------------------------------------------------------------------
-
-STOP = threading.Event()  # set by a signal: finish the step, save it, and leave
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has saved what it did."""
-
-
+# -- The checkpoint --------------------------------------------------------------------------------
 LOGS = ("metrics.jsonl", "samples.jsonl")  # cut back to the checkpoint when a run is resumed
-KEPT = 2  # checkpoints, the last ones
 
 
 def save_checkpoint(folder: Path, step: int, optimizer: MasterAdamW, state: dict) -> None:
-    """What training needs to go on after `step` steps, in folder/checkpoints/step-N/, complete or
-    absent: float32 weights, AdamW's moments, how long the run's logs are, and a small JSON `state`.
-    There is no random state: each draw is keyed by its step.
-    """
-    final = folder / "checkpoints" / f"step-{step}"
-    temporary = final.with_name(f"step-{step}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    moments = [optimizer.state.get(master, {}) for master in optimizer.masters]
-    for name in ("exp_avg", "exp_avg_sq"):
-        if moments[0]:
-            tensors = {str(i): of[name].cpu() for i, of in enumerate(moments)}
-            replace_file(temporary / f"{name}.safetensors", tensors)
-    weights = {str(i): master.detach().cpu() for i, master in enumerate(optimizer.masters)}
-    replace_file(temporary / "weights.safetensors", weights)
-    lengths = {}
-    for log in (folder / name for name in LOGS):
-        if log.exists():
-            with open(log, "rb") as file:
-                os.fsync(file.fileno())
-            lengths[log.name] = log.stat().st_size
-    updates = int(moments[0]["step"]) if moments[0] else 0
-    record = {"step": step, "updates": updates, "logs": lengths, "state": state}
-    replace_file(temporary / "state.json", json.dumps(record))
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    for old in checkpoints(folder)[:-KEPT]:
-        shutil.rmtree(old)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, in the order of their steps."""
-    found = (folder / "checkpoints").glob("step-*")
-    found = [path for path in found if path.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    """What training needs to go on after `step` steps, in one file that is replaced at once:
+    float32 weights, AdamW's moments, how long the run's logs are, and a small JSON `state`. There
+    is no random state: each draw is keyed by its step."""
+    tensors = {}
+    for i, master in enumerate(optimizer.masters):
+        kept = {"weight": master.detach(), **optimizer.state.get(master, {})}
+        tensors |= {f"{i}.{name}": tensor.cpu() for name, tensor in kept.items()}
+    logs = [folder / name for name in LOGS if (folder / name).exists()]
+    lengths = {log.name: log.stat().st_size for log in logs}
+    record = json.dumps({"step": step, "logs": lengths, "state": state})
+    replace_file(folder / "checkpoint.safetensors", tensors, {"run": record})
 
 
 def load_checkpoint(folder: Path, optimizer: MasterAdamW) -> tuple[int, dict]:
-    """Go back to the run's last checkpoint: weights, moments, and the length of its logs.
-
-    Returns the steps done, 0 where there is no checkpoint, and the `state` that was saved. Raises
-    ValueError for a checkpoint that is damaged, or of another model.
-    """
-    path = next(reversed(checkpoints(folder)), None)
-    if path is None:
-        cut_logs(folder, {})
-        return 0, {}
-    try:
-        record = read_json(path / "state.json")
-        step, updates, lengths = record["step"], record["updates"], record["logs"]
-        names = ("weights", "exp_avg", "exp_avg_sq") if updates else ("weights",)
-        saved = {name: safetensors.torch.load_file(path / f"{name}.safetensors") for name in names}
-        lengths = {name: int(length) for name, length in lengths.items()}
-    except (
-        ValueError, KeyError, TypeError, AttributeError, OSError, safetensors.SafetensorError,
-    ) as error:  # fmt: skip
-        reason = f"{path} is damaged ({error})"
-        raise ValueError(f"{reason}; delete it to go on from the one before it") from None
-    shapes = {str(i): master.shape for i, master in enumerate(optimizer.masters)}
-    for tensors in saved.values():
-        if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-            raise ValueError(f"{path} is of another model")
-    for i, master in enumerate(optimizer.masters):
-        master.data.copy_(saved["weights"][str(i)])
-        if updates:
-            moments = {name: saved[name][str(i)].to(master.device) for name in names[1:]}
-            count = torch.tensor(float(updates), device=master.device)
-            optimizer.state[master] = {"step": count, **moments}
-    optimizer.round()
-    cut_logs(folder, lengths)
-    return step, record.get("state", {})
-
-
-def cut_logs(folder: Path, lengths: dict[str, int]) -> None:
-    """Cut a run's logs back to what they were. Raises ValueError where one is shorter already."""
-    for name in LOGS:
-        log, length = folder / name, lengths.get(name, 0)
-        if length > (log.stat().st_size if log.exists() else 0):
-            raise ValueError(
-                f"{log} is shorter than at the last checkpoint: delete that checkpoint"
-            )
+    """Go back to the run's checkpoint: weights, moments, and the length of its logs. Returns the
+    steps done, 0 where there is no checkpoint, and the `state` that was saved. Raises ValueError
+    for a checkpoint that is damaged, or of another model."""
+    path, step, lengths, state = folder / "checkpoint.safetensors", 0, {}, {}
+    if path.exists():
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                run = json.loads(file.metadata()["run"])
+                step, lengths, state = run["step"], run["logs"], run["state"]
+                names = {name.partition(".")[2] for name in file.keys()}  # noqa: SIM118
+                if len(list(file.keys())) != len(names) * len(optimizer.masters):
+                    raise ValueError("other tensors")
+                for i, master in enumerate(optimizer.masters):
+                    kept = {name: file.get_tensor(f"{i}.{name}") for name in names}
+                    master.data.copy_(kept.pop("weight").view_as(master))
+                    optimizer.state[master] = {n: x.to(master.device) for n, x in kept.items()}
+        except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is damaged, or of another model: {error}") from None
+        optimizer.round()
+    for log in (folder / name for name in LOGS):
         if log.exists():
-            os.truncate(log, length)
+            os.truncate(log, min(lengths.get(log.name, 0), log.stat().st_size))
+    return step, state

@@ -1,6 +1,6 @@
 """A decoder-only language model, from scratch: the network, a sampler, weights, tokens, chats.
 
-    Model        Llama, Mistral, Qwen2, Qwen3 and Phi-3 as one plain torch module
+    Model        Llama, Qwen2 and Qwen3 as one plain torch module
     generate     the sampler: reads every prompt once, draws many samples from it, and returns the
                  cache, so that the next turn reads only what is new
     Tokenizer    text to token ids and back; a chat to text, through the checkpoint's own template
@@ -11,7 +11,6 @@ V the vocabulary; P prompts with S samples each make R = P S rows of the sampler
 prompt, padded on the left.
 """
 
-import datetime
 import json
 import math
 import os
@@ -34,84 +33,56 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # -- Which decoders --------------------------------------------------------------------------------
-
 # What holds where a config.json is silent, by model_type: first of any, then its own.
 SILENT = dict(
     head_dim=None, num_key_value_heads=None, rms_norm_eps=1e-6, tie_word_embeddings=False,
-    attention_bias=False, mlp_bias=False, sliding_window=None, rope_theta=10_000.0,
-    factor=None, attention_factor=None, original_max_position_embeddings=None,
-    qkv_bias=False, qk_norm=False, fused=False,
+    attention_bias=False, mlp_bias=False, rope_theta=10_000.0, qkv_bias=False, qk_norm=False,
 )  # fmt: skip
 ARCHITECTURES = {
     "llama": {},
-    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
     "qwen2": {"qkv_bias": True},  # a bias on q, k and v, none on o
     "qwen3": {"qk_norm": True, "head_dim": 128},  # RMSNorm on each head's query and key
-    # fused: one matrix for q, k and v, and one for gate and up
-    "phi3": {"fused": True, "rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
 }
 SUPPORTED = {  # the rest is refused, by name
     "model_type": list(ARCHITECTURES),
     "hidden_act": ["silu"],
-    "rope_type": ["default", "llama3", "longrope"],
+    "rope_type": ["default", "llama3"],
     "partial_rotary_factor": [1],
+    "use_sliding_window": [False],
     "quantization_config": [],
 }
 
 
 def read_config(config: dict) -> SimpleNamespace:
-    """A config.json completed, every entry an attribute under its own name, `rope_…` among them.
-
-    Adds `context`, the longest conversation in tokens: no longer than a sliding window, or than
-    longrope had in pretraining. Raises ValueError, by name, for what is not computed here, and
-    KeyError or TypeError for what is missing or of a wrong kind.
-    """
+    """A config.json completed, every entry an attribute under its own name. Raises ValueError, by
+    name, for what is not computed here, and KeyError or TypeError for what is missing."""
     kind = config.get("model_type") or "none"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = {"rope_type": rope.get("type"), **rope}
+    rope = {"rope_type": rope.get("type", "default"), **rope}  # "type" is its old name
     c = {**SILENT, **ARCHITECTURES.get(kind, {}), **config, "model_type": kind, **rope}
     for name, values in SUPPORTED.items():
         if c.get(name) is not None and c[name] not in values:
             known = ", ".join(map(str, values)) or "none"
             raise ValueError(f"{name} {c[name]!r} is not supported; supported: {known}")
-    c["rope_type"] = c["rope_type"] or "default"
-    if kind == "llama" or kind.startswith("qwen") and not c.get("use_sliding_window"):
-        c["sliding_window"] = None
-    longest = c["max_position_embeddings"]
     c["num_key_value_heads"] = c["num_key_value_heads"] or c["num_attention_heads"]
     c["head_dim"] = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
-    c["original_max_position_embeddings"] = c["original_max_position_embeddings"] or longest
-    limits = [longest, c["sliding_window"] or longest]
-    if c["rope_type"] == "longrope":
-        limits.append(c["original_max_position_embeddings"])
-    return SimpleNamespace(**c, context=min(limits))
+    return SimpleNamespace(**c)
 
 
-def inv_freq(c: SimpleNamespace) -> tuple[Tensor, float]:
-    """(D/2,) radians a position by which the pairs of a head turn, and a scale of cos and sin.
-
-    llama3 slows down the pairs that turn so slowly that pretraining never saw them come round.
-    longrope (Ding et al., 2024, arXiv 2402.13753) divides each by a number of its own: here those
-    for conversations within the context of pretraining, since longer ones are refused.
-    """
+def inv_freq(c: SimpleNamespace) -> Tensor:
+    """(D/2,) radians a position by which the pairs of a head turn. llama3 slows down the pairs that
+    turn so slowly that pretraining never saw them come round."""
     pair = torch.arange(0, c.head_dim, 2, device="cpu", dtype=torch.float32)
     inv_freq = c.rope_theta ** (-pair / c.head_dim)
-    original = c.original_max_position_embeddings
     if c.rope_type == "llama3":
-        rounds = original * inv_freq / (2 * math.pi)  # that a pair made in the original context
+        rounds = c.original_max_position_embeddings * inv_freq / (2 * math.pi)  # in pretraining
         share = (rounds - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
         share.clamp_(0, 1)
-        return inv_freq * (share + (1 - share) / c.factor), 1.0
-    if c.rope_type == "longrope":
-        factor = c.factor or c.max_position_embeddings / original
-        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        return inv_freq / torch.tensor(c.short_factor, device="cpu"), c.attention_factor or scale
-    return inv_freq, 1.0
+        inv_freq = inv_freq * (share + (1 - share) / c.factor)
+    return inv_freq
 
 
 # -- Attention and its cache -----------------------------------------------------------------------
-
-
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -127,11 +98,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal(attention_mask: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Where the last T tokens of each row stand, (B, T), and what they see, (B, T, S) bool.
-
-    attention_mask: (B, S) bool. A token sees what is no padding, up to itself; padding sees itself
-    (its softmax must exist) and nothing sees it. Positions count what is no padding.
-    """
+    """Where the last T tokens of each row stand, (B, T), and what they see, (B, T, S) bool, from an
+    attention_mask, (B, S) bool. A token sees what is no padding, up to itself; padding sees itself
+    (its softmax must exist) and nothing sees it. Positions count what is no padding."""
     column = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # (S,)
     own = column[-T:, None]  # (T, 1)
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
@@ -142,21 +111,17 @@ def causal(attention_mask: Tensor, T: int) -> tuple[Tensor, Tensor]:
 class KVCache:
     """What R = P S rows have read: P contexts, each stored once, and a suffix for every row.
 
-        context   [ . . x x x x x x ]      keys and values, read once for S rows
-        row 1       [ x x x _ _ ]          what a row reads after its context, written in place;
-        row 2       [ x x x _ _ ]          suffixes grow together
-
-    attention_mask, (R, C + length of the suffixes), is False where a column holds nothing to see:
-    padding, or what was drawn after a row had finished.
+    context   [ . . x x x x x x ]      keys and values, read once for S rows
+    row 1       [ x x x _ _ ]          what a row reads after its context, written in place;
+    row 2       [ x x x _ _ ]          suffixes grow together
     """
 
     contexts: list[Tensor]  # keys and values of a layer each, (2, P, K, C, D)
     suffixes: list[Tensor]  # (2, R, K, room, D)
-    attention_mask: Tensor
+    attention_mask: Tensor  # (R, C + length), False on padding and on what a finished row drew
 
     @property
     def length(self) -> int:
-        """Of the suffixes, so far."""
         return self.attention_mask.shape[1] - self.contexts[0].shape[3]
 
     def append(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,27 +178,21 @@ class Attention(nn.Module):
 
     def __init__(self, c: SimpleNamespace, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.fused, self.qk_norm = layer, c.head_dim, c.fused, c.qk_norm
-        queries, shared = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.widths = (queries, shared, shared)
-        bias = c.attention_bias or c.qkv_bias
-        if c.fused:
-            self.qkv_proj = nn.Linear(c.hidden_size, sum(self.widths), bias=bias)
-        else:
-            self.q_proj, self.k_proj, self.v_proj = (
-                nn.Linear(c.hidden_size, width, bias=bias) for width in self.widths
-            )
-        self.o_proj = nn.Linear(queries, c.hidden_size, bias=c.attention_bias)
+        self.layer, self.head_dim, self.qk_norm = layer, c.head_dim, c.qk_norm
+        self.shares = c.num_attention_heads // c.num_key_value_heads  # of queries with one key
+        E, bias = c.hidden_size, c.attention_bias or c.qkv_bias
+        queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(E, queries, bias=bias)
+        self.k_proj = nn.Linear(E, keys, bias=bias)
+        self.v_proj = nn.Linear(E, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, E, bias=c.attention_bias)
         if c.qk_norm:
             self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, rope, mask, kv_cache=None, keep=None) -> Tensor:
         """(B, T, E) -> (B, T, E). The arguments are those of Model.hidden; rope: cos and sin."""
-        if self.fused:
-            parts = self.qkv_proj(x).split(self.widths, dim=-1)
-        else:
-            parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -244,8 +203,7 @@ class Attention(nn.Module):
             x = kv_cache.attend(self.layer, q, k, v, mask)
         else:
             # Key heads are repeated: with a mask, a GPU's fast kernels know no groups of heads.
-            shares = self.widths[0] // self.widths[1]
-            k, v = k.repeat_interleave(shares, dim=1), v.repeat_interleave(shares, dim=1)
+            k, v = (part.repeat_interleave(self.shares, dim=1) for part in (k, v))
             mask = None if mask is None else mask[:, None]
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(x.transpose(1, 2).flatten(2))
@@ -257,20 +215,12 @@ class MLP(nn.Module):
     def __init__(self, c: SimpleNamespace):
         super().__init__()
         E, inner = c.hidden_size, c.intermediate_size
-        self.fused = c.fused
-        if c.fused:
-            self.gate_up_proj = nn.Linear(E, 2 * inner, bias=c.mlp_bias)
-        else:
-            self.gate_proj = nn.Linear(E, inner, bias=c.mlp_bias)
-            self.up_proj = nn.Linear(E, inner, bias=c.mlp_bias)
+        self.gate_proj = nn.Linear(E, inner, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(E, inner, bias=c.mlp_bias)
         self.down_proj = nn.Linear(inner, E, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -287,8 +237,6 @@ class Block(nn.Module):
 
 
 # -- The model -------------------------------------------------------------------------------------
-
-
 class Model(nn.Module):
     """The decoder and its output head. Attribute names spell the checkpoints' parameter names."""
 
@@ -296,13 +244,14 @@ class Model(nn.Module):
         """config: the contents of a config.json. Weights are random until loaded."""
         super().__init__()
         self.config_dict, self.config = config, read_config(config)
-        self.inv_freq, self.rope_scale = inv_freq(self.config)
+        self.inv_freq = inv_freq(self.config)
         c = self.config
         embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
         norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=norm))
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.context = c.max_position_embeddings  # the longest conversation, in tokens
         self.vocab_size = c.vocab_size  # may be lowered to what the tokenizer knows
         self.checkpointing = False  # whether training computes each layer twice, to store less
         self.tie()
@@ -315,23 +264,15 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         return self.lm_head.weight.device
 
-    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, V) logits, each position seeing itself and what is before it.
-
-        attention_mask: (B, T) bool, False on padding, which nothing sees and which takes up no
-        position. Raises ValueError where T is more than the model's context.
-        """
+        Raises ValueError where T is more than the model's context."""
         self.refuse_beyond_context(ids.shape[1])
-        if attention_mask is None:
-            return self.head(self.hidden(ids))
-        return self.head(self.hidden(ids, *causal(attention_mask, ids.shape[1])))
+        return self.head(self.hidden(ids))
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(..., E) -> (..., V) logits in float32 (or better), V being `self.vocab_size`.
-
-        Some heads are padded with rows that are no token's; they would take probability, so they
-        are cut off here, for sampler and trainer alike.
-        """
+        """(..., E) -> (..., V) logits in float32 (or better), V being `self.vocab_size`. Rows of
+        the head that are no token's would take probability: they are cut off for all users."""
         return at_least_float32(self.lm_head(hidden)[..., : self.vocab_size])
 
     def hidden(
@@ -346,9 +287,8 @@ class Model(nn.Module):
 
         The only way into the decoder: the caller says where each token stands, `positions` (B, T),
         and what it sees, `mask` (B, T, columns) bool. Without them a token sees all up to itself.
-        With a cache, the ids are the tokens of its newest T columns. keep: a list, to which each
-        layer adds its keys and values, (2, B, K, T, D).
-        """
+        With a cache, ids are the newest T tokens in it. To `keep`, each layer adds its keys and
+        values, (2, B, K, T, D)."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         rope, x = self.rope(positions), self.model.embed_tokens(ids)  # (B, T, E)
@@ -363,37 +303,29 @@ class Model(nn.Module):
         """(B, T) positions -> their cos and sin as `rotate` takes them, (B, 1, T, D) both."""
         self.inv_freq = self.inv_freq.to(positions.device)
         angle = positions[..., None] * self.inv_freq  # (B, T, D/2)
-        cos, sin = angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
+        cos, sin = angle.cos(), angle.sin()
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         dtype = self.lm_head.weight.dtype
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
 
     def refuse_beyond_context(self, length: int) -> None:
-        """Raise ValueError for a conversation of more tokens than are computed here."""
-        if length > self.config.context:
-            raise ValueError(
-                f"{length} tokens do not fit the model's context of {self.config.context} (what it "
-                "says itself, or a shorter sliding window, or what longrope had in pretraining)"
-            )
+        if length > self.context:
+            raise ValueError(f"{length} tokens do not fit the model's context of {self.context}")
 
     @classmethod
     def from_pretrained(
         cls, path_or_id: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> "Model":
-        """Load a Hugging Face folder or hub id: config.json, and safetensors, sharded or not.
-
-        On the device "meta" nothing is read but the config: there are shapes, and no numbers.
-        Raises FileNotFoundError where a file is absent, and ValueError for a model that is not
-        computed here, or if a tensor, which is named, is missing, left over or misshapen.
+        """Load a Hugging Face folder or hub id: config.json, and safetensors, sharded or not. On
+        the device "meta" only the config is read: there are shapes, and no numbers. Raises OSError
+        where a file is absent, and ValueError, by name, for a model or tensor that does not fit.
         """
-        path = model_folder(path_or_id, weights=str(device) != "meta")
+        path = from_hub(path_or_id, ["config.json", "model*.safetensors*"])
         try:
             with torch.device("meta"):  # shapes without memory
                 model = cls(read_json(path / "config.json")).to(dtype)
         except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{path / 'config.json'} is incomplete: {error!r}") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
         if str(device) != "meta":
             model.to_empty(device=device).tie()
             load_weights(model, path)
@@ -404,19 +336,17 @@ class Model(nn.Module):
         path, dtype = Path(path), str(self.lm_head.weight.dtype).removeprefix("torch.")
         config = {**self.config_dict, "dtype": dtype, "torch_dtype": dtype}  # the new name, the old
         tensors = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
-        replace_file(path / "config.json", to_json(config))
+        replace_file(path / "config.json", json.dumps(config, indent=2))
         replace_file(path / "model.safetensors", tensors)
 
 
-# MKL chooses the code of such a function at its first call. Where two threads make that call at
-# once, one may compute less exactly (pytorch issue 188792). So one thread calls each first, here.
+# Where two threads make MKL's first call of a function at once, one may compute less exactly
+# (pytorch issue 188792). So one thread calls each first, here.
 for function in (torch.sin, torch.cos, torch.exp, torch.expm1, torch.log, torch.sqrt):
     function(torch.ones(1))
 
 
 # -- The sampler -----------------------------------------------------------------------------------
-
-
 @dataclass
 class Generation:
     """What `generate` drew, by prompt, by sample, by token; and the cache for the next turn."""
@@ -444,10 +374,9 @@ def generate(
     (of the turn before), prompt r is appended to what row r has read, which is everything but the
     last token that was drawn: the prompt begins in that one's place; `samples` is then 1.
 
-    A row's randomness is its own: its token t is decided by number t of a stream keyed by
-    (seed, *key), so a sample does not depend on what else is in the batch (but for a draw that
-    falls between two roundings of a probability). keys: a tuple of non-negative integers for each
-    row, prompt by prompt; by default (prompt, sample).
+    Token t of a row is decided by number t of a random stream keyed by (seed, *key), so a sample
+    does not depend on its batch (but for a draw that falls between two roundings of a probability).
+    keys: non-negative integers for each row, prompt by prompt; by default (prompt, sample).
 
     temperature 0 takes the likeliest token. Log-probabilities are those at the given temperature
     (at 0: at 1). Raises ValueError for an empty prompt, or one that leaves too little context.
@@ -496,13 +425,14 @@ def generate(
     return Generation(*drawn, cache)
 
 
-def read(
-    model: Model, prompts: list[list[int]], samples: int, room: int, cache: KVCache | None
-) -> tuple[Tensor, KVCache]:
+def read(model: Model, prompts: list, samples: int, room: int, cache) -> tuple[Tensor, KVCache]:
     """Read the prompts: the hidden states that first tokens are drawn from, (R, E), and the cache,
     with room for so many columns more. Raises ValueError beyond the model's context."""
-    ids, attention_mask = padded(prompts, model.device)  # (P, T) both
-    (P, T), lengths = ids.shape, attention_mask.sum(dim=1)
+    P, T = len(prompts), max(map(len, prompts))
+    rows = [[0] * (T - len(prompt)) + prompt for prompt in prompts]  # padded on the left
+    ids = torch.tensor(rows, device=model.device)  # (P, T)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    attention_mask = torch.arange(T, device=model.device) >= T - lengths[:, None]
     before = 0 if cache is None else cache.attention_mask.sum(dim=1)
     model.refuse_beyond_context(int((before + lengths).max()) + room)
     if cache is None:
@@ -516,14 +446,6 @@ def read(
         cache = cache.select(rows, room=T + room)
         hidden = model.hidden(ids, *cache.append(attention_mask), cache)
     return hidden[:, -1].repeat_interleave(samples, dim=0), cache
-
-
-def padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids as (n, T), padded on the left, and where they are no padding, (n, T) bool."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -546,9 +468,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
 
 def unfinished(done: Tensor) -> Tensor:
     """(P, S) which rows are done -> (P', S') numbers of the rows to go on with, a context a line.
-
-    Contexts without an unfinished row go, and so many columns as no context needs any more; in
-    each line unfinished rows come first. In the table of rows, where a dot is a finished one,
+    Where a dot is a finished row:
 
         a b . .       a b
         . . . .  ->   c d
@@ -561,77 +481,49 @@ def unfinished(done: Tensor) -> Tensor:
 
 
 # -- Files -----------------------------------------------------------------------------------------
-
-INDEX = "model.safetensors.index.json"
-
-
 def load_weights(model: Model, path: Path) -> None:
-    """Fill a model from a folder's safetensors. These are mapped: one tensor is read at a time."""
-    stored: dict[str, Tensor] = {}
-    for shard in shards(path):
+    """Fill a model from a folder's safetensors, one file or the ones that an index names. They are
+    mapped: what is not copied yet takes no memory."""
+    index, names = path / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file() and not (path / names[0]).is_file():
         try:
-            stored |= safetensors.torch.load_file(shard)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{shard} is damaged: {error}") from None
-    own = dict(model.named_parameters())  # a tied head is not among them
-    for name in sorted(stored.keys() - own.keys()):  # some files hold that head, or constants
-        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
-            raise ValueError(f"{path}: no tensor of this architecture is {name}")
-    for name, parameter in own.items():
-        if name not in stored:
-            raise ValueError(f"{path}: the tensor {name} is missing")
-        if stored[name].shape != parameter.shape:
-            shapes = f"{tuple(stored[name].shape)} instead of {tuple(parameter.shape)}"
-            raise ValueError(f"{path}: the tensor {name} has the shape {shapes}")
-        parameter.data.copy_(stored.pop(name))
-
-
-def shards(path: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or those that its index names."""
-    names = ["model.safetensors"]
-    if not (path / names[0]).is_file() and (path / INDEX).is_file():
-        places = read_json(path / INDEX).get("weight_map")
-        names = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError(f"{path / INDEX} does not name files of its own folder")
+            names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
+        except (KeyError, AttributeError) as error:
+            raise ValueError(f"{index} is incomplete: {error!r}") from None
+    stored: dict[str, Tensor] = {}
     for name in names:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path / name} does not exist (weights must be safetensors)")
-    return [path / name for name in names]
-
-
-def is_hub_id(text: str | Path) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(text)) is not None
-
-
-def model_folder(path_or_id: str | Path, weights: bool = False) -> Path:
-    """A folder as it is; a hub id (org/name) as the folder that the hub's files are cached in,
-    with the weights or without."""
-    if Path(path_or_id).is_dir():
-        return Path(path_or_id)
-    if not is_hub_id(path_or_id):
-        raise FileNotFoundError(f"{path_or_id}: no such folder, and no hub id (org/name) either")
-    needed = ["*config.json", "tokenizer.json", "chat_template.jinja"]
-    return from_hub(str(path_or_id), needed + ["model*.safetensors*"] * weights, "model")
-
-
-def from_hub(name: str, files: list[str], kind: str) -> Path:
-    """The folder of the hub's files, or of those that are cached here. Or FileNotFoundError."""
+        try:
+            stored |= safetensors.torch.load_file(path / name)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path / name} is damaged: {error}") from None
+    stored = {name: x for name, x in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+    if model.config.tie_word_embeddings:  # some files hold the head, too
+        stored["lm_head.weight"] = stored.get("model.embed_tokens.weight")
     try:
-        return Path(huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=files))
+        model.load_state_dict(stored)
+    except RuntimeError as error:  # missing, left over or misshapen, and which
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:500]}") from None
+
+
+def from_hub(path_or_id: str | Path, files: list[str], kind: str = "model") -> Path:
+    """A file or folder as it is; a hub id (org/name) as the folder that the hub's files are cached
+    in, with these files. Raises FileNotFoundError where it cannot be had."""
+    if Path(path_or_id).exists():
+        return Path(path_or_id)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_id)):
+        raise FileNotFoundError(f"{path_or_id}: no such file or folder, nor a hub id (org/name)")
+    try:
+        found = huggingface_hub.snapshot_download(path_or_id, repo_type=kind, allow_patterns=files)
     except Exception as error:  # of many kinds: offline, no such id, not allowed, a full disk
         reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"{name} is not here, nor had from the hub: {reason}") from None
-
-
-def to_json(content: dict) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False)
+        raise FileNotFoundError(f"{path_or_id} is not to be had from the hub: {reason}") from None
+    return Path(found)
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object's file. Raises FileNotFoundError or ValueError with the path in the message."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+    """A JSON object's file. Raises OSError, or ValueError with the path in the message."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -641,19 +533,16 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def replace_file(path: str | Path, content: str | dict[str, Tensor]) -> None:
+def replace_file(path: Path, content: str | dict[str, Tensor], metadata=None) -> None:
     """Write text, or tensors, under a temporary name, then rename: the old file or the new one.
-
-    Makes the folder where there is none. Raises OSError, with the path in the message.
-    """
-    path = Path(path)
+    Makes the folder where there is none. Raises OSError, with the path in the message."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, dict):
-            safetensors.torch.save_file(content, temporary, metadata={"format": "pt"})
+            safetensors.torch.save_file(content, temporary, metadata or {"format": "pt"})
         else:
-            temporary.write_bytes(content.encode())
+            temporary.write_text(content, encoding="utf-8")
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -663,8 +552,6 @@ def replace_file(path: str | Path, content: str | dict[str, Tensor]) -> None:
 
 
 # -- Tokens and chat templates ---------------------------------------------------------------------
-
-
 class Tokenizer:
     """A checkpoint's tokenizer.json, its chat template, and the ids on which a turn ends."""
 
@@ -673,23 +560,19 @@ class Tokenizer:
         self.tokenizer, self.settings, self.generation = tokenizer, settings, generation
         tokenizer.no_truncation()  # some are saved with the lengths that their training had
         tokenizer.no_padding()
-        self.bridges: dict[str, list[int]] = {}
-        self.date = datetime.date.today()  # for templates that print it; one date a run
         self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=0)  # beyond: padding
+        self.bridges: dict[str, list[int]] = {}
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = raise_template_error
-        environment.globals["strftime_now"] = lambda form: self.date.strftime(form)
         template = settings.get("chat_template")
+        if not isinstance(template, str):
+            raise ValueError("the tokenizer has no chat template: R3 needs an instruct model")
         try:
-            if isinstance(template, list):  # several, by name
-                template = {each["name"]: each["template"] for each in template}.get("default")
-            if not template:
-                raise ValueError("the tokenizer has no chat template: R3 needs an instruct model")
             self.template = environment.from_string(template)
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+        except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is no jinja2 template: {error}") from None
         self.special: dict[str, str] = {}  # what the template may print
         for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
@@ -706,9 +589,7 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path) -> "Tokenizer":
         """Load tokenizer.json and its settings from a Hugging Face folder or hub id."""
-        path = model_folder(path_or_id)
-        if not (path / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"{path / 'tokenizer.json'} does not exist")
+        path = from_hub(path_or_id, ["*config.json", "tokenizer.json", "chat_template.jinja"])
         settings = read_json(path / "tokenizer_config.json")
         if (path / "chat_template.jinja").is_file():
             settings["chat_template"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
@@ -716,30 +597,25 @@ class Tokenizer:
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # tokenizers raises the bare class
-            raise ValueError(f"{path / 'tokenizer.json'} is damaged: {error}") from None
+            raise ValueError(f"{path / 'tokenizer.json'} is absent or damaged: {error}") from None
         return cls(tokenizer, settings, read_json(generation) if generation.is_file() else {})
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and generation_config.json."""
         path = Path(path)
         replace_file(path / "tokenizer.json", self.tokenizer.to_str(pretty=True))
-        replace_file(path / "tokenizer_config.json", to_json(self.settings))
-        replace_file(path / "generation_config.json", to_json(self.generation))
+        replace_file(path / "tokenizer_config.json", json.dumps(self.settings, indent=2))
+        replace_file(path / "generation_config.json", json.dumps(self.generation, indent=2))
 
     def encode(self, text: str) -> list[int]:
-        """Text to token ids, none added. Raises ValueError for text that it has no tokens for."""
-        try:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # tokenizers raises the bare class
-            raise ValueError(f"the tokenizer cannot read {text!r}: {error}") from None
+        """Text to token ids, none added."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Token ids to text, end-of-turn tokens and the like left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def render(
-        self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = True
-    ) -> str:
+    def render(self, messages: list[dict], tools=None, add_generation_prompt=True) -> str:
         """A chat as the text that the model was trained on, by the checkpoint's own template."""
         chat = dict(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
         try:
@@ -760,11 +636,9 @@ class Tokenizer:
         return (turn[:-1] if turn and turn[-1] in self.stop_ids else turn) + bridge
 
     def bridge(self, instruction: str) -> list[int]:
-        """The end of an assistant's turn, a user's turn that says `instruction`, the next opening.
-
-        They are the end that two whole prompts, different in the assistant's words, have in common.
-        (A piece of text by itself may tokenise differently.)
-        """
+        """The end of an assistant's turn, a user's turn that says `instruction`, the next opening:
+        the end that two whole prompts, different in the assistant's words, have in common. (A piece
+        of text by itself may tokenise differently.)"""
         if instruction in self.bridges:
             return self.bridges[instruction]
         ask, told = {"role": "user", "content": "1"}, {"role": "user", "content": instruction}
@@ -780,15 +654,14 @@ class Tokenizer:
 
 
 def tools_in_words(messages: list[dict], tools: list[dict]) -> list[dict]:
-    """The chat with its tools in the user's first message, where a template shows none."""
+    """The chat with its tools in the user's last message, where a template shows none."""
     listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     text = (
         f"You can call these functions:\n{listed}\n\nAnswer with a JSON list of calls and nothing "
         'else, for example [{"name": "function", "arguments": {"parameter": "value"}}].\n\n'
     )
-    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
-    asked = {**messages[first], "content": text + messages[first]["content"]}
-    return [*messages[:first], asked, *messages[first + 1 :]]
+    *before, asked = messages
+    return [*before, {**asked, "content": text + asked["content"]}]
 
 
 def raise_template_error(message: str):
@@ -796,7 +669,6 @@ def raise_template_error(message: str):
 
 
 # -- A tiny model from a list of words -------------------------------------------------------------
-
 TINY_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|> {{ message.content }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -808,8 +680,7 @@ def tiny(words: list[str], seed: int = 0, context: int = 512) -> tuple[Model, To
 
     The embeddings of numbers start as a random projection of sin and cos of the number at several
     periods, so that near numbers begin near each other and a difference looks the same everywhere:
-    sums are learnt in fewer steps. It is an initialisation only; the architecture stays plain.
-    """
+    sums are learnt in fewer steps."""
     special = ["<|end|>", "<|user|>", "<|assistant|>"]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(special + words))}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unknown>"))
@@ -817,7 +688,7 @@ def tiny(words: list[str], seed: int = 0, context: int = 512) -> tuple[Model, To
     tokenizer.add_special_tokens(special)
     settings = dict(
         tokenizer_class="PreTrainedTokenizerFast", chat_template=TINY_TEMPLATE,
-        eos_token=special[0], pad_token=special[0], model_max_length=context,
+        eos_token=special[0], pad_token=special[0], model_max_length=context, tiny=True,
     )  # fmt: skip
     config = dict(
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=len(vocabulary),

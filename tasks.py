@@ -3,7 +3,7 @@
 A task is a subclass of `Task` with these parts:
 
     Problem                         a dataclass: what is asked, with an integer `id`
-    draw(rng) -> Problem            a random problem; not needed where all come from files
+    draw(rng) -> Problem            a random problem, or None; not needed for problems from files
     messages(problem)               the question as a chat, and tools for the chat template or None
     verify(problem, completion)     a Verdict: right or wrong, and why
 
@@ -28,7 +28,7 @@ from pathlib import Path
 MAX_CHARS = 1_000  # a longer expression is malformed: this bounds the verifier's time
 MAX_DEPTH = 100  # so is anything nested deeper than this
 MAX_TEXT = 20_000  # so is a longer text with calls in it
-SPLITS = {"cold": 55, "train": 16, "dev": 13, "test": 16}  # per cent of the drawn problems
+SPLITS = {"cold": 55, "train": 16, "dev": 13, "test": 16}  # per cent of the problems
 REFLECT = (  # the paper's words, as recalled
     "You tried {}. Reflect on what went wrong and write a short explanation that will help you do "
     "better next time."
@@ -44,7 +44,7 @@ class Verdict:
 
 
 def split_of(key: str) -> str:
-    """The split of a drawn problem: a fixed draw, keyed by what identifies the problem."""
+    """The split of a problem: a fixed draw, keyed by what identifies the problem."""
     return random.Random(key).choices(list(SPLITS), weights=SPLITS.values())[0]
 
 
@@ -53,7 +53,6 @@ class Task:
 
     name = "task"  # keys the order of its problems
     hub_id: str | None = None  # a dataset on the Hugging Face hub, for a task that draws none
-    test_size = 12_000  # problems of a data file, and at most a fifth of it
     reflect = REFLECT.format("performing the task, but failed")
     again = "Now try again."
     how_to_type = "the number of a problem, such as 7"
@@ -61,17 +60,18 @@ class Task:
     def load(
         self, path: str | None = None, split: str = "train", limit: int | None = None, seed: int = 0
     ) -> list:
-        """Problems of a split, at most `limit`, in an order drawn from `seed`. Without a path they
-        are drawn (1,000 by default) for a split of SPLITS. A file (JSON, JSONL, parquet) or a
-        folder of files has "train", "test" and "all". Two splits ("all" aside) share no problem's
-        `key`. Raises ValueError for a bad split or record."""
-        splits = list(SPLITS) if path is None else ["train", "test", "all"]
+        """Problems of a split, at most `limit`, in an order drawn from `seed`: drawn (1,000 by
+        default), or from a file (JSON, JSONL, parquet) or a folder of files. A file has "all", too,
+        and no "cold": that is in "train". Two splits share no problem's `key`. Raises ValueError
+        for a bad split or record."""
+        splits = list(SPLITS) if path is None else ["train", "dev", "test", "all"]
         if split not in splits:
             raise ValueError(f"there is no split {split!r}: choose one of {', '.join(splits)}")
         rng = random.Random(f"{self.name} {split} {seed}")
         if path is None:
             return self.drawn(split, limit, rng)
-        problems = self.part(self.read(Path(path)), split)
+        parts = {"all": SPLITS, "train": ("cold", "train")}.get(split, (split,))
+        problems = [p for p in self.read(Path(path)) if split_of(self.key(p)) in parts]
         if not problems:
             raise ValueError(f"{path} leaves no problems for the split {split!r}")
         return rng.sample(problems, len(problems))[:limit]
@@ -92,35 +92,18 @@ class Task:
         """A random problem, or None where the draw was not successful."""
         raise ValueError(f"the task {self.name} draws no problems: give --data a file of them")
 
-    def part(self, problems: list, split: str) -> list:
-        """A file's problems of a split. A fixed shuffle gives "test" a fifth of them, at most the
-        paper's number. The rest is "train", without problems that share a key with "test"."""
-        if split == "all":
-            return problems
-        keys = list(dict.fromkeys(map(self.key, problems)))
-        random.Random("split").shuffle(keys)
-        place = {key: number for number, key in enumerate(keys)}
-        shuffled = sorted(problems, key=lambda problem: place[self.key(problem)])
-        test = shuffled[: min(self.test_size, len(problems) // 5)]
-        if split == "test":
-            return test
-        seen = set(map(self.key, test))
-        return [problem for problem in shuffled if self.key(problem) not in seen]
-
     def read(self, path: Path) -> list:
         """All problems of a file or folder, numbered. A ValueError names the place of a bad one."""
         problems = []
         inside = [f for f in sorted(path.rglob("*")) if f.suffix in (".json", ".jsonl", ".parquet")]
         for file in inside or [path]:
-            kind, found = records(file)
-            for number, record in enumerate(found, 1):
+            for number, record in enumerate(records(file), 1):
                 try:
-                    if not isinstance(record, dict):
-                        raise TypeError("no JSON object")
+                    record = JSON.decode(record) if isinstance(record, str) else record
                     problems.append(self.problem({**record, "id": len(problems)}))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    reason = f"no {error}" if isinstance(error, KeyError) else error
-                    raise ValueError(f"{file}, {kind} {number}: {reason}") from None
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    reason = f"{type(error).__name__}: {error}"
+                    raise ValueError(f"{file}, record {number}: {reason}") from None
         return problems
 
     def problem(self, record: dict):
@@ -139,8 +122,6 @@ class Task:
 
 
 # -- JSON, strictly --------------------------------------------------------------------------------
-
-
 def read_object(pairs: list[tuple]) -> dict:
     """A JSON object in which no key is given twice."""
     if len(dict(pairs)) < len(pairs):
@@ -158,42 +139,27 @@ def read_number(text: str) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-JSON = json.JSONDecoder(
-    object_pairs_hook=read_object,
-    parse_int=read_number,
-    parse_float=read_number,
-    parse_constant=read_number,  # NaN and the infinities: errors
-)
+# The constants are NaN and the infinities: errors.
+NUMBERS = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), read_number)
+JSON = json.JSONDecoder(object_pairs_hook=read_object, **NUMBERS)
 
 
-def decode(text: str, name: object):
-    """The value of a JSON text. Raises ValueError, with the text's name, if it is not JSON."""
-    try:
-        value = JSON.decode(text)
-        json.dumps(value, ensure_ascii=False).encode()  # an error if it is not Unicode
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{name}: no JSON: {error}") from None
-    return value
-
-
-def records(file: Path) -> tuple[str, list[dict]]:
-    """What a file's records are, and the records: each a "line", or a "record" in a JSON list or in
-    parquet. Raises ValueError, with file and line, for what is not JSON."""
+def records(file: Path) -> list:
+    """The records in a file: objects of a JSON list or of parquet, or else lines, not yet read."""
     if file.suffix == ".parquet":
         try:
             import pyarrow.parquet
         except ImportError:
             raise ValueError(f"{file}: to read parquet, pip install pyarrow") from None
-        return "record", pyarrow.parquet.read_table(file).to_pylist()
-    text = file.read_text(encoding="utf-8", errors="surrogateescape").rstrip()
-    if text.lstrip().startswith("["):
-        return "record", decode(text, file)
-    lines = text.split("\n") if text else []
-    return "line", [decode(line, f"{file}, line {n}") for n, line in enumerate(lines, 1)]
+        return pyarrow.parquet.read_table(file).to_pylist()
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+        return JSON.decode(text) if text.startswith("[") else text.split("\n")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 # -- Arithmetic: a parser that can only add, subtract, multiply and divide -------------------------
-
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 LEVELS = {"+": 1, "-": 1, "*": 2, "/": 2}  # of precedence
 
@@ -210,34 +176,35 @@ def parse_expression(text: str) -> tuple[Fraction | None, list[int]]:
     >>> parse_expression("(10 + 6) * 2")
     (Fraction(32, 1), [10, 6, 2])
 
-    The value is None where the expression divides by zero. Raises ValueError for any other text,
-    and for one that is over MAX_CHARS or nests over MAX_DEPTH levels.
+    The value is None where it divides by zero. Raises ValueError for other text, and for one that
+    is over MAX_CHARS or nests over MAX_DEPTH levels.
     """
     if len(text) > MAX_CHARS:
         raise ValueError("too long")
+    literals = [int(digits) for digits in re.findall("[0-9]+", text)]
     tokens = re.findall(r"[0-9]+|\S", text, flags=re.ASCII)[::-1]  # the next one is the last
-    value = read_terms(tokens, level=1, depth=0)
+    try:
+        value = read_terms(tokens, level=1, depth=0)
+    except ZeroDivisionError:
+        return None, literals
     if tokens:
         raise ValueError(f"unexpected {tokens[-1]!r}")
-    return value, [int(digits) for digits in re.findall("[0-9]+", text)]
+    return value, literals
 
 
-def read_terms(tokens: list[str], level: int, depth: int) -> Fraction | None:
+def read_terms(tokens: list[str], level: int, depth: int) -> Fraction:
     """A factor and the operations after it that have at least this level of precedence."""
     value = read_factor(tokens, depth)
     while tokens and LEVELS.get(tokens[-1], 0) >= level:
         sign = tokens.pop()
-        right = read_terms(tokens, LEVELS[sign] + 1, depth)
-        undefined = value is None or right is None or (sign == "/" and right == 0)
-        value = None if undefined else SIGNS[sign](value, right)
+        value = SIGNS[sign](value, read_terms(tokens, LEVELS[sign] + 1, depth))
     return value
 
 
-def read_factor(tokens: list[str], depth: int) -> Fraction | None:
+def read_factor(tokens: list[str], depth: int) -> Fraction:
     token = tokens.pop() if tokens and depth <= MAX_DEPTH else "an end, or brackets too deep"
     if token == "-":
-        value = read_factor(tokens, depth + 1)
-        return None if value is None else -value
+        return -read_factor(tokens, depth + 1)
     if token == "(":
         value = read_terms(tokens, level=1, depth=depth + 1)
         if tokens and tokens.pop() == ")":
@@ -248,8 +215,6 @@ def read_factor(tokens: list[str], depth: int) -> Fraction | None:
 
 
 # -- Countdown -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Numbers:
     """A Countdown problem: reach `target` with each of `numbers` used exactly once."""
@@ -264,7 +229,7 @@ class Countdown(Task):
 
     Problem = Numbers
     name = "countdown"
-    test_size = 15_000
+    hub_id = "Jiayi-Pan/Countdown-Tasks-3to4"
     reflect = REFLECT.format("solving the problem and got the wrong answer")
     again = "Now try again. Give your equation inside <answer> </answer>."
     question = (
@@ -276,29 +241,13 @@ class Countdown(Task):
     how_to_type = "the numbers and then the target, such as 6 10 2 32"
     typed = re.compile(r"[0-9]{1,3}(\s+[0-9]{1,3}){2,}")
 
-    def draw(self, rng: random.Random) -> Numbers | None:
-        """Random numbers, and a target from 1 to 99 that a random way of combining them reaches."""
-        numbers = [rng.randint(1, 99) for _ in range(rng.choice((3, 4)))]
-        values = [Fraction(n) for n in numbers]
-        while len(values) > 1:
-            rng.shuffle(values)
-            a, b, sign = values.pop(), values.pop(), rng.choice("+-*/")
-            if sign == "/" and b == 0:
-                return None
-            values.append(SIGNS[sign](a, b))
-        return Numbers(0, tuple(numbers), int(values[0])) if values[0] in range(1, 100) else None
-
     def key(self, problem: Numbers) -> str:
         """The numbers, whatever their order: those of a test problem are never seen in training."""
         return f"Countdown {sorted(problem.numbers)}"
 
     def problem(self, record: dict) -> Numbers:
-        """A problem from {"numbers", "target"}, as we write it; from {"nums", "target"}, as in
-        Jiayi-Pan/Countdown-Tasks-3to4; or from {"input": "30,100,93", "output": "23"}."""
-        if "input" in record:
-            numbers, target = record["input"].split(","), record["output"]
-        else:
-            numbers, target = record["nums" if "nums" in record else "numbers"], record["target"]
+        """A problem from {"nums", "target"}, as in TinyZero's dataset, or as we write it."""
+        numbers, target = record["nums" if "nums" in record else "numbers"], record["target"]
         if not 1 <= len(numbers) <= 10 or min(map(int, numbers)) < 0:
             raise ValueError(f"{numbers!r} are no Countdown numbers")
         return Numbers(int(record["id"]), tuple(map(int, numbers)), int(target))
@@ -340,6 +289,7 @@ class Countdown(Task):
 class TinyCountdown(Countdown):
     """3 numbers from 1 to 10, and all that makes a tiny model: short texts, words, dialogues."""
 
+    hub_id = None
     reflect = "Wrong. Reflect."
     again = "Again."
     question = "Make {target} from {numbers[0]} {numbers[1]} {numbers[2]} ."
@@ -364,20 +314,19 @@ class TinyCountdown(Countdown):
         texts = f"Make from Start with I need That is not {self.reflect} {self.again}"
         return [*map(str, range(101)), *f"{signs} {texts} will be careful".split()]
 
-    def cold_dialogue(
-        self, problems: list[Numbers], rng: random.Random, diligent: bool
-    ) -> tuple[Numbers, list[str]]:
+    def cold_dialogue(self, problems: list, rng, diligent: bool) -> tuple[Numbers, list[str]]:
         """A problem (its numbers in any order) and the assistant's turns in a dialogue about it.
 
         The turns are [attempt] where that is right, else [attempt, reflection, retry]. A reflection
         may check plans before it chooses the one of the retry: only a check can find a solution.
         diligent: every reflection checks until it finds. Otherwise 60% check nothing, 20% go on
         with probability 0.7 after each check, 20% check until they find, and a tenth of all
-        reflections is empty or generic (the retry then takes a random plan).
-        """
+        reflections is empty or generic (the retry then takes a random plan)."""
         drawn = rng.choice(problems)
         problem = replace(drawn, numbers=tuple(rng.sample(drawn.numbers, 3)))
-        target, plans = problem.target, nearest_plans(problem.numbers, problem.target)
+        target, plans = problem.target, []
+        for first, lasts in all_plans(problem.numbers).items():  # the last step that comes nearest
+            plans.append((first, min(lasts, key=lambda last: abs(result(last) - target))))
         checks, plan = [], rng.choice(plans)
         if rng.random() < 0.08:  # an attempt that checks a little
             checks, plan = search(plans, target, rng, go_on=0.5)
@@ -420,12 +369,6 @@ def all_plans(numbers: tuple[int, ...]) -> dict[str, list[str]]:
     return plans
 
 
-def nearest_plans(numbers: tuple[int, ...], target: int) -> list[tuple[str, str]]:
-    """Each first step, with the last step after it whose result is nearest to the target."""
-    plans = all_plans(numbers).items()
-    return [(first, min(lasts, key=lambda x: abs(result(x) - target))) for first, lasts in plans]
-
-
 def answer(plan: tuple[str, str]) -> str:
     """The whole expression of a plan: "<answer> ( 10 / 2 ) * 6 </answer>"."""
     inner, middle = plan[0].split(" = ")
@@ -434,9 +377,7 @@ def answer(plan: tuple[str, str]) -> str:
     return f"<answer> {' '.join(outer)} </answer>"
 
 
-def search(
-    plans: list[tuple[str, str]], target: int, rng: random.Random, go_on: float
-) -> tuple[list[str], tuple[str, str]]:
+def search(plans: list, target: int, rng, go_on: float) -> tuple[list[str], tuple[str, str]]:
     """Check plans in cyclic order from a random one: the texts of the checks, and the choice. A
     check has two steps and a judgement: "10 / 2 = 5 , 5 * 6 = 30 no". A "yes" ends the search, and
     so does a draw (probability 1 - go_on): then chance chooses."""
@@ -452,8 +393,7 @@ def search(
 
 
 # -- APIGen ----------------------------------------------------------------------------------------
-
-OPENING = re.compile(r"""[\[{](?P<json>\s*["'\[{])?""")  # a bracket; one that begins JSON
+OPENING = re.compile(r'\[\s*[{\]]|\{\s*"')  # of a list of calls, or of a call
 JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean",
               "list": "array", "tuple": "array", "set": "array", "dict": "object"}  # fmt: skip
 
@@ -480,17 +420,11 @@ class APIGen(Task):
     def problem(self, record: dict) -> Request:
         """A problem from xlam's record. Raises an error if its calls or tools are not readable."""
         request = Request(int(record["id"]), record["query"], record["answers"], record["tools"])
-        calls, tools = decode(request.answers, "answers"), decode(request.tools, "tools")
-        if not isinstance(calls, list) or not isinstance(tools, list):
-            raise TypeError("answers and tools must be JSON lists")
-        for call in calls:
+        for call in JSON.decode(request.answers):
             read_call(call)
-        strings = [request.query]
-        for tool in tools:
-            given = tool["parameters"].values()
-            strings += [tool["name"], *(parameter.get("type", "str") for parameter in given)]
-        if not all(isinstance(text, str) for text in strings):
-            raise TypeError("query, a tool's name and the types of its parameters must be strings")
+        JSON.decode(request.tools)
+        tools = json.dumps(self.messages(request)[1], ensure_ascii=False)
+        (request.query + tools).encode()  # an error where that is not Unicode
         return request
 
     def key(self, problem: Request) -> str:
@@ -529,60 +463,44 @@ def read_call(value) -> tuple[str, str]:
 
 
 def read_calls(text: str) -> list[tuple[str, str]] | None:
-    """The one list of calls in a model's text, whatever the model's family; None if there is none.
+    """The calls in a model's text, whatever the model's family; None if there are none.
 
-    It reads any number of <tool_call>{…}</tool_call> (Qwen), a JSON list, and one JSON object
-    (Llama 3): bare, in a code fence or within prose. A text in <think> is no answer. Raises
-    ValueError for two lists, and for broken JSON or a broken call.
-    """
+    It reads any number of <tool_call>{…}</tool_call> (Qwen), or one JSON list, or one JSON object
+    (Llama 3), bare or within prose. A text in <think> is no answer. Raises ValueError for two
+    lists, and for broken JSON or a broken call."""
     text = text.rpartition("</think>")[2].partition("<think>")[0]
-    depths = itertools.accumulate((sign in "[{") - (sign in "]}") for sign in text)
-    if len(text) > MAX_TEXT or max(depths, default=0) > MAX_DEPTH:
-        raise ValueError("too long, or nested too deep")
     tags, parts = re.findall("</?tool_call>", text), re.split("</?tool_call>", text)
-    tagged, text = parts[1::2], " ".join(parts[::2])
-    if tags != ["<tool_call>", "</tool_call>"] * len(tagged) or "tool_call>" in text:
-        raise ValueError("a tag is not closed")
-    found = [[JSON.decode(call) for call in tagged]] if tagged else []
-    place = brackets = 0
-    while opening := OPENING.search(text, place):
-        try:
-            value, place = JSON.raw_decode(text, opening.start())
-        except (ValueError, RecursionError):
-            place, brackets = opening.start() + 1, brackets + 1  # a bracket in prose
-            if opening["json"] or brackets > MAX_DEPTH:
-                raise ValueError("no JSON") from None
-            continue
+    if len(text) > MAX_TEXT or tags != ["<tool_call>", "</tool_call>"] * (len(parts) // 2):
+        raise ValueError("too long, or a tag is not closed")
+    calls, rest = [JSON.decode(call) for call in parts[1::2]], " ".join(parts[::2])
+    opening = OPENING.search(rest)
+    if calls and opening or "tool_call>" in rest:
+        raise ValueError("calls with and without tags, or a broken tag")
+    if opening:
+        value, end = JSON.raw_decode(rest, opening.start())
         calls = value if isinstance(value, list) else [value]
-        if value == [] or any(isinstance(call, dict) and "name" in call for call in calls):
-            found.append(calls)
-    if len(found) > 1:
-        raise ValueError("two lists of calls")
-    return [read_call(call) for call in found[0]] if found else None
+        if re.search(r"[\[{]", rest[end:]):
+            raise ValueError("two lists of calls")
+    elif not calls:
+        return None
+    return [read_call(call) for call in calls]
 
 
 def function_schema(tool: dict) -> dict:
-    """A tool of xlam's in the form of OpenAI, which chat templates expect."""
+    """A tool of xlam's in the form of OpenAI, which chat templates expect. Of a Python type, such
+    as "List[int], optional", the outermost one is kept: {"type": "array"}."""
     properties, required = {}, []
     for name, given in tool["parameters"].items():
         rest = {**given}
         kind = rest.pop("type", "str")
-        properties[name] = {**json_schema(kind), **rest}
+        outermost = re.match(r"\w*", kind.strip().removeprefix("Optional["))[0].lower()
+        known = {"type": JSON_TYPES[outermost]} if outermost in JSON_TYPES else {}
+        properties[name] = {**known, **rest}
         if not (kind.endswith("optional") or kind.startswith("Optional") or "default" in rest):
             required.append(name)
     parameters = {"type": "object", "properties": properties, "required": required}
     about = {"name": tool["name"], "description": tool.get("description", "")}
     return {"type": "function", "function": {**about, "parameters": parameters}}
-
-
-def json_schema(kind: str) -> dict:
-    """The JSON schema of a Python type as xlam writes it: the outermost type, else anything.
-
-    >>> json_schema("List[int], optional")
-    {'type': 'array'}
-    """
-    name = re.match(r"\w*", kind.strip().removeprefix("Optional["))[0].lower()
-    return {"type": JSON_TYPES[name]} if name in JSON_TYPES else {}
 
 
 TASKS = {"countdown": Countdown, "apigen": APIGen}

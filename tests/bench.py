@@ -233,22 +233,21 @@ def transformers_step(w: dict) -> dict:
     return steps(model.train(), transformers_logprobs, w)
 
 
-def row_logprobs(model: Model, ids: torch.Tensor, mask: torch.Tensor) -> tuple:
+def row_logprobs(model: Model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """As grpo.token_logprobs, with one row per reflection."""
     hidden = model.hidden(ids)[:, :-1][mask[:, 1:]]  # (tokens, E)
-    logprobs, entropies = grpo.score_in_parts(model, hidden, ids[mask], 1.0)
-    blank = torch.zeros(ids.shape)
-    return blank.masked_scatter(mask, logprobs), blank.masked_scatter(mask, entropies)
+    logprobs = grpo.score(model, hidden, ids[mask], 1.0)
+    return torch.zeros(ids.shape).masked_scatter(mask, logprobs)
 
 
-def transformers_logprobs(model, ids: torch.Tensor, mask: torch.Tensor) -> tuple:
+def transformers_logprobs(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """As TRL computes them: logits of the completions only. All rows have one length here."""
     start = int(mask[0].int().argmax())
     own, seen = ids[:, start:], torch.ones_like(ids)
     out = model(ids, attention_mask=seen, logits_to_keep=own.shape[1] + 1, use_cache=False)
     log_p = out.logits[:, :-1].float().log_softmax(-1)  # (G, NEW, V)
     new = log_p.gather(-1, own[..., None]).squeeze(-1)
-    return torch.nn.functional.pad(new, (start, 0)), None
+    return torch.nn.functional.pad(new, (start, 0))
 
 
 def gradients(model, score, w: dict) -> float:
@@ -261,7 +260,7 @@ def gradients(model, score, w: dict) -> float:
     for context, turns in zip(w["contexts"], w["reflections"], strict=True):
         ids = torch.tensor([context + turn for turn in turns])  # (G, T)
         mask = (torch.arange(ids.shape[1]) >= len(context)).repeat(G, 1)
-        new, _ = score(model, ids, mask)  # (G, T)
+        new = score(model, ids, mask)  # (G, T)
         normalizer = len(w["contexts"]) * G * NEW
         loss = grpo.grpo_loss(new, new.detach(), None, A, mask, beta=0.0, normalizer=normalizer)
         loss.backward()
@@ -404,7 +403,6 @@ def tiny(args: argparse.Namespace) -> None:
     """An R3 step of the tiny model: rollout and update, with and without what is shared."""
     c = replace(r3.TINY, model=args.tiny_model)
     chat = r3.open_chat(c)
-    r3.load_weights(c, chat)
     problems = chat.task.load(split="train")
     tries = grpo.first_tries(chat, problems, 1, (grpo.COLLECT, 0))
     failures = [t for t in tries if not t.first.right][: c.batch]
@@ -422,7 +420,8 @@ def tiny(args: argparse.Namespace) -> None:
     def update(score):
         for group in groups:
             ids, mask, old = grpo.reflection_rows(group)
-            grpo.grpo_loss(score(chat.model, ids, mask)[0], old, None, A, mask, beta=0.0).backward()
+            new = score(chat.model, ids, mask)
+            grpo.grpo_loss(new, old, None, A, mask, beta=0.0).backward()
         chat.model.zero_grad()
 
     pairs = {

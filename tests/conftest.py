@@ -1,3 +1,6 @@
+import json
+import random
+
 import pytest
 import tokenizers
 import torch
@@ -19,6 +22,16 @@ def tiny(task):
         for parameter in model.parameters():
             parameter.mul_(1.5)
     return model, tokenizer
+
+
+def countdown_file(path, n=60) -> str:
+    """Write a data file of n Countdown problems, each of which can be solved; returns its path."""
+    rng, lines = random.Random(0), []
+    for _ in range(n):
+        *added, last = numbers = rng.sample(range(1, 100), rng.choice((3, 4)))
+        lines.append(json.dumps({"nums": numbers, "target": sum(added) - last}) + "\n")
+    path.write_text("".join(lines))
+    return str(path)
 
 
 CHATML = (

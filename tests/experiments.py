@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +42,8 @@ def open_run(run: Path) -> tuple[r3.Config, Chat]:
     run is not finished."""
     if not (run / "report.json").exists():
         raise ValueError(f"{run} is no finished run: python r3.py train makes one")
-    config = models.read_json(run / "config.json")
-    c = r3.Config(**{f.name: config[f.name] for f in fields(r3.Config)})
-    vanilla = r3.open_chat(c)
-    r3.load_weights(c, vanilla, training=True)
-    return c, vanilla
+    c = r3.resumed(run, "train")
+    return c, r3.open_chat(c, training=True)
 
 
 def with_weights(c: r3.Config, vanilla: Chat, folder: Path) -> Chat:
@@ -75,7 +72,7 @@ def controls(run: Path) -> dict:
     What was sampled is kept in run/controls."""
     c, vanilla = open_run(run)
     folder = run / "controls"
-    tries = in_order(r3.load_conversations(run / "measured/vanilla.jsonl", vanilla))
+    tries = in_order(r3.load_conversations(run / "vanilla.jsonl", vanilla))
     failures = [t for t in tries if not t.first.right]
     if not failures:
         raise ValueError(f"{run}: the vanilla model got every problem right at once")
@@ -130,7 +127,7 @@ def second_tries(chat: Chat, failures: Tries, samples: int, purpose: int, path: 
     """`samples` reflections on each failure with a retry each, kept in a file."""
     if not path.exists():
         print(path.stem, file=sys.stderr)
-        r3.write_failures(path, grpo.rollout(chat, failures, samples, (purpose, 0)), chat)
+        r3.write_conversations(path, grpo.rollout(chat, failures, samples, (purpose, 0)), chat)
     return r3.load_conversations(path, chat)
 
 
@@ -140,7 +137,7 @@ def retries(chat: Chat, reflected: Tries, path: Path) -> Tries:
         tries: Tries = []
         for some in tqdm(grpo.batches(chat, reflected, 1, turns=2), path.stem):
             tries += grpo.retry(chat, some, (grpo.EVALUATE, 0))
-        r3.write_failures(path, in_order(tries), chat)
+        r3.write_conversations(path, in_order(tries), chat)
     return r3.load_conversations(path, chat)
 
 
@@ -170,7 +167,9 @@ def second_attempts(chat: Chat, failures: Tries, path: Path) -> list[float]:
         print(path.stem, file=sys.stderr)
         problems = list({f.problem.id: f.problem for f in failures}.values())
         samples = 1 + max(f.sample for f in failures)
-        r3.write_failures(path, grpo.first_tries(chat, problems, samples, (grpo.AGAIN, 0)), chat)
+        r3.write_conversations(
+            path, grpo.first_tries(chat, problems, samples, (grpo.AGAIN, 0)), chat
+        )
     failed = {(f.problem.id, f.sample) for f in failures}
     again = r3.load_conversations(path, chat)
     again = [t for t in again if (t.problem.id, t.sample) in failed]
@@ -289,13 +288,17 @@ def add_gradient(chat, reference, tries: Tries, rewards, c: r3.Config, turns, op
         if not A.any() and not c.beta:
             continue  # all right or all wrong: no gradient comes from it
         for turn in turns:
-            ids, scored, trained, old = rows_of(chat, tries[p * c.group :][: c.group], turn)
+            group = tries[p * c.group :][: c.group]
+            ids, scored, trained = rows_of(chat, group, turn)
             ref = None
             if c.beta:
                 with torch.no_grad():
-                    ref, _ = grpo.token_logprobs(reference, ids, scored, chat.temperature)
-            new, _ = grpo.token_logprobs(chat.model, ids, scored, chat.temperature)  # (G, T)
-            trained, old = trained.to(new.device), old.to(new.device)
+                    ref = grpo.token_logprobs(reference, ids, scored, chat.temperature)
+            new = grpo.token_logprobs(chat.model, ids, scored, chat.temperature)  # (G, T)
+            old = new.detach()  # each step samples anew
+            if turn == "reflection":
+                old = grpo.reflection_rows(group)[2].to(new.device)  # as `grpo.train` does
+            trained = trained.to(new.device)
             loss = grpo.grpo_loss(new, old, ref, A, trained, c.clip, c.beta, c.loss, normalizer)
             loss.backward()
             optimizer.collect()
@@ -305,7 +308,7 @@ def rows_of(chat: Chat, group: Tries, turn: str) -> tuple[torch.Tensor, ...]:
     """One group's conversations up to the end of a turn, padded on the right.
 
     Returns (G, T) each: the token ids; the mask of what comes after the context that the group
-    shares; the mask of the turn's own tokens; and their log-probabilities when they were drawn.
+    shares; and the mask of the turn's own tokens.
     """
     again = chat.tokenizer.bridge(chat.task.again)
     shared = group[0].prompt if turn == "attempt" else group[0].context
@@ -314,15 +317,14 @@ def rows_of(chat: Chat, group: Tries, turn: str) -> tuple[torch.Tensor, ...]:
         between = chat.tokenizer.next_turn(t.reflection, again) if turn == "retry" else []
         rows.append(shared + between + getattr(t, turn))
     shape = len(rows), max(map(len, rows))
-    ids, old = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+    ids = torch.zeros(shape, dtype=torch.long)
     scored, trained = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
     for g, (t, row) in enumerate(zip(group, rows, strict=True)):
         start = len(row) - len(getattr(t, turn))
         ids[g, : len(row)] = torch.tensor(row)
         scored[g, len(shared) : len(row)] = True
         trained[g, start : len(row)] = True
-        old[g, start : len(row)] = torch.tensor(t.logprobs[turn])
-    return ids, scored, trained, old
+    return ids, scored, trained
 
 
 def trained_on(run: Path, c, vanilla: Chat, train: str, folder: Path, shuffle=False) -> Chat:
@@ -340,17 +342,16 @@ def trained_on(run: Path, c, vanilla: Chat, train: str, folder: Path, shuffle=Fa
 
 def turns(run: Path, train: str, group: int | None, steps: int | None, out: Path | None) -> None:
     """Train other turns than the reflection on a run's failures, and evaluate as the run did.
-    Leaves metrics.jsonl, measured.jsonl, report.json and the model in a folder of the run."""
+    Leaves metrics.jsonl, trained.jsonl, report.json and the model in a folder of the run."""
     c, vanilla = open_run(run)
     c = replace(c, group=group or c.group, steps=steps or c.steps)
     folder = out or run / f"{train}-group{c.group}-steps{c.steps}"
     trained = trained_on(run, c, vanilla, train, folder)
-    before = in_order(r3.load_conversations(run / "measured/vanilla.jsonl", vanilla))
+    before = in_order(r3.load_conversations(run / "vanilla.jsonl", vanilla))
     problems = list({t.problem.id: t.problem for t in before}.values())
-    after = r3.evaluate(trained, problems, c.samples, folder.name, folder / "measured.jsonl")
-    title = f"{len(problems)} problems, {c.samples} samples each, temperature {c.temperature:g}"
-    rows = r3.accuracy(vanilla=before, trained=in_order(after))
-    r3.report(folder, {f"{title}; trained: {train}: % right [95%]": rows})
+    after = r3.evaluate(trained, problems, c.samples, folder.name, folder / "trained.jsonl")
+    print(f"Trained: {train}")
+    r3.report(c, folder, vanilla=before, trained=after)
 
 
 # -- Variants --------------------------------------------------------------------------------------
@@ -464,7 +465,7 @@ def gains(runs: list[Path]) -> tuple[dict[str, np.ndarray], float]:
         )
         for column, values in found.items():
             values.append(100 * sampled["gain"][column][0])
-        lines = r3.read_lines(run / "metrics.jsonl", {"step"})
+        lines = r3.read_lines(run / "metrics.jsonl", "step")
         # Two updates on one batch report it twice: each batch counts once.
         batches = {(line["sampled"], line["reward"]) for line in lines if "sampled" in line}
         tokens.append(sum(sampled for sampled, _ in batches) / 1e6)

@@ -1,7 +1,9 @@
 """APIGen: what the verifier takes, how it is attacked, and where problems come from."""
 
+import itertools
 import json
 import random
+import re
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -12,7 +14,7 @@ from drawn_apigen import DrawnAPIGen
 
 import tasks
 from model import tools_in_words
-from tasks import APIGen, Countdown, Request, json_schema
+from tasks import APIGen, Countdown, Request
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -136,7 +138,13 @@ ONE = json.dumps([call("add", a=1)])
         ("I cannot do that {sorry} [1].", "no_answer"),
         ("add(a=1)", "no_answer"),
         (f"<think>{ONE}", "no_answer"),
-        ('{"a": 1}', "no_answer"),
+        ('{"a": 1}', "malformed"),
+        ("I cannot do that {'a': 1} [1, 2].", "no_answer"),
+        (f"{ONE} [1]", "malformed"),
+        (f"{ONE} {{}}", "malformed"),
+        (f"[1] {ONE}", "right"),
+        (f"[] {ONE}", "malformed"),
+        (f"[{{'name': 'add'}}] {ONE}", "malformed"),
         ("[]", "wrong_count"),
         (f"{ONE} or rather {ONE}", "malformed"),
         (ONE[1:-1] + "; " + ONE[1:-1], "malformed"),
@@ -160,9 +168,12 @@ ONE = json.dumps([call("add", a=1)])
         ('[{"name": "add", "arguments": {"a": ' + "1" * 5_000 + "}}]", "malformed"),
         ('[{"name": "add", "arguments": {"a": ' + "1" * 101 + "}}]", "malformed"),
         ('[{"name": "add", "arguments": {"a": ' + "1" * 100 + "}}]", "wrong_arguments"),
-        ('[{"name": "add", "arguments": {"a": ' + "[" * 200 + "]" * 200 + "}}]", "malformed"),
+        ('[{"name": "add", "arguments": {"a": ' + "[" * 200 + "]" * 200 + "}}]", "wrong_arguments"),
         ('[{"name": "add", "arguments": {"a": ' + "[" * 9_000 + "]" * 9_000 + "}}]", "malformed"),
         (" " * 20_001 + ONE, "malformed"),
+        (f"<tool_call>{ONE[1:-1]}</tool_call>" + " " * 20_000, "malformed"),
+        (" " * 20_001, "malformed"),
+        ("<think>" + "hm [{ " * 9_000 + f"</think>{ONE}", "right"),
     ],
 )
 def test_what_is_no_answer(text, reason):
@@ -173,7 +184,11 @@ def test_what_is_no_answer(text, reason):
     "text",
     [sign * 19_999 for sign in "[{\"<'"] + ["[1," * 6_000, '["a",[' * 3_000, "<tool_call>" * 1_800,
      "</tool_call>" * 900 + "<tool_call>" * 800, '{"a":' * 3_900, "[1]" * 6_000, "{'a'" * 4_000,
-     "</think>[" * 2_000],
+     "</think>[" * 2_000, "[ " * 9_999, "[" + " " * 19_998, '{"' * 9_999,
+     "<tool_call>[1]</tool_call>" * 760]
+    # and what is too long to be looked at
+    + ["<tool_call>" * 5_000, "<tool_call>" + "[" * 1_000_000 + "</tool_call>", "[" * 10_000_000,
+       f"<tool_call>{ONE}</tool_call>" * 100_000],
 )  # fmt: skip
 def test_hostile_text_is_wrong_and_quick(text):
     begun = time.perf_counter()
@@ -204,7 +219,10 @@ def test_random_text_never_raises_and_never_wins():
     ],
 )  # fmt: skip
 def test_types_become_schemas(kind, schema):
-    assert json_schema(kind) == schema
+    tool = {"name": "f", "parameters": {"x": {"type": kind, "description": "X."}}}
+    parameters = tasks.function_schema(tool)["function"]["parameters"]
+    assert parameters["properties"] == {"x": {**schema, "description": "X."}}
+    assert parameters["required"] == ([] if "ptional" in kind else ["x"])
 
 
 def test_a_tool_as_a_schema():
@@ -254,20 +272,26 @@ def written(path, some, kind):
     return str(file)
 
 
+FILE_SPLITS = {"train": ("cold", "train"), "dev": ("dev",), "test": ("test",)}
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "lines", "pretty", "dense", "parquet"])
 def test_files_of_all_kinds_are_read_and_split(tmp_path, kind):
     path = written(tmp_path, records(50), kind)
     whole = task.load(path, split="all")
     assert sorted(p.id for p in whole) == list(range(50))
     assert all(p.query == f"add {p.id}" for p in whole)
-    train, test = task.load(path, split="train"), task.load(path, split="test")
-    assert (len(train), len(test)) == (40, 10)  # a fifth, as the paper's 12,000 of 60,000
-    assert {p.id for p in train} | {p.id for p in test} == set(range(50))
-    again = APIGen().load(path, split="test", seed=9)
-    assert again != test and {p.id for p in again} == {p.id for p in test}  # the split is fixed
+    parts = {split: task.load(path, split=split) for split in FILE_SPLITS}
+    assert sorted(p.id for part in parts.values() for p in part) == list(range(50))
+    assert all(tasks.split_of(p.query) in FILE_SPLITS[s] for s in parts for p in parts[s])
+    assert min(map(len, parts.values())) >= 4
+    again = APIGen().load(path, split="train", seed=9)
+    assert again != parts["train"] and set(again) == set(parts["train"])  # the split is fixed
     assert task.load(path, split="all", limit=3) == whole[:3]
-    for split in ("dev", "cold", "nowhere"):
-        with pytest.raises(ValueError, match=f"no split '{split}': choose one of train, test, all"):
+    assert task.load(path, split="dev", limit=3) == parts["dev"][:3]
+    for split in ("cold", "nowhere"):
+        choose = "choose one of train, dev, test, all"
+        with pytest.raises(ValueError, match=f"no split '{split}': {choose}"):
             task.load(path, split=split)
 
 
@@ -287,22 +311,28 @@ def test_a_folder_is_its_data_files_in_order(tmp_path):
         task.load(str(tmp_path))
 
 
-def test_the_papers_split(tmp_path):
+def test_a_files_splits_have_their_shares_and_stay(tmp_path):
+    """Results are reproduced from a file, so what belongs to a split may not change."""
     path = tmp_path / "d.jsonl"
-    path.write_text("".join(f'{{"nums": [1, 2, {i}], "target": 3}}\n' for i in range(80_000)))
-    countdown = Countdown()
-    assert len(countdown.load(str(path), split="test")) == 15_000
-    assert len(countdown.load(str(path), split="train")) == 65_000
-    assert APIGen.test_size == 12_000 == 60_000 // 5
+    path.write_text("".join(f'{{"nums": [1, 2, {i}], "target": 3}}\n' for i in range(10_000)))
+    parts = {split: Countdown().load(str(path), split=split) for split in FILE_SPLITS}
+    for split, share in (("train", 0.71), ("dev", 0.13), ("test", 0.16)):
+        assert abs(len(parts[split]) / 10_000 - share) < 0.015
+    assert sum(map(len, parts.values())) == 10_000 == len(set().union(*parts.values()))
+    assert sorted(p.id for p in parts["dev"])[:8] == [4, 16, 33, 48, 58, 63, 67, 70]
+    assert sorted(p.id for p in parts["test"])[:8] == [5, 6, 11, 14, 24, 31, 42, 43]
 
 
 def test_problems_that_are_alike_stay_on_one_side(tmp_path):
-    """The split is cut within a query: what is left of it is on neither side."""
+    """Whatever else differs, a query is in one split; and no problem is lost."""
     others = [{**record, "tools": json.dumps(TOOLS[:1])} for record in records(28)]
     path = written(tmp_path, records(28) + others * 2, "jsonl")
-    train, test = task.load(path, split="train"), task.load(path, split="test")
-    assert (len(train), len(test)) == (84 - 16 - 2, 16)
-    assert not {p.query for p in train} & {p.query for p in test}
+    parts = [{p.id for p in task.load(path, split=split)} for split in FILE_SPLITS]
+    assert all(parts) and sorted(set.union(*parts)) == list(range(84))
+    assert sum(map(len, parts)) == 84 and all(
+        {i % 28 for i in one}.isdisjoint({i % 28 for i in other})
+        for one, other in itertools.combinations(parts, 2)
+    )
 
 
 DAMAGE = {
@@ -313,11 +343,18 @@ DAMAGE = {
     "answers are a list": lambda line: json.dumps({**json.loads(line), "answers": [1]}),
     "a tool without a name": lambda line: line.replace('\\"name\\": \\"find\\", ', ""),
     "a type is a number": lambda line: line.replace('\\"float\\"', "5"),
+    "a query is a list": lambda line: json.dumps({**json.loads(line), "query": ["add"]}),
+    "a query is a number": lambda line: json.dumps({**json.loads(line), "query": 5}),
+    "no Unicode in a query": lambda line: line.replace("add 6", "\\ud800"),
+    "no Unicode in a tool": lambda line: line.replace("Add.", "\\\\ud800"),
     "no object": lambda line: "17",
+    "an empty line": lambda line: "",
+    "a key is given twice": lambda line: line.replace('"tools"', '"query"'),
+    "no finite number": lambda line: line.replace("7,", "NaN,"),
     "no UTF-8": lambda line: line.replace("add", "\udcff"),
     "too deep": lambda line: '{"a":' + "[" * 9_000,
 }
-NO_JSON = ("cut in half", "no UTF-8", "too deep")
+NO_JSON = ("cut in half", "too deep", "an empty line", "a key is given twice", "no finite number")
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -330,58 +367,73 @@ def test_a_bad_record_is_named_by_file_and_place(tmp_path, damage, kind):
     path = tmp_path / "d.json"
     text = ends[1] + ends[0].join(lines) + ends[2]
     path.write_bytes(text.encode("utf-8", errors="surrogateescape"))
-    place = f"d.json, {'line' if kind == 'jsonl' else 'record'} 7: \\w+"
-    if kind == "list" and damage in [DAMAGE[name] for name in NO_JSON]:
-        place = "d.json: no JSON: .+"  # the list as a whole
-    with pytest.raises(ValueError, match=place) as e:
+    whole = damage is DAMAGE["no UTF-8"]  # it is of the file as a whole
+    whole |= kind == "list" and damage in [DAMAGE[name] for name in NO_JSON]
+    with pytest.raises(ValueError) as e:
         APIGen().load(str(path))
+    assert re.match(rf"{path}: \S+" if whole else rf"{path}, record 7: \w+", str(e.value))
     assert "\n" not in str(e.value) and len(str(e.value)) < 300
 
 
 def test_a_list_that_was_cut_between_two_records_is_noticed(tmp_path):
     path = tmp_path / "d.json"
     path.write_text("[\n" + ",\n".join(map(json.dumps, records(5))) + ",\n")
-    with pytest.raises(ValueError, match="d.json: no JSON: .* line 6 column "):
+    with pytest.raises(ValueError, match="d.json: .* line 6 column "):
         APIGen().load(str(path))
     with pytest.raises((OSError, ValueError)):
         APIGen().load(str(tmp_path / "nowhere.json"))
-    (tmp_path / "d.json").write_text("")
-    with pytest.raises(ValueError, match="no problems"):
-        APIGen().load(str(path))
+    for content, said in (
+        ("", "d.json, record 1: "),
+        ("\n \n", "record 1: "),
+        ("[]", "no problems"),
+    ):
+        (tmp_path / "d.json").write_text(content)
+        with pytest.raises(ValueError, match=said):
+            APIGen().load(str(path))
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"nums": [30, 100, 93], "target": 23},
-        {"input": "30,100,93", "output": "23"},
-        {"id": 0, "numbers": [30, 100, 93], "target": 23},
-    ],
-)
-def test_countdown_reads_three_forms(tmp_path, record):
+@pytest.mark.parametrize("more", [{}, {"id": 7}, {"id": 7, "nums": [30, 100, 93]}])
+@pytest.mark.parametrize("name", ["nums", "numbers"])
+def test_countdown_reads_two_forms(tmp_path, name, more):
     path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps({name: [30, 100, 93], "target": 23, **more}))
     [problem] = Countdown().load(str(path), split="all")
     assert (problem.id, problem.numbers, problem.target) == (0, (30, 100, 93), 23)
     assert Countdown().verify(problem, "<answer>30 - (100 - 93)</answer>").right
-    for wrong in ({"nums": [], "target": 1}, {"nums": [1], "target": "x"}, {"input": "a,b"}, {}):
+    for wrong in (
+        {name: [], "target": 1}, {name: [1], "target": "x"}, {name: [1]}, {name: 5, "target": 5},
+        {name: [1] * 11, "target": 1}, {name: [3, -1], "target": 2}, {name: ["a"], "target": 2},
+        {name: [[1]], "target": 1}, {name: None, "target": 1}, {"target": 1}, {},
+        {"input": "30,100,93", "output": "23"},
+    ):  # fmt: skip
         path.write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match="d.jsonl, line 1"):
+        with pytest.raises(ValueError, match="d.jsonl, record 1: "):
             Countdown().load(str(path), split="all")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real records are not here")
-def test_real_countdown_records():
-    path = str(SHARED / "countdown_cd3_test.jsonl")
-    assert len(Countdown().load(path, split="all")) == 256
-    train, test = (Countdown().load(path, split=split) for split in ("train", "test"))
-    assert not {tuple(sorted(p.numbers)) for p in train} & {tuple(sorted(p.numbers)) for p in test}
+def test_real_countdown_records(tmp_path):
+    """Their form is turned into the dataset's: {"input": "30,100,93", "output": "23"}."""
+    lines = (SHARED / "countdown_cd3_test.jsonl").read_text().splitlines()
+    given = [json.loads(line) for line in lines]
+    some = [{"nums": r["input"].split(","), "target": r["output"]} for r in given]
+    path = written(tmp_path, some, "jsonl")
+    whole = Countdown().load(path, split="all")
+    assert len(whole) == 256 and all(len(p.numbers) == 3 for p in whole)
+    keys = {}
+    for split in FILE_SPLITS:
+        for p in Countdown().load(path, split=split):
+            assert keys.setdefault(tuple(sorted(p.numbers)), split) == split
+    assert {*keys.values()} == {*FILE_SPLITS}
 
 
 def test_without_a_file_it_says_to_give_one():
-    for split in ("train", "test"):
-        with pytest.raises(ValueError, match="apigen draws no problems: give --data") as error:
-            APIGen().load(split=split)
-        assert "\n" not in str(error.value)
+    for kind in (APIGen, Countdown):
+        for split in tasks.SPLITS:
+            said = f"the task {kind.name} draws no problems: give --data a file of them"
+            with pytest.raises(ValueError, match=said) as error:
+                kind().load(split=split)
+            assert "\n" not in str(error.value)
     assert APIGen.hub_id == "Salesforce/xlam-function-calling-60k"
-    assert Countdown.hub_id is None
+    assert Countdown.hub_id == "Jiayi-Pan/Countdown-Tasks-3to4"
+    assert tasks.TinyCountdown.hub_id is None

@@ -10,6 +10,7 @@ import experiments
 import numpy as np
 import pytest
 import torch
+from conftest import countdown_file
 
 import grpo
 import r3
@@ -117,7 +118,8 @@ def textbook(chat, reference, tries, rewards, c, turns) -> torch.Tensor:
             (m(ids)[0].log_softmax(-1)[range(start - 1, start - 1 + len(own)), own])
             for m in (chat.model, reference)
         )
-        ratio = (new - torch.tensor(t.logprobs[turn])).exp()
+        old = torch.tensor(t.logprobs) if turn == "reflection" else new.detach()
+        ratio = (new - old).exp()
         surrogate = torch.minimum(ratio * a, ratio.clamp(1 - c.clip, 1 + c.clip) * a)
         d = ref.detach() - new
         per_token = surrogate - c.beta * (d.exp() - d - 1)
@@ -145,10 +147,9 @@ def test_the_gradient_of_other_turns_is_the_textbooks(chat, failures, train, los
     else:
         tries = grpo.rollout(chat, failures[:4], c.group, (grpo.TRAIN, 0))
     rng = torch.Generator().manual_seed(0)
-    for t in tries:  # so that some ratios are clipped
-        for turn in turns:
-            noise = 0.3 * torch.randn(len(getattr(t, turn)), generator=rng)
-            t.logprobs[turn] = (torch.tensor(t.logprobs[turn]) + noise).tolist()
+    for t in tries:  # so that some ratios of reflections are clipped
+        noise = 0.3 * torch.randn(len(t.reflection), generator=rng)
+        t.logprobs = (torch.tensor(t.logprobs) + noise).tolist()
     rewards = torch.tensor([float(i % 3 == 0 or i > 9) for i in range(len(tries))])
     theirs = textbook(chat, reference, tries, rewards, c, turns)
     optimizer = grpo.MasterAdamW(chat.model, c.lr)
@@ -169,14 +170,24 @@ def test_trained_on_reflections_it_is_r3(chat, failures, tmp_path):
     assert torch.equal(weights(one.model), weights(other.model))
 
 
-def test_a_stopped_loop_goes_on_to_the_same_weights(chat, failures, tmp_path):
-    c, turns, found = settings(beta=0.0), experiments.TURNS["attempt"], []
+def test_a_stopped_loop_goes_on_to_the_same_weights(chat, failures, tmp_path, monkeypatch):
+    """Its checkpoint after the first step is put back, as if the second had never been."""
+    c, turns, found = settings(beta=0.0, save_every=1), experiments.TURNS["attempt"], []
+    save = grpo.save_checkpoint
+
+    def keep(folder, step, *rest):
+        save(folder, step, *rest)
+        if step == 1:
+            shutil.copy(folder / "checkpoint.safetensors", folder / "at step 1")
+
+    monkeypatch.setattr(grpo, "save_checkpoint", keep)
     for _ in range(2):
         trained = replace(chat, model=copy.deepcopy(chat.model))
         experiments.train_turns(trained, None, failures, c, tmp_path, turns)
-        lines = r3.read_lines(tmp_path / "metrics.jsonl", {"step"})
+        lines = r3.read_lines(tmp_path / "metrics.jsonl", "step")
         found.append((weights(trained.model), lines))
-        shutil.rmtree(tmp_path / "checkpoints/step-2")
+        if len(found) == 1:
+            shutil.move(tmp_path / "at step 1", tmp_path / "checkpoint.safetensors")
     assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
     assert [line["step"] for line in lines] == [1, 2] and lines[0]["sampled"] > 0
 
@@ -215,7 +226,8 @@ def test_a_runs_controls_and_its_other_turns(model, folder, monkeypatch, tmp_pat
     monkeypatch.setattr(grpo.Chat, "verify", Lenient.verify)
     monkeypatch.chdir(tmp_path)
     few = "--steps 2 --batch 3 --group 3 --limit 5 --samples 2 --responses 1 --problems 8"
-    given = ["--model", str(folder)] if model == "letters" else []
+    data = countdown_file(tmp_path / "countdown.jsonl")
+    given = ["--model", str(folder), "--data", data] if model == "letters" else []
     r3.main(["train", *few.split(), "--max-new-tokens", "12", "--name", "run", *given])
     run = tmp_path / "runs/run"
     tables = experiments.controls(run)
@@ -224,7 +236,7 @@ def test_a_runs_controls_and_its_other_turns(model, folder, monkeypatch, tmp_pat
     assert crossed["trained"]["trained"] == retries["its own reflection"]["trained"]
     assert len(retries) == 7 and len(tables) == (4 if model == "tiny" else 3)
     experiments.main(["turns", "--run", str(run), "--train", "attempt", "--steps", "1"])
-    assert "trained: attempt" in capsys.readouterr().out
+    assert "Trained: attempt" in capsys.readouterr().out
     gained, tokens = experiments.gains([run / "attempt-group3-steps1"])
     assert tokens > 0 and gained["1st try"].shape == (1,)
     monkeypatch.setattr(grpo, "generate", None)

@@ -155,14 +155,22 @@ def test_apigen_rewards_the_labelled_calls_alone(amount):
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_data_files_are_read_or_refused_by_line(amount, tmp_path):
+def test_data_files_are_read_or_refused_by_record(amount, tmp_path):
     good = json.dumps(asdict(DrawnAPIGen().load(split="dev", limit=1)[0]))
     count = json.dumps({"nums": [6, 10, 2], "target": 32})
     words = pieces(
         good, count, "\n", *'[]{},:"', '"id"', "null", "1e999", "[" * 2_000, '{"nums": 7}',
-        '{"query": "", "answers": "[]", "tools": "[]"}', '{"input": "1,2,3", "output": "6"}',
+        '{"query": "", "answers": "[]", "tools": "[]"}', '{"numbers": [1], "target": 1}',
         '{"answers": "{}", "query": 1, "tools": []}', "\ufeff", "\\ud800",
+        '{"query": "\\ud800", "answers": "[]", "tools": "[]"}',
     )  # fmt: skip
+
+    def one_value(path) -> bool:
+        """Whether a file is a single JSON list, or not even text."""
+        try:
+            return path.read_text(encoding="utf-8").strip().startswith("[")
+        except UnicodeDecodeError:
+            return True
 
     def check(text, cut):
         for kind in (Countdown, APIGen):
@@ -171,13 +179,12 @@ def test_data_files_are_read_or_refused_by_line(amount, tmp_path):
             try:
                 problems = kind().load(str(path), "all")
             except ValueError as error:
-                place = "(line|record) [0-9]+: "
-                if text.lstrip().startswith("["):
-                    place += "|data.jsonl?: no JSON: "
-                assert re.search(f"{place}|leaves no problems", str(error)), error
+                place = "(, record [0-9]+)?" if one_value(path) else ", record [0-9]+"
+                said = rf"{path}({place}: \S| leaves no problems)"
+                assert re.match(said, str(error)) and "\n" not in str(error), error
                 continue
-            for problem in problems:
-                kind().messages(problem)
+            for problem in problems:  # what the model reads is Unicode
+                json.dumps(kind().messages(problem), ensure_ascii=False).encode()
                 assert not kind().verify(problem, "").right or problem.answers == "[]"
 
     fuzz(amount, check, words, st.integers(0, 100))

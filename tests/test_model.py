@@ -1,6 +1,7 @@
 """Invariants 1, 2 and 7: logits are transformers', a token's probability is one number."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -65,7 +66,8 @@ def test_logits_equal_transformers(tmp_path, shape):
             mask[row, slice(pads) if side == "left" else slice(20 - pads, 20)] = False
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         padded = theirs(ids, attention_mask=mask.long(), position_ids=positions).logits
-        close(ours(ids, mask)[mask], padded[mask])
+        ours_padded = ours.head(ours.hidden(ids, *models.causal(mask, 20)))
+        close(ours_padded[mask], padded[mask])
     close(in_pieces(ours, ids, range(7, 21)), want)  # a block, then token by token
     close(in_pieces(ours, ids, (7, 11, 12, 20)), want)
 
@@ -226,10 +228,18 @@ def test_the_table_of_rows_that_go_on():
     assert models.unfinished(torch.ones(2, 3, dtype=torch.bool)).numel() == 0
 
 
-def test_padding_stands_on_the_left():
-    ids, mask = models.padded([[5, 6], [7, 8, 9]], torch.device("cpu"))
-    assert ids.tolist() == [[0, 5, 6], [7, 8, 9]]
-    assert mask.tolist() == [[False, True, True], [True, True, True]]
+def test_padding_stands_on_the_left(tiny):
+    """Of two prompts in one batch; and what a token sees of the padding."""
+    model, read = tiny[0], []
+    hidden = model.hidden
+    model.hidden = lambda ids, positions, *a, **k: (
+        read.append((ids.tolist(), positions.tolist())) or hidden(ids, positions, *a, **k)
+    )
+    drawn = generate(model, [[5, 6], [7, 8, 9]], max_new_tokens=2)
+    assert read[0] == ([[0, 5, 6], [7, 8, 9]], [[0, 0, 1], [0, 1, 2]])
+    assert read[1] == ([turn[:1] for [turn] in drawn.tokens], [[2], [3]])
+    mask = torch.tensor([[False, True, True], [True, True, True]])
+    assert drawn.cache.attention_mask[:, :3].tolist() == mask.tolist()
     positions, seen = models.causal(mask, 2)
     assert positions.tolist() == [[0, 1], [1, 2]]
     assert seen.int().tolist() == [[[0, 1, 0], [0, 1, 1]], [[1, 1, 0], [1, 1, 1]]]
@@ -283,52 +293,122 @@ def test_a_cut_turn_gets_its_end_and_an_ended_one_keeps_it(tiny):
     assert tokenizer.next_turn(words("1 2 <|end|>"), bridge) == words("1 2") + bridge
 
 
-def test_bad_folders_are_refused_by_name(tmp_path, tiny):
-    model, tokenizer = tiny
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        Model.from_pretrained(tmp_path)
+def refused(load, path, *words, error=ValueError):
+    """Loading raises this error, in one line that has the folder or file and these words."""
+    with pytest.raises(error) as raised:
+        load(path)
+    said = str(raised.value)
+    assert str(path) in said and "\n" not in said and len(said) < 700, said
+    assert all(word in said for word in words), said
+
+
+def test_bad_weights_are_refused_by_name(tmp_path, tiny):
+    model, _ = tiny
+    refused(Model.from_pretrained, tmp_path, "config.json", error=FileNotFoundError)
     model.save_pretrained(tmp_path)
     tensors = {name: p.detach().clone() for name, p in dict(model.named_parameters()).items()}
+    (tmp_path / "model.safetensors").unlink()
+    words = ("model.safetensors", "does not exist")
+    refused(Model.from_pretrained, tmp_path, *words, error=FileNotFoundError)
 
     def with_tensors(changed):
         path = tmp_path / "model.safetensors"
         path.write_bytes(models.safetensors.torch.save(changed))
-        return Model.from_pretrained(tmp_path)
+        return tmp_path
 
-    norm = "model.norm.weight"
-    with pytest.raises(ValueError, match=f"{norm} is missing"):
-        with_tensors({k: v for k, v in tensors.items() if k != norm})
-    with pytest.raises(ValueError, match="stranger"):
-        with_tensors({**tensors, "stranger": torch.zeros(1)})
-    with pytest.raises(ValueError, match=f"{norm} has the shape"):
-        with_tensors({**tensors, norm: torch.zeros(3)})
+    norm, embedding = "model.norm.weight", "model.embed_tokens.weight"
+    for name in (norm, embedding):
+        without = with_tensors({k: v for k, v in tensors.items() if k != name})
+        refused(Model.from_pretrained, without, name)
+    strange = with_tensors({**tensors, "stranger": torch.zeros(1)})
+    refused(Model.from_pretrained, strange, "Unexpected", '"stranger"')
+    misshapen = with_tensors({**tensors, norm: torch.zeros(3)})
+    refused(Model.from_pretrained, misshapen, f"size mismatch for {norm}", "[3]", "[96]")
+    Model.from_pretrained(with_tensors(tensors))
     (tmp_path / "model.safetensors").write_bytes(b"\x05" * 100)
-    with pytest.raises(ValueError, match="damaged"):
-        Model.from_pretrained(tmp_path)
-    for change in (
-        {"model_type": "gpt2"},
-        {"hidden_act": "gelu"},
-        {"partial_rotary_factor": 0.75},
-        {"quantization_config": {}},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
-        {"rope_parameters": {"partial_rotary_factor": 0.5}},
-    ):
+    refused(Model.from_pretrained, tmp_path, "model.safetensors is damaged")
+
+
+def test_what_is_not_computed_here_is_refused_by_name(tmp_path, tiny):
+    model, _ = tiny
+    model.save_pretrained(tmp_path)
+    for change, words in (
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, qwen2, qw"),
+        ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
+        ({"model_type": None}, "model_type 'none' is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
+        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor 0.75 is not supported"),
+        ({"quantization_config": {}}, "quantization_config {} is not supported; supported: none"),
+        ({"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not supported; supported:"
+         " default, llama3"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not"),
+    ):  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps({**model.config_dict, **change}))
-        with pytest.raises(ValueError, match="not supported"):
+        with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
             Model.from_pretrained(tmp_path)
-    for content, message in (("[1]", "no JSON object"), ('{"model_type": "llama"}', "incomplete")):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ValueError, match=message):
-            Model.from_pretrained(tmp_path)
+    for same in ({"use_sliding_window": False}, {"rope_scaling": None}, {"hidden_act": None}):
+        (tmp_path / "config.json").write_text(json.dumps({**model.config_dict, **same}))
+        Model.from_pretrained(tmp_path)
+
+
+NEEDED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_incomplete_config_is_refused_by_name(tmp_path, tiny, device):
+    model, _ = tiny
+    model.save_pretrained(tmp_path)
+
+    def load(path):
+        return Model.from_pretrained(path, device=device)
+
+    for missing in NEEDED:
+        config = {name: x for name, x in model.config_dict.items() if name != missing}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        refused(load, tmp_path, "config.json is incomplete", missing)
+    llama3 = {**model.config_dict, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    for change, words in (
+        ("[1]", "config.json holds no JSON object"),
+        ("{", "config.json is not JSON"),
+        ('{"model_type": "llama"}', "config.json is incomplete"),
+        (json.dumps({**model.config_dict, "hidden_size": "96"}), "config.json is incomplete"),
+        (json.dumps(llama3), "config.json is incomplete"),
+    ):
+        (tmp_path / "config.json").write_text(change)
+        refused(load, tmp_path, words)
+
+
+def test_a_bad_tokenizer_is_refused_by_name(tmp_path, tiny):
+    model, tokenizer = tiny
+    load = Tokenizer.from_pretrained
+    refused(load, tmp_path, "tokenizer_config.json", error=FileNotFoundError)
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="damaged"):
-        Tokenizer.from_pretrained(tmp_path)
-    for wrong in (["a"], [{"name": "default"}], 5, {"default": "a"}, "{% if %}"):
-        with pytest.raises(ValueError, match="no jinja2 template"):
-            Tokenizer(tokenizer.tokenizer, {**tokenizer.settings, "chat_template": wrong}, {})
-    with pytest.raises(ValueError, match="cannot read"):
-        tokenizer.encode("abracadabra")
+    for name, words in (
+        ("tokenizer.json", "tokenizer.json is absent or damaged"),
+        ("tokenizer_config.json", "tokenizer_config.json holds no JSON object"),
+        ("generation_config.json", "generation_config.json holds no JSON object"),
+    ):
+        whole = (tmp_path / name).read_text()
+        (tmp_path / name).write_text("[]")
+        refused(load, tmp_path, words)
+        (tmp_path / name).write_text(whole)
+    (tmp_path / "tokenizer.json").unlink()
+    refused(load, tmp_path, "tokenizer.json is absent or damaged")
+
+    def with_template(template):
+        return Tokenizer(tokenizer.tokenizer, {**tokenizer.settings, "chat_template": template}, {})
+
+    several = [{"name": "default", "template": "a"}]
+    for wrong in (None, ["a"], several, 5, {"default": "a"}):
+        with pytest.raises(ValueError, match="no chat template: R3 needs an instruct model"):
+            with_template(wrong)
+    with pytest.raises(ValueError, match="the chat template is no jinja2 template"):
+        with_template("{% if %}")
     with pytest.raises(ValueError, match="no chat template"):
         Tokenizer(tokenizer.tokenizer, {}, {})
 

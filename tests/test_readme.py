@@ -10,6 +10,7 @@ from pathlib import Path
 import bench
 import experiments
 import pytest
+from conftest import countdown_file
 from drawn_apigen import DrawnAPIGen
 
 import grpo
@@ -79,12 +80,11 @@ def test_every_command_is_one_that_is_there(monkeypatch):
 @pytest.fixture
 def problems(tmp_path):
     """A file of problems for each task, where README names a dataset of the hub."""
-    calls = [vars(p) for p in DrawnAPIGen().load(limit=20)]
-    numbers = [
-        {"nums": list(p.numbers), "target": p.target} for p in tasks.Countdown().load(limit=20)
+    calls = [
+        vars(p) for split in ("train", "dev") for p in DrawnAPIGen().load(split=split, limit=9)
     ]
-    for name, records in (("apigen", calls), ("countdown", numbers)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    (tmp_path / "apigen.jsonl").write_text("".join(json.dumps(call) + "\n" for call in calls))
+    countdown_file(tmp_path / "countdown.jsonl")
     return tmp_path
 
 
@@ -123,7 +123,7 @@ def test_the_commands_for_a_laptop_run(seconds, capsys):
 def test_the_commands_for_a_checkpoint_run(seconds, problems, folder, words, capsys):
     """As README has them, but for model, data and sizes."""
     task = words[words.index("--task") + 1] if "--task" in words else "countdown"
-    words = [*words, "--model", str(folder), "--data", str(problems / f"{task}.json")]
+    words = [*words, "--model", str(folder), "--data", str(problems / f"{task}.jsonl")]
     few = FEW if words[0] == "train" else FEW[FEW.index("--limit") : FEW.index("--responses")]
     few = [*few, "--max-new-tokens", "12", "--device", "cpu", "--dtype", "float32"]
     r3.main([*words, *few, "--name", "real"])
@@ -156,6 +156,7 @@ def two_steps(where: Path, title: str | None, model: Path, monkeypatch) -> bytes
     flags = "--no-scale" if title and "--no-scale" in title else ""
     few = f"train --model {model} --steps 2 --batch 6 --group 4 --limit 2 --problems 12 --name r"
     few += f" --responses 3 --max-new-tokens 12 --lr 1e-3 --samples 1 {flags}"
+    few += f" --data {countdown_file(where / 'countdown.jsonl')}"
     with monkeypatch.context() as patch:
         for name in ("r3", "grpo", "model", "tasks"):
             patch.delitem(sys.modules, name)  # imported anew, from there

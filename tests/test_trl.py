@@ -87,7 +87,7 @@ def reference_logprobs(model, rows: dict, width: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", [10, 11, 13, 16])  # in all but the first, padding's id is text
-@pytest.mark.parametrize("loss", grpo.LOSSES)
+@pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo"])
 def test_a_step_equals_trl(tiny, task, tmp_path, monkeypatch, loss, seed):
     for part in tiny:
         part.save_pretrained(tmp_path)
@@ -118,6 +118,7 @@ def test_a_step_equals_trl(tiny, task, tmp_path, monkeypatch, loss, seed):
     chat = Chat(model, tiny[1], task, max_new_tokens=LONGEST, temperature=TEMPERATURE)
     P, G = REWARDS.shape
     c = Config(steps=1, batch=P, group=G, loss=loss, scale=scale, beta=BETA, clip=CLIP)
+    (tmp_path / "run").mkdir()
     _, (_, ours) = grpo.train(chat, reference, tries[::G], c, tmp_path / "run")
 
     lines = (tmp_path / "run/samples.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Kills, signals, full disks and damaged files: what a run survives, and how else it ends.
+"""Kills, Ctrl-C, full disks and damaged files: what a run survives, and how else it ends.
 
 The long forms are behind `pytest -m slow`.
 """
@@ -34,7 +34,7 @@ def verify(chat, problem, turn):
     return Verdict(right, "right" if right else "wrong_value")
 
 grpo.Chat.verify = verify
-r3.draw_curves = lambda folders, path: path.write_text("")  # a second each
+r3.plot_command = lambda folders: (folders[0] / "curves.png").write_text("")  # a second each
 """
 # Imports once, also what torch imports late, and forks for each run, of which it is given the
 # folder and the flags. It says the run's process id, and then how it ended.
@@ -151,8 +151,8 @@ def same(run: Path, whole: Path) -> None:
     """Not a bit of what a run leaves differs."""
     for name in (*SAME, "model/model.safetensors"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
-    read = [sorted(path.read_text().splitlines()) for path in (run / "measured").iterdir()]
-    assert all(json.loads(line) for lines in read for line in lines)
+    for name in ("vanilla.jsonl", "trained.jsonl"):
+        assert (run / name).read_text() == (whole / name).read_text(), name
 
 
 def go_on(runs, folder: Path, whole: Path) -> None:
@@ -174,9 +174,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, runs, whole):
 
 
 MOMENTS = [
-    "measured/tries.jsonl", "failures.jsonl", "measured/vanilla.jsonl", "samples.jsonl",
-    "checkpoints/step-1.tmp/exp_avg.safetensors", "checkpoints/step-2.tmp", "checkpoints/step-3",
-    "model/config.json", "measured/trained-greedy.jsonl", "measured/trained.jsonl",
+    "failures.jsonl", "vanilla.jsonl", "metrics.jsonl", "samples.jsonl",
+    "checkpoint.safetensors.tmp", "checkpoint.safetensors", "model/config.json", "trained.jsonl",
 ]  # fmt: skip
 
 
@@ -195,34 +194,28 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, runs, whole, m
         go_on(runs, folder, whole[0])
 
 
-SIGNALLED = [
-    (signal.SIGINT, "samples.jsonl"),
-    pytest.param(signal.SIGTERM, "samples.jsonl", marks=pytest.mark.slow),
-    pytest.param(signal.SIGINT, "measured/tries.jsonl", marks=pytest.mark.slow),
-    pytest.param(signal.SIGTERM, "measured/vanilla.jsonl", marks=pytest.mark.slow),
-    pytest.param(signal.SIGINT, "measured/trained-greedy.jsonl", marks=pytest.mark.slow),
+INTERRUPTED = [
+    "samples.jsonl",
+    pytest.param("failures.jsonl", marks=pytest.mark.slow),
+    pytest.param("vanilla.jsonl", marks=pytest.mark.slow),
+    pytest.param("model/model.safetensors", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("number, moment", SIGNALLED)
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, runs, whole, number, moment):
+@pytest.mark.parametrize("moment", INTERRUPTED)
+def test_ctrl_c_says_how_to_go_on(tmp_path, runs, whole, moment):
     runs.start(tmp_path, FLAGS)
     runs.until(f"runs/x/{moment}")
-    runs.send(number)
+    runs.send(signal.SIGINT)
     assert runs.end() == 1
-    said = one_line(runs.said())
-    saved, command = said.split("; go on with: r3.py ")
-    assert saved == "r3.py: stopped, and saved" and shlex.split(command) == RESUME
-    run = tmp_path / "runs" / "x"
-    if moment == "samples.jsonl":  # the step under way is done and saved, and none after it
-        steps, rest = divmod(len((run / moment).read_text().splitlines()), 3 * 3)
-        assert steps < 3 and rest == 0 and (run / f"checkpoints/step-{steps}").exists()
-    assert not (run / "report.json").exists()
+    ended, command = one_line(runs.said()).split("; go on with: r3.py ")
+    assert ended == "r3.py: interrupted" and shlex.split(command) == RESUME
+    assert not (tmp_path / "runs" / "x" / "report.json").exists()
     runs.finish(tmp_path, shlex.split(command))
     same(tmp_path / "runs" / "x", whole[0])
 
 
-def test_a_signal_ends_the_cold_start_within_a_step(tmp_path, runs):
+def test_ctrl_c_ends_the_cold_start_within_a_step(tmp_path, runs):
     runs.start(tmp_path, FLAGS, cold=2_800)
     runs.until("err", "nll")  # a step is done
     runs.send(signal.SIGINT)
@@ -251,8 +244,8 @@ def test_a_full_disk_ends_in_one_line(tmp_path, runs, whole, size):
     )  # fmt: skip
     assert ran.returncode == 1 and "File too large" in one_line(ran.stderr)
     run = tmp_path / "runs" / "x"
-    reached = {100: ".", 20_000: "measured/tries.jsonl", 1_000_000: "samples.jsonl"}[size]
-    assert (run / reached).exists() and not list(run.glob("checkpoints/step-*/state.json"))
+    reached = {100: ".", 20_000: "failures.jsonl", 1_000_000: "samples.jsonl"}[size]
+    assert (run / reached).exists() and not (run / "checkpoint.safetensors").exists()
     if size == 100:
         assert not list(run.iterdir())  # the run has not begun: it can be begun again
     else:
@@ -281,18 +274,12 @@ def unfinished(tmp_path, whole):
     return run
 
 
-STEP = "checkpoints/step-3"
 DAMAGE = [
-    (lambda run: cut(run / STEP / "weights.safetensors"), "step-3 is damaged"),
-    (lambda run: cut(run / STEP / "exp_avg_sq.safetensors"), "step-3 is damaged"),
-    (lambda run: (run / STEP / "exp_avg.safetensors").unlink(), "step-3 is damaged"),
-    (lambda run: cut(run / STEP / "state.json"), "step-3 is damaged"),
-    (lambda run: (run / STEP / "state.json").write_text("{}"), "delete it to go on from"),
+    (lambda run: cut(run / "checkpoint.safetensors"), "checkpoint.safetensors is damaged"),
+    (lambda run: cut(run / "checkpoint.safetensors", 0), "checkpoint.safetensors is damaged"),
     (lambda run: cut(run / "config.json"), "config.json is not JSON"),
-    (lambda run: cut(run / "metrics.jsonl"), "metrics.jsonl is shorter"),
-    (lambda run: cut(run / "samples.jsonl", 0.9), "samples.jsonl is shorter"),
-    (lambda run: spoil(run / "measured/tries.jsonl"), "tries.jsonl, line 1 does not fit"),
-    (lambda run: spoil(run / "measured/vanilla.jsonl"), "vanilla.jsonl, line 1 does not fit"),
+    (lambda run: spoil(run / "failures.jsonl"), "failures.jsonl, line 1 does not fit"),
+    (lambda run: spoil(run / "vanilla.jsonl"), "vanilla.jsonl, line 1 does not fit"),
     (lambda run: [cut(f, 0) for f in run.parent.glob("base*/*.safetensors")], "is damaged"),
     (lambda run: [cut(f) for f in run.parent.glob("base*/*.safetensors")], "is damaged"),
 ]
@@ -305,14 +292,13 @@ def test_a_damaged_file_ends_in_one_line(tmp_path, runs, unfinished, change, mes
 
 
 def test_damage_is_mended_where_it_can_be(tmp_path, runs, unfinished, whole):
-    """Lines without an end, a checkpoint or a base half written; the last checkpoint deleted."""
-    for file in (unfinished / "measured").iterdir():
-        cut(file, 0.9)
+    """Lines without an end; a checkpoint or a base half written; no checkpoint at all."""
+    for name in ("failures.jsonl", "vanilla.jsonl", "trained.jsonl"):
+        cut(unfinished / name, 0.9)
     for name in ("metrics.jsonl", "samples.jsonl"):
         with (unfinished / name).open("a") as file:
             file.write('{"step": 4, "')
-    shutil.copytree(unfinished / STEP, unfinished / "checkpoints/step-4.tmp")
-    shutil.rmtree(unfinished / STEP)
+    (unfinished / "checkpoint.safetensors").rename(unfinished / "checkpoint.safetensors.tmp")
     for base in unfinished.parent.glob("base*"):
         (base / "model.safetensors").rename(base / "model.safetensors.tmp")
     runs.finish(tmp_path, RESUME)
@@ -328,20 +314,17 @@ def test_a_file_where_the_folder_should_be(tmp_path, runs):
     "flags, message",
     [
         ("--failures nowhere.jsonl", "nowhere.jsonl"),
-        ("--failures torn.jsonl", "torn.jsonl, line 1 does not fit this run"),
-        ("--max-new-tokens 300", "lower --max-new-tokens"),
         ("--temperature 0", "nothing to compare"),
         ("--data torn.jsonl", "the tiny model plays its own Countdown"),
         ("--task apigen", "the tiny model plays its own Countdown"),
         ("--device banana", "no such device"),
-        ("--split nowhere", "there is no split 'nowhere'"),
         ("--group 1", "--group 1: give a number from 2 on"),
     ],
 )
 def test_flags_are_refused_before_any_weight(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(r3, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(r3, "load_weights", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(r3, "base_model", lambda *_: pytest.fail("a model was made"))
     (tmp_path / "torn.jsonl").write_text('{"problem": {"id": 1, "num')
     with pytest.raises(SystemExit, match=message) as stop:
         r3.main(["train", *flags.split()])

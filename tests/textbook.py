@@ -100,7 +100,7 @@ def conversation(number: int, row: Row, right: bool, cut: bool = False) -> grpo.
     """A failure with its reflection, and a retry that is right or wrong."""
     problem, wrong = Numbers(number, (1, 2, 3), 7), Verdict(False, "wrong_value")
     c = grpo.Conversation(problem, 0, row.context, [], wrong, context=row.context, cut=cut)
-    c.reflection, c.logprobs["reflection"] = row.reflection, row.old
+    c.reflection, c.logprobs = row.reflection, row.old
     c.retry, c.second = [5, 0], Verdict(right, "right" if right else "wrong_value")
     return c
 
