@@ -16,7 +16,7 @@ reports, the optimizer, and the checkpoint. A conversation is token ids from end
 trained is what was sampled, never text that was decoded and tokenized again.
 
 This file knows a task only by `messages`, `verify`, `reflect` and `again`; a problem by its `id`;
-and a verdict by `right`.
+and a verdict by `right` (both are dataclasses).
 
 Shapes: P failures with G reflections each; T tokens of a conversation; V the vocabulary.
 """
@@ -46,8 +46,7 @@ def train(
 
     reference: the model that training started with, for the KL term; None where c.beta is 0. What
     was sampled is added to folder/samples.jsonl, and training goes on from folder's checkpoint.
-    Raises ValueError for a gradient that is not finite.
-    """
+    Raises ValueError for a gradient that is not finite."""
     policy, G = chat.model, c.group
     policy.checkpointing = c.checkpointing
     optimizer = MasterAdamW(policy, c.lr, c.offload)
@@ -59,7 +58,7 @@ def train(
         drawn = draw_failures(failures, step, c.batch, chat.seed)
         tries = rollout(chat, drawn, G, key=(TRAIN, step))  # P * G conversations
 
-        # 3. The reward of a reflection is 1 if its retry is right (and it was not cut short).
+        # 3. The reward of a reflection is 1 if its retry is right, and it was not cut itself.
         rewards = torch.tensor([float(t.second.right and not t.cut) for t in tries]).view(-1, G)
 
         # 4. How much better was each reflection than the others on the same failure?
@@ -67,8 +66,8 @@ def train(
 
         # 5. The gradient of the step's loss, one failure with its G reflections at a time.
         tokens = sum(len(t.reflection) for t in tries)
-        longest = len(tries) * chat.max_new_tokens
-        normalizer = {"dapo": tokens, "grpo": len(tries), "dr_grpo": longest}[c.loss]
+        most = len(tries) * chat.max_new_tokens  # tokens, if all were the longest
+        normalizer = {"dapo": tokens, "grpo": len(tries), "dr_grpo": most}[c.loss]
         parts = []
         for p, A in enumerate(advantages):  # (G,)
             if not A.any() and not c.beta:
@@ -93,7 +92,7 @@ def train(
             worth = {"step": step + 1, "reward": r.item(), "advantage": A.item()}
             append_jsonl(folder / "samples.jsonl", {**worth, **to_json(t, chat.tokenizer)})
         yield step + 1, {**describe(tries, rewards, parts), "grad_norm": norm, "lr": lr}
-        if step + 1 == c.steps or (step + 1) % c.save_every == 0:
+        if step + 1 == c.steps or (step + 1) % c.save_every == 0:  # it is logged by now
             save_checkpoint(folder, step + 1, optimizer, state)
 
 
@@ -108,7 +107,7 @@ class Config:
     """The settings of `train`, with the paper's values where it states them."""
 
     steps: int = setting(1_750, "optimizer steps", least=1)
-    batch: int = setting(256, "failures a step", least=1)
+    batch: int = setting(256, "failures in a step", least=1)
     group: int = setting(8, "G, reflections on each failure", least=2)
     lr: float = setting(5e-7, "learning rate at its highest", least=0)
     warmup: float = setting(0.03, "share of the steps in which the learning rate rises", least=0)
@@ -135,7 +134,7 @@ def group_advantages(rewards: Tensor, epsilon: float = 1e-4, scale: bool = True)
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
 
     A group of equal rewards has nothing to compare: its advantages are exactly zero. With
-    scale=False the deviation is not divided by (Dr. GRPO): 0.75 and -0.25 in the example.
+    scale=False they are not divided by the deviation (Dr. GRPO): 0.75 and -0.25 in the example.
     """
     A = rewards - rewards.mean(dim=1, keepdim=True)
     if scale:
@@ -169,7 +168,7 @@ def grpo_loss(
     default it is taken from `mask` (its width being the longest length).
     """
     A = advantages[:, None]  # (N, 1)
-    # Untrained positions are set to 0 first: their exponential might overflow; 0 * inf is nan.
+    # Untrained positions are 0 first: else exp may overflow there, and 0 * inf is nan.
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # (N, T)
     per_token = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
     if beta:
@@ -223,15 +222,15 @@ def token_logprobs(model: Model, ids: Tensor, mask: Tensor, temperature: float =
     column = torch.arange(ids.shape[1])
     C = int(mask.any(dim=0).int().argmax())  # the context: all before the first trained token
     if C == 0 or (ids[:, :C] != ids[0, :C]).any():
-        raise ValueError("packed rows must share what stands before their first trained token")
+        raise ValueError("rows need a trained token, and the same context before the first one")
     last = (mask * column).amax(dim=1, keepdim=True)  # (G, 1)
     row, place = ((column >= C) & (column <= last)).nonzero(as_tuple=True)  # of each own token
     packed = torch.cat([ids[0, :C], ids[row, place]])  # (L,)
     positions = torch.cat([column[:C], place])
     owner = torch.cat([torch.full((C,), -1), row])
-    sees = ((owner == -1) | (owner[:, None] == owner)).tril()  # (L, L)
+    sees = ((owner == -1) | (owner[:, None] == owner)).tril()[C:]  # (L - C, L)
 
-    # A token is predicted by the one before it: the first of each row, by the context's last.
+    # Own token j is at C + j, and predicted at C + j - 1; the first of each row, at C - 1.
     before = torch.where(place == C, C - 1, C - 1 + torch.arange(len(row)))[mask[row, place]]
     device = model.device
     inputs = [x[None].to(device) for x in (packed, positions, sees)]
@@ -240,7 +239,7 @@ def token_logprobs(model: Model, ids: Tensor, mask: Tensor, temperature: float =
     return values.new_zeros(ids.shape).masked_scatter(mask.to(device), values)
 
 
-LOGITS = 2**25  # computed at once, at most
+LOGITS = 2**25  # at most so many exist at once
 
 
 def score(model: Model, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -290,8 +289,8 @@ class Chat:
 
 @dataclass
 class Conversation:
-    """What was said about a problem, as token ids, and the verifier's two verdicts. The assistant's
-    turns end with their end-of-turn token, unless they were cut."""
+    """What was said about a problem, as token ids, and the verifier's two verdicts. Turns end with
+    their end-of-turn token, unless they were cut."""
 
     problem: object
     sample: int  # which attempt at the problem this is
@@ -315,14 +314,14 @@ EVALUATE, COLLECT, TRAIN, AGAIN = range(4)  # purposes
 ATTEMPT, REFLECT, RETRY = range(3)  # turns
 
 
-def attempt(chat: Chat, problems: list, samples: int, key: tuple, first: int = 0) -> Tries:
-    """First tries: `samples` at each problem, problem by problem, numbered from `first`."""
+def attempt(chat: Chat, problems: list, samples: int, key: tuple, start: int = 0) -> Tries:
+    """First tries: `samples` at each problem, problem by problem, numbered from `start`."""
     prompts = [chat.question(problem) for problem in problems]
-    keys = [(*key, ATTEMPT, p.id, first + s) for p in problems for s in range(samples)]
+    keys = [(*key, ATTEMPT, p.id, start + s) for p in problems for s in range(samples)]
     drawn = chat.sample(prompts, samples, keys)
     tries = []
     for problem, prompt, turns in zip(problems, prompts, drawn.tokens, strict=True):
-        for s, turn in enumerate(turns, first):
+        for s, turn in enumerate(turns, start):
             tries.append(Conversation(problem, s, prompt, turn, chat.verify(problem, turn)))
     return tries
 
@@ -342,12 +341,12 @@ def reflect(chat: Chat, failures: Tries, samples: int, key: tuple) -> tuple[Trie
 
 
 def retry(chat: Chat, reflected: Tries, key: tuple, cache: KVCache | None = None) -> Tries:
-    """A second try after each reflection. With the cache from `reflect`, only what comes after is
-    read. Without one (the reflections may be another model's), all is read from the beginning."""
+    """A second try after each reflection. With the cache from `reflect`, which it leaves as it is,
+    only what comes after is read. Without (the reflections may be another model's), all is read."""
     prompts, bridge = [], chat.tokenizer.bridge(chat.task.again)
     for c in reflected:
         ids = c.context + chat.tokenizer.next_turn(c.reflection, bridge)
-        # The last token that was drawn has not been read: the new prompt begins with it.
+        # The last token that was drawn is not in the cache: the prompt begins in its place.
         prompts.append(ids[len(c.context) + len(c.reflection) - 1 :] if cache else ids)
     keys = [(*key, RETRY, c.problem.id, c.sample, c.number) for c in reflected]
     drawn = chat.sample(prompts, 1, keys, cache)
@@ -357,12 +356,12 @@ def retry(chat: Chat, reflected: Tries, key: tuple, cache: KVCache | None = None
     return tries
 
 
-def first_tries(chat: Chat, problems: list, samples: int, key: tuple, first: int = 0) -> Tries:
+def first_tries(chat: Chat, problems: list, samples: int, key: tuple, start: int = 0) -> Tries:
     """`attempt` at any number of problems, in batches that fit the memory. Sorted by their ids."""
     tries, todo = [], batches(chat, problems, samples, turns=1)
     while todo:
         try:
-            tries += attempt(chat, todo[0], samples, key, first)
+            tries += attempt(chat, todo[0], samples, key, start)
             todo = todo[1:]
         except torch.OutOfMemoryError:
             todo = smaller(chat, todo, samples, turns=1)
@@ -407,7 +406,7 @@ def smaller(chat: Chat, todo: list[list], samples: int, turns: int) -> list[list
     """What is left to do, in batches of half the size: the first one did not fit the memory. If
     that is a single item, its error goes on."""
     if len(todo[0]) == 1:
-        raise
+        raise  # the error that the caller is handling
     chat.cache_tokens = len(todo[0]) * cached(chat, todo[0][0], samples, turns) // 2
     return batches(chat, sum(todo, []), samples, turns)
 
@@ -439,7 +438,7 @@ def token_sums(loss, new, old, ref, A, mask, clip) -> dict[str, float]:
 
 def describe(tries: Tries, rewards: Tensor, parts: list[dict]) -> dict[str, float]:
     """The metrics of a step. nll (on average, the entropy), clipped and kl are means over trained
-    tokens; mismatch is the largest difference of a token's log-probability from when it was drawn;
+    tokens; mismatch is the largest change of a token's log-probability since it was drawn;
     sampled counts the tokens of reflections and retries."""
     tokens = max(1, sum(part["tokens"] for part in parts))
     lengths = [len(t.reflection) for t in tries]
@@ -509,7 +508,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     def update(self, lr: float, max_grad_norm: float) -> float:
         """One step with the gradient, cut to max_grad_norm. Returns its norm before that. Raises
-        ValueError, and changes nothing, where it is not finite. Nothing to learn is no step."""
+        ValueError, and changes nothing, where it is not finite. Without any gradient: no step."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
         if not math.isfinite(norm):
             raise ValueError("the gradient is not finite: take a lower --lr")
@@ -525,7 +524,7 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 # -- The checkpoint --------------------------------------------------------------------------------
-LOGS = ("metrics.jsonl", "samples.jsonl")  # cut back to the checkpoint when a run is resumed
+LOGS = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")  # cut back when a run is resumed
 
 
 def save_checkpoint(folder: Path, step: int, optimizer: MasterAdamW, state: dict) -> None:

@@ -204,8 +204,12 @@ class Attention(nn.Module):
         else:
             # Key heads are repeated: with a mask, a GPU's fast kernels know no groups of heads.
             k, v = (part.repeat_interleave(self.shares, dim=1) for part in (k, v))
-            mask = None if mask is None else mask[:, None]
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            C = x.shape[1] - (0 if mask is None else mask.shape[1])  # plainly causal up to here
+            first = (part[:, :, :C] for part in (q, k, v))
+            x = F.scaled_dot_product_attention(*first, is_causal=True)
+            if mask is not None:
+                rest = F.scaled_dot_product_attention(q[:, :, C:], k, v, attn_mask=mask[:, None])
+                x = torch.cat([x, rest], dim=2)
         return self.o_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -286,9 +290,9 @@ class Model(nn.Module):
         """(B, T) token ids -> (B, T, E), the last layer's normalised output.
 
         The only way into the decoder: the caller says where each token stands, `positions` (B, T),
-        and what it sees, `mask` (B, T, columns) bool. Without them a token sees all up to itself.
-        With a cache, ids are the newest T tokens in it. To `keep`, each layer adds its keys and
-        values, (2, B, K, T, D)."""
+        and what the last ones see, `mask` (B, up to T, columns) bool. The others see all up to
+        themselves. With a cache, ids are the newest T tokens in it. To `keep`, each layer adds its
+        keys and values, (2, B, K, T, D)."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         rope, x = self.rope(positions), self.model.embed_tokens(ids)  # (B, T, E)
@@ -450,10 +454,8 @@ def read(model: Model, prompts: list, samples: int, room: int, cache) -> tuple[T
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token per row by the inverse CDF: the first at which the summed probability passes u.
-
     logits: (R, V); uniform: (R,) in [0, 1). Returns tokens and their log-probabilities, (R,) each.
-    With p = (0.2, 0.5, 0.3), u = 0.1 draws token 0, u = 0.6 token 1, and u = 0.7 token 2.
-    """
+    With p = (0.2, 0.5, 0.3), u = 0.1 draws token 0, u = 0.6 token 1, and u = 0.7 token 2."""
     logprobs = F.log_softmax(logits / (temperature or 1.0), dim=-1)  # (R, V)
     if temperature == 0:
         token = logits.argmax(dim=-1)
@@ -467,12 +469,11 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
 
 
 def unfinished(done: Tensor) -> Tensor:
-    """(P, S) which rows are done -> (P', S') numbers of the rows to go on with, a context a line.
-    Where a dot is a finished row:
+    """(P, S) which rows are done -> (P', S') numbers of the rows to go on with (a dot is done):
 
-        a b . .       a b
-        . . . .  ->   c d
-        c . . d
+    a b . .       a b
+    . . . .  ->   c d
+    c . . d
     """
     P, S = done.shape
     left = (~done).sum(dim=1)  # (P,)
@@ -677,7 +678,6 @@ TINY_TEMPLATE = (
 
 def tiny(words: list[str], seed: int = 0, context: int = 512) -> tuple[Model, Tokenizer]:
     """A Llama of 0.3 million random weights, and a tokenizer that knows `words` and no others.
-
     The embeddings of numbers start as a random projection of sin and cos of the number at several
     periods, so that near numbers begin near each other and a difference looks the same everywhere:
     sums are learnt in fewer steps."""

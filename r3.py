@@ -40,8 +40,8 @@ from tasks import TASKS, TinyCountdown
 RUNS = Path("runs")
 
 # -- Settings --------------------------------------------------------------------------------------
-SPLITS = ("dev", "test", "train", "all")
-MEASURE, COLLECT = "train eval", "train failures"  # the commands that have a setting
+PARTS = ("dev", "test", "train", "all")
+EVALUATES, COLLECTS = "train eval", "train failures"  # the commands that have a setting
 MOST, ALL = "train failures eval", "train failures eval play"
 
 
@@ -52,11 +52,11 @@ class Config(grpo.Config):
     model: str = setting("tiny", "a Hugging Face folder or hub id; tiny: made here", commands=ALL)
     task: str = setting("countdown", "what to solve", choices=TASKS, commands=ALL)
     data: str | None = setting(None, "problems: JSON, JSONL, parquet or a hub id", commands=MOST)
-    split: str = setting("dev", "evaluate on this part", choices=SPLITS, commands=MEASURE)
-    limit: int | None = setting(None, "evaluate on at most so many problems", 2, commands=MEASURE)
-    samples: int = setting(1, "first tries at each problem", 1, commands=MEASURE)
-    problems: int | None = setting(None, "look at most here for failures", 1, commands=COLLECT)
-    responses: int = setting(64, "at most so many tries at each of them", 1, commands=COLLECT)
+    split: str = setting("dev", "evaluate on this part", choices=PARTS, commands=EVALUATES)
+    limit: int | None = setting(None, "evaluate on at most so many problems", 2, commands=EVALUATES)
+    samples: int = setting(1, "first tries at each problem", 1, commands=EVALUATES)
+    problems: int | None = setting(None, "look for failures among so many", 1, commands=COLLECTS)
+    responses: int = setting(64, "at most so many tries at each of them", 1, commands=COLLECTS)
     failures: str | None = setting(None, "train on this failures.jsonl of another run")
     temperature: float = setting(1.0, "of sampling; 0 is greedy", 0, commands=ALL)
     max_new_tokens: int = setting(512, "the longest turn", 1, commands=ALL)
@@ -68,7 +68,7 @@ class Config(grpo.Config):
 
     def __post_init__(self):
         if self.temperature == 0:
-            self.samples = 1  # greedy tries are all alike
+            self.samples = self.responses = 1  # greedy tries are all alike
         for f in fields(self):
             value, least = getattr(self, f.name), f.metadata["least"]
             if value is not None and least is not None and not least <= value < math.inf:
@@ -84,9 +84,9 @@ TINY = Config(
 )  # fmt: skip
 PAPER = Config(
     steps=1_750, batch=256, lr=5e-7, save_every=25, samples=1, responses=64, max_new_tokens=512,
-    device="cuda" if torch.cuda.is_available() else "cpu",
-    dtype="bfloat16" if torch.cuda.is_available() else "float32",
 )  # fmt: skip
+if torch.cuda.is_available():
+    PAPER.device, PAPER.dtype = "cuda", "bfloat16"
 HELD_OUT = (200, 2)  # problems behind a point of the curves, and tries at each
 
 
@@ -102,7 +102,8 @@ def base_model(task: TinyCountdown, seed: int) -> Path:
     model, tokenizer = models.tiny(task.words(), seed)
     problems = task.load(split="cold", seed=seed)
     said = [task.cold_dialogue(problems, random.Random(i), i % 2 > 0)[1] for i in range(200)]
-    recipe = json.dumps([COLD, WINDOW, model.config_dict, task.words(), said])
+    asked, settings = task.messages(problems[0]), tokenizer.settings
+    recipe = json.dumps([COLD, WINDOW, model.config_dict, settings, task.words(), asked, said])
     path = RUNS / f"base-seed{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if (path / "model.safetensors").exists():
         return path
@@ -157,13 +158,13 @@ def find_failures(chat: Chat, problems: list, responses: int, path: Path) -> Tri
     are added to a file, a batch at a time; a search that was stopped goes on after the last one."""
     found = {c.problem.id: c for c in load_conversations(path, chat)} if path.exists() else {}
     write_conversations(path, list(found.values()), chat)  # without an unfinished last line
-    todo = [problem for some in batches(chat, problems, 1, turns=1) for problem in some]
+    todo = sum(batches(chat, problems, 1, turns=1), [])  # in the order of the search
     todo = todo[max((i + 1 for i, p in enumerate(todo) if p.id in found), default=0) :]
     with tqdm(total=len(problems), initial=len(problems) - len(todo), desc="failures") as bar:
         for some in batches(chat, todo, 1, turns=1):
             for number in range(responses):
                 left = [problem for problem in some if problem.id not in found]
-                tries = first_tries(chat, left, 1, (grpo.COLLECT, 0), first=number)
+                tries = first_tries(chat, left, 1, (grpo.COLLECT, 0), start=number)
                 found |= {c.problem.id: c for c in tries if not c.first.right}
             wrong = [found[problem.id] for problem in some if problem.id in found]
             append_jsonl(path, *(grpo.to_json(c, chat.tokenizer) for c in wrong))
@@ -211,7 +212,7 @@ def load_conversations(path: Path, chat: Chat) -> Tries:
                 c.second = chat.verify(problem, c.retry)
             tokens = [token for turn in ids.values() for token in turn]
             known = ids["attempt"] and all(0 <= t < chat.model.vocab_size for t in tokens)
-            # What would be written today must be what the file says.
+            # What would be written today (as lists, not tuples) must be what the file says.
             now = json.loads(json.dumps(grpo.to_json(c, chat.tokenizer)))
             if not known or saved != {**saved, **now}:
                 raise ValueError("texts or verdicts do not match the token ids")
@@ -223,13 +224,14 @@ def load_conversations(path: Path, chat: Chat) -> Tries:
 
 # -- Tables ----------------------------------------------------------------------------------------
 def interval(values: np.ndarray, tries: Tries) -> list[float]:
-    """[mean, low, high]: a 95% interval that allows for several tries at one problem. The variance
-    of the mean is that of the residuals summed problem by problem (cluster-robust, normal). Where
-    all n problems came out alike there is none: then 3 / n to either side (rule of three)."""
+    """[mean, low, high]: a 95% interval that allows for several tries at one problem: residuals are
+    summed by problem, and their variance gives the interval (cluster-robust, normal). Where all n
+    problems came out alike there is no variance: then 3 / n to either side (rule of three)."""
     _, cluster = np.unique([c.problem.id for c in tries], return_inverse=True)
     sums = np.bincount(cluster, weights=values - values.mean())
     n, mean = len(sums), float(values.mean())
-    half = 1.96 * math.sqrt(n / max(1, n - 1) * (sums**2).sum()) / len(values) or 3 / n
+    half = 1.96 * math.sqrt(n / max(1, n - 1) * (sums**2).sum()) / len(values)
+    half = half if half > 1e-9 else 3 / n
     return [mean, mean - half, mean + half]
 
 
@@ -244,7 +246,7 @@ def accuracy(**by_model: Tries) -> dict:
             rows[name][label] = np.clip(interval(right[name], tries), 0, 1).tolist()
         if len(right) == 2:
             before, after = right.values()
-            rows["gain"][label] = interval(after - before, tries)
+            rows["gain"][label] = interval(after - before, tries)  # in the same order
     return rows
 
 
@@ -282,8 +284,8 @@ def read_lines(path: Path, name: str) -> list[dict]:
 
 # -- The commands ----------------------------------------------------------------------------------
 def open_chat(c: Config, training: bool = False) -> Chat:
-    """Load the model (the tiny one is made where it is not there yet) and what it needs to talk.
-    Says first what memory the run will take, about; on a GPU, keys and values get what is left.
+    """Load the model (the tiny one is made first) and what it needs to talk. Says what memory the
+    run will take; on a GPU, keys and values get what is left (a retry copies them: 2.5 times).
     Raises ValueError for settings that do not fit together."""
     try:
         torch.zeros(1, device=c.device).item()
@@ -291,7 +293,7 @@ def open_chat(c: Config, training: bool = False) -> Chat:
         raise ValueError(f"--device {c.device}: torch finds no such device here") from None
     tiny = is_tiny(c.model)
     if tiny and (c.data or c.task != "countdown"):
-        raise ValueError("the tiny model plays its own Countdown: for this, give --model a folder")
+        raise ValueError("the tiny model plays its own Countdown: give --model a folder for others")
     task = TinyCountdown() if tiny else TASKS[c.task]()
     path = base_model(task, c.seed) if c.model == "tiny" else c.model
     tokenizer, dtype = Tokenizer.from_pretrained(path), getattr(torch, c.dtype)
@@ -299,10 +301,10 @@ def open_chat(c: Config, training: bool = False) -> Chat:
 
     m, size = model.config, dtype.itemsize
     n = sum(p.numel() for p in model.parameters())
-    kv = 2.5 * 2 * m.num_hidden_layers * m.num_key_value_heads * m.head_dim * size  # bytes a token
+    kv = 5 * m.num_hidden_layers * m.num_key_value_heads * m.head_dim * size  # 2.5 copies
     needs = {"weights": n * size}
     if training:
-        kept = (6 * m.hidden_size + 4 * m.intermediate_size) * size  # by a layer, a token
+        kept = (8 * m.hidden_size + 4 * m.intermediate_size) * size  # by a layer, a token
         layers = 2 if c.checkpointing else m.num_hidden_layers
         needs["reference"] = n * size if c.beta else 0
         needs["gradients, masters, moments"] = n * (size if c.offload else 12 if size == 4 else 18)
@@ -310,7 +312,7 @@ def open_chat(c: Config, training: bool = False) -> Chat:
     cache_tokens = c.cache_tokens or 65_536
     if c.device.startswith("cuda") and c.cache_tokens is None:
         left = 0.9 * torch.cuda.mem_get_info(c.device)[0] - sum(needs.values())
-        cache_tokens = max(4_096, int(left / kv))  # a retry copies the cache: hence 2.5 times
+        cache_tokens = max(4_096, int(left / kv))
     needs[f"{cache_tokens:,} tokens' keys and values"] = kv * cache_tokens
     listed = ", ".join(f"{name} {need / 1e9:.3g}" for name, need in needs.items())
     print(f"{n:,} parameters in {c.dtype} on {c.device}; GB, about: {listed}")
@@ -347,11 +349,11 @@ def train_command(c: Config, folder: Path) -> None:
     training = [] if c.failures else load_problems(c, vanilla, "train", c.problems)
     given = load_conversations(Path(c.failures), vanilla) if c.failures else []
     write_config(folder, "train", c)
-    failures = given or find_failures(vanilla, training, c.responses, path)
+    failures = given if c.failures else find_failures(vanilla, training, c.responses, path)
     failures = [t for t in failures if not t.first.right]
     write_conversations(path, failures, vanilla)
     if not failures:
-        raise ValueError("no training problem was got wrong: there is nothing to learn from")
+        raise ValueError("there are no failures to learn from")
     before = evaluate(vanilla, problems, c.samples, "vanilla", folder / "vanilla.jsonl")
 
     trained = replace(vanilla, model=copy.deepcopy(vanilla.model))
@@ -538,8 +540,8 @@ COMMANDS = {
 
 
 def read_command_line(argv: list[str] | None) -> dict:
-    """What was given on the command line, by name, and no defaults of settings: a Config has them.
-    Each command has a flag for each setting that names it."""
+    """What was given on the command line, by name, without the defaults, which are in Config. Each
+    command has a flag for each setting that names it."""
     about = "Reflect, Retry, Reward: train a language model to reflect."
     parser = argparse.ArgumentParser(prog="r3.py", description=about)
     subs = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
@@ -558,7 +560,7 @@ def read_command_line(argv: list[str] | None) -> dict:
                 how = {"choices": list(f.metadata["choices"])}
             if name in f.metadata["commands"].split():
                 sub.add_argument(f"--{f.name.replace('_', '-')}", help=about, **how)
-        if name in COLLECT:
+        if name in COLLECTS.split():
             about = "go on with a run that was stopped, with its settings"
             sub.add_argument("--resume", type=Path, metavar="FOLDER", help=about)
     show, plot = subs.choices["show"], subs.choices["plot"]
@@ -589,7 +591,8 @@ def run(command: str, given: dict, resume: Path | None) -> None:
     try:
         COMMANDS[command](c, folder)
     except KeyboardInterrupt:
-        hint = f"; go on with: r3.py {command} --resume {folder}" if command in COLLECT else ""
+        begun = command in COLLECTS and (folder / "config.json").exists()
+        hint = f"; go on with: r3.py {command} --resume {folder}" if begun else ""
         sys.exit(f"\nr3.py: interrupted{hint}")
 
 

@@ -315,10 +315,9 @@ class TinyCountdown(Countdown):
         return [*map(str, range(101)), *f"{signs} {texts} will be careful".split()]
 
     def cold_dialogue(self, problems: list, rng, diligent: bool) -> tuple[Numbers, list[str]]:
-        """A problem (its numbers in any order) and the assistant's turns in a dialogue about it.
-
-        The turns are [attempt] where that is right, else [attempt, reflection, retry]. A reflection
-        may check plans before it chooses the one of the retry: only a check can find a solution.
+        """A problem (its numbers in any order) and the assistant's turns in a dialogue about it:
+        [attempt] where that is right, else [attempt, reflection, retry]. A reflection may check
+        plans before it chooses the one of the retry: only a check can find a solution.
         diligent: every reflection checks until it finds. Otherwise 60% check nothing, 20% go on
         with probability 0.7 after each check, 20% check until they find, and a tenth of all
         reflections is empty or generic (the retry then takes a random plan)."""
@@ -378,9 +377,8 @@ def answer(plan: tuple[str, str]) -> str:
 
 
 def search(plans: list, target: int, rng, go_on: float) -> tuple[list[str], tuple[str, str]]:
-    """Check plans in cyclic order from a random one: the texts of the checks, and the choice. A
-    check has two steps and a judgement: "10 / 2 = 5 , 5 * 6 = 30 no". A "yes" ends the search, and
-    so does a draw (probability 1 - go_on): then chance chooses."""
+    """Check plans in cyclic order from a random one: the checks ("10 / 2 = 5 , 5 * 6 = 30 no"), and
+    the choice. A "yes" ends it, or a draw (probability 1 - go_on): then chance chooses."""
     checks, offset = [], rng.randrange(len(plans))
     for first, last in plans[offset:] + plans[:offset]:
         found = result(last) == target

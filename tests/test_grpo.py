@@ -300,10 +300,10 @@ def test_rows_that_cannot_be_packed_are_refused(tiny):
     for row, column in ((0, 0), (1, 2)):
         other = ids.clone()
         other[row, column] = 2
-        with pytest.raises(ValueError, match="packed rows must share"):
+        with pytest.raises(ValueError, match="rows need a trained token"):
             token_logprobs(tiny[0], other, mask)
     mask[1, 0] = True
-    with pytest.raises(ValueError, match="packed rows must share"):
+    with pytest.raises(ValueError, match="rows need a trained token"):
         token_logprobs(tiny[0], ids, mask)
 
 
@@ -726,7 +726,7 @@ def test_every_step_samples_anew_and_every_sample_is_its_own(chat, failures):
         assert len({tuple(t.retry) for t in tries}) > 1.5 * len(failures)
     problems, key = [f.problem for f in failures], (grpo.EVALUATE, 0)
     five = grpo.first_tries(chat, problems, 5, key)
-    three = grpo.first_tries(chat, problems, 3, key, first=2)
+    three = grpo.first_tries(chat, problems, 3, key, start=2)
     said = {(t.problem.id, t.sample): t.attempt for t in five if t.sample > 1}
     assert {(t.problem.id, t.sample): t.attempt for t in three} == said
     other = grpo.rollout(replace(chat, seed=4), failures, 3, (grpo.TRAIN, 0))
@@ -752,7 +752,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(chat, task, failures
     problems = task.load(split="dev", limit=7)
 
     def sampled():
-        first = grpo.first_tries(chat, problems, 3, (grpo.EVALUATE, 0), first=2)
+        first = grpo.first_tries(chat, problems, 3, (grpo.EVALUATE, 0), start=2)
         return first, grpo.rollout(chat, failures, 3, (grpo.TRAIN, 0))
 
     wanted = [[replace(t, logprobs=[]) for t in tries] for tries in sampled()]

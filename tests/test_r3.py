@@ -731,9 +731,9 @@ def test_every_flag_refuses_what_it_cannot_be(small, capsys):
         ("eval --model {folder}", "Countdown-Tasks-3to4 is not to be had"),
         ("eval --model {folder} --split cold", "--split"),
         ("eval --model tiny --max-new-tokens 300", "lower --max-new-tokens"),
-        ("eval --task apigen", "give --model a folder"),
-        ("eval --data x.json", "give --model a folder"),
-        ("play --model tiny --task apigen", "give --model a folder"),
+        ("eval --task apigen", "give --model a folder for"),
+        ("eval --data x.json", "give --model a folder for"),
+        ("play --model tiny --task apigen", "give --model a folder for"),
         ("eval --split all", "no split 'all'"),
         ("train --failures nowhere.jsonl", "nowhere.jsonl"),
         ("train --failures .", "directory"),
@@ -781,7 +781,7 @@ def test_a_damaged_config_ends_in_one_line(small, capsys, config, message):
 def test_a_run_without_failures_says_so(small, capsys, monkeypatch):
     """Also where --failures holds right attempts alone."""
     monkeypatch.setattr(Chat, "verify", lambda *_: Verdict(True, "right"))
-    nothing = "no training problem was got wrong: there is nothing to learn from"
+    nothing = "there are no failures to learn from"
     assert nothing in refused(["train", *SHORT, "--name", "a"], capsys)
     assert lines(small / "a" / "failures.jsonl") == []
     r3.main(["eval", "--limit", "5", "--max-new-tokens", "12", "--name", "e"])
