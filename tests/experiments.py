@@ -4,6 +4,8 @@
     python tests/experiments.py turns --run runs/NAME --train attempt   train other turns instead
     python tests/experiments.py variants [--seeds 0 1 2]                variants beside each other
     python tests/experiments.py seeds [--seeds 0 1 2]                   r3.py train, several seeds
+    python tests/experiments.py heldout --runs runs/A runs/B            runs on the same problems
+    python tests/experiments.py transfer --run runs/NAME                other tasks, other texts
 
 runs/NAME is a finished run of `r3.py train`. Its model and its failures are used as they are.
 """
@@ -17,9 +19,12 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import torch
@@ -27,6 +32,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+import sentence  # noqa: E402  (makes its task known)
 
 import grpo  # noqa: E402
 import model as models  # noqa: E402
@@ -67,13 +74,17 @@ SWAPS = ("an empty reflection", "a fixed generic reflection", "another problem's
 EQUAL = 16  # tries at a failure, from which the chance for fewer is estimated
 
 
-def controls(run: Path) -> dict:
+def controls(run: Path, on: Path | None = None, limit: int | None = None) -> dict:
     """The tables. Everything is measured on the vanilla model's failures, its wrong first tries.
-    What was sampled is kept in run/controls."""
+    What was sampled is kept in run/controls.
+
+    on: a file of the vanilla model's conversations, where not the run's own are to be taken
+    (`heldout` leaves one); limit: problems of it."""
     c, vanilla = open_run(run)
     folder = run / "controls"
-    tries = in_order(r3.load_conversations(run / "vanilla.jsonl", vanilla))
-    failures = [t for t in tries if not t.first.right]
+    tries = in_order(r3.load_conversations(on or run / "vanilla.jsonl", vanilla))
+    chosen = list(dict.fromkeys(t.problem.id for t in tries))[:limit]
+    failures = [t for t in tries if t.problem.id in chosen and not t.first.right]
     if not failures:
         raise ValueError(f"{run}: the vanilla model got every problem right at once")
     shuffled = shuffled_rewards(run, c, vanilla, failures)  # done first: no third model in memory
@@ -354,6 +365,153 @@ def turns(run: Path, train: str, group: int | None, steps: int | None, out: Path
     r3.report(c, folder, vanilla=before, trained=after)
 
 
+# -- Several runs on the same held-out problems ----------------------------------------------------
+
+
+def heldout(runs: list[Path], split: str, limit: int, samples: int, temperature: float) -> dict:
+    """The vanilla and the trained models of some runs (of one vanilla model), on the same problems
+    with the same random numbers: those of the first run's seed. The vanilla model is evaluated
+    once. What was sampled is kept in each run's folder. Temperature 0 is greedy: one sample."""
+    c, vanilla = open_run(runs[0])
+    problems = r3.load_problems(c, vanilla, split, limit)
+    vanilla, samples = replace(vanilla, temperature=temperature), samples if temperature else 1
+    way = f"temperature-{temperature:g}"
+    file = f"heldout/{split}-{limit}-{way}.jsonl"
+    tries = {"vanilla": evaluated(vanilla, problems, samples, runs[0] / f"vanilla-{file}")}
+    gains, reflections = {}, {"vanilla": about_reflections(vanilla, tries["vanilla"])}
+    for run in runs:
+        trained, name = with_weights(c, vanilla, run / "model"), run.name
+        tries[name] = evaluated(trained, problems, samples, run / f"trained-{file}")
+        gains[name] = r3.accuracy(vanilla=tries["vanilla"], trained=tries[name])
+        reflections[name] = about_reflections(vanilla, tries[name])
+        if temperature:
+            reflections[name]["KL"] = f"{divergence(trained, vanilla, tries[name]):.3f}"
+    on = f"{len(problems)} {split} problems, {samples} samples each, {way}"
+    return {
+        f"{on}: % right [95%]": seed_rows(gains),
+        f"The verifier's reasons, {on}": reasons(**tries),
+        f"Reflections, {on}": reflections,
+    }
+
+
+def evaluated(chat: Chat, problems: list, samples: int, path: Path) -> Tries:
+    """`r3.evaluate`, kept in a file and taken from there."""
+    return in_order(r3.evaluate(chat, problems, samples, path.stem, path))
+
+
+def reasons(**by_model: Tries) -> dict:
+    """How often the verifier gave which reason, at the first try and at the retry."""
+    rows = {}
+    for name, tries in by_model.items():
+        rows[f"{name}, 1st try"] = Counter(t.first.reason for t in tries)
+        rows[f"{name}, retry"] = Counter(t.second.reason for t in tries if t.second)
+    return rows
+
+
+def about_reflections(chat: Chat, tries: Tries) -> dict[str, str]:
+    """How many reflections there are, and how long they are. For tests/sentence.py also how often
+    they name the word that is to be used, and the share of retries that are right if so, and if
+    not."""
+    tries = [t for t in tries if t.reflection]
+    lengths = [len(t.reflection) for t in tries]
+    row = {"reflections": str(len(tries)), "tokens": f"{np.mean(lengths or [0]):.1f}"}
+    if isinstance(chat.task, sentence.Sentence):
+        said = [re.findall("[a-z]+", chat.tokenizer.decode(t.reflection).lower()) for t in tries]
+        named = np.array([t.problem.use in words for t, words in zip(tries, said, strict=True)])
+        good = np.array([t.second.right for t in tries])
+        row |= {"name the word": percent(named)}
+        row |= {"right if so": percent(good[named]), "right if not": percent(good[~named])}
+    return row
+
+
+def percent(values: np.ndarray) -> str:
+    return f"{100 * values.mean():.1f}" if len(values) else ""
+
+
+@torch.no_grad()
+def divergence(trained: Chat, vanilla: Chat, tries: Tries, most: int = 64) -> float:
+    """KL(trained || vanilla) in nats per reflection token, estimated on `most` reflections of the
+    trained model: the mean of log pi - log pi_vanilla over their tokens."""
+    differences = []
+    for t in [t for t in tries if t.reflection][:most]:
+        ids = torch.tensor([t.context + t.reflection])
+        mask = torch.arange(ids.shape[1])[None] >= len(t.context)
+        new, old = (
+            grpo.token_logprobs(chat.model, ids, mask, trained.temperature).cpu()[mask]
+            for chat in (trained, vanilla)
+        )
+        differences.append(new - old)
+    return torch.cat(differences).mean().item()
+
+
+# -- Transfer and forgetting -----------------------------------------------------------------------
+
+
+class Both(sentence.Sentence):
+    """The opposite condition: the other word is to be used, too."""
+
+    question = "Write one short sentence about life {}. Use the word {}, and the word {}."
+    answer = "I put one boot on a stone before a long walk uphill."
+    reflect = "That is wrong. Which two words must you use?"
+    again = "Now write one sentence with them."
+
+    def faults(self, problem, text):
+        faults = super().faults(problem, text)
+        return {**faults, "forbidden_word": False, "missing_other": not faults["forbidden_word"]}
+
+
+class Question(sentence.Sentence):
+    """Another kind of sentence, with one word."""
+
+    question = "Ask one short question about life {}. Use the word {}."
+    answer = "Why do I need more than one boot up here?"
+    again = "Now write one question with it."
+
+    def faults(self, problem, text):
+        faults = super().faults(problem, text)
+        return {**faults, "forbidden_word": False, "no_question": not text.strip().endswith("?")}
+
+
+def prose() -> dict[str, str]:
+    """Two English texts that every Python has: its licence, and its reference manual in part."""
+    licence = Path(sysconfig.get_path("stdlib")) / "LICENSE.txt"
+    manual = "\n\n".join(topics[name] for name in ("objects", "execmodel", "exceptions"))
+    return {"the Python licence": licence.read_text()[:8_000], "the Python manual": manual[:8_000]}
+
+
+def transfer(run: Path, split: str, limit: int, samples: int) -> dict:
+    """What a run changed beyond its task: accuracy on two tasks that were never trained, and
+    perplexity on English prose. Only for runs of tests/sentence.py."""
+    c, vanilla = open_run(run)
+    chats = {"vanilla": vanilla, "trained": with_weights(c, vanilla, run / "model")}
+    tables = {}
+    for task in (Both(), Question()):
+        name = type(task).__name__.lower()
+        problems, tries = task.load(split=split, limit=limit, seed=c.seed), {}
+        for who, chat in chats.items():
+            path = run / f"transfer/{name}-{split}-{limit}-{who}.jsonl"
+            tries[who] = evaluated(replace(chat, task=task), problems, samples, path)
+        on = f"{name}: {limit} {split} problems, {samples} samples each"
+        tables[f"{on}: % right [95%]"] = r3.accuracy(**tries)
+        tables[f"The verifier's reasons, {on}"] = reasons(**tries)
+    tables["Perplexity"] = {
+        title: {who: f"{perplexity(chat, text):.2f}" for who, chat in chats.items()}
+        for title, text in prose().items()
+    }
+    return tables
+
+
+@torch.no_grad()
+def perplexity(chat: Chat, text: str, width: int = 512) -> float:
+    """exp of the mean negative log-probability of a text's tokens, in rows of `width` tokens."""
+    total, tokens = 0.0, 0
+    for row in torch.tensor(chat.tokenizer.encode(text)).split(width):
+        log_p = chat.model(row[None].to(chat.model.device))[0].log_softmax(-1)  # (T, V)
+        total -= log_p[:-1].cpu().gather(1, row[1:, None]).sum().item()
+        tokens += len(row) - 1
+    return math.exp(total / tokens)
+
+
 # -- Variants --------------------------------------------------------------------------------------
 
 FILES = ("r3.py", "grpo.py", "model.py", "tasks.py")
@@ -533,6 +691,17 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--group", type=int, help="G (default: the run's)")
     train.add_argument("--steps", type=int, help="optimizer steps (default: the run's)")
     train.add_argument("--out", type=Path, help="where to leave files (default: in the run)")
+    subs.choices["controls"].add_argument("--on", type=Path, help="conversations; see `controls`")
+    subs.choices["controls"].add_argument("--limit", type=int, help="so many problems of them")
+    several = subs.add_parser("heldout", help=heldout.__doc__)
+    several.add_argument("--runs", type=Path, nargs="+", required=True, help="finished runs")
+    several.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
+    other = subs.add_parser("transfer", help=transfer.__doc__)
+    other.add_argument("--run", type=Path, required=True, help="a finished run")
+    for sub in (several, other):
+        sub.add_argument("--split", choices=("dev", "test"), default="dev")
+        sub.add_argument("--limit", type=int, default=200, help="so many problems")
+        sub.add_argument("--samples", type=int, default=2, help="first tries at each")
     subs.add_parser("variants", help=variants.__doc__)
     subs.add_parser("seeds", help=seeds_table.__doc__)
     for sub in (subs.choices["variants"], subs.choices["seeds"]):
@@ -543,6 +712,12 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+TABLES = {
+    "controls": controls, "heldout": heldout, "transfer": transfer, "variants": variants,
+    "seeds": seeds_table,
+}  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> None:
     args = vars(parser().parse_args(argv))
     command = args.pop("command")
@@ -550,10 +725,7 @@ def main(argv: list[str] | None = None) -> None:
         if command == "turns":
             turns(**args)
         else:
-            made = {"controls": controls, "variants": variants, "seeds": seeds_table}[command](
-                **args
-            )
-            print("\n" + r3.markdown(made))
+            print("\n" + r3.markdown(TABLES[command](**args)))
     except (ValueError, OSError, json.JSONDecodeError) as error:
         sys.exit(f"experiments.py: {error}")
 
