@@ -227,16 +227,14 @@ def token_logprobs(model: Model, ids: Tensor, mask: Tensor, temperature: float =
     row, place = ((column >= C) & (column <= last)).nonzero(as_tuple=True)  # of each own token
     packed = torch.cat([ids[0, :C], ids[row, place]])  # (L,)
     positions = torch.cat([column[:C], place])
-    owner = torch.cat([torch.full((C,), -1), row])
-    sees = ((owner == -1) | (owner[:, None] == owner)).tril()[C:]  # (L - C, L)
+    lengths = [C, *row.bincount(minlength=len(ids)).tolist()]  # context, then reflections
 
     # Own token j is at C + j, and predicted at C + j - 1; the first of each row, at C - 1.
     before = torch.where(place == C, C - 1, C - 1 + torch.arange(len(row)))[mask[row, place]]
-    device = model.device
-    inputs = [x[None].to(device) for x in (packed, positions, sees)]
-    hidden = model.hidden(*inputs)[0, before.to(device)]  # (tokens, E)
-    values = score(model, hidden, ids[mask].to(device), temperature)  # (tokens,)
-    return values.new_zeros(ids.shape).masked_scatter(mask.to(device), values)
+    inputs = packed[None].to(model.device), positions[None].to(model.device)
+    hidden = model.hidden(*inputs, lengths=lengths)[0, before.to(model.device)]  # (tokens, E)
+    values = score(model, hidden, ids[mask].to(model.device), temperature)  # (tokens,)
+    return values.new_zeros(ids.shape).masked_scatter(mask.to(model.device), values)
 
 
 LOGITS = 2**25  # at most so many exist at once
@@ -433,7 +431,8 @@ def token_sums(loss, new, old, ref, A, mask, clip) -> dict[str, float]:
     kl = new.new_zeros(()) if ref is None else k3(torch.where(mask, ref - new, 0.0))
     sums = {"loss": loss, "tokens": mask.sum(), "nll": -new.sum()}
     sums |= {"clipped": clipped.sum(), "kl": kl.sum(), "mismatch": (new - old).abs().max()}
-    return {name: value.item() for name, value in sums.items()}
+    values = torch.stack([value.float() for value in sums.values()]).tolist()  # waits once
+    return dict(zip(sums, values, strict=True))
 
 
 def describe(tries: Tries, rewards: Tensor, parts: list[dict]) -> dict[str, float]:

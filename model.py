@@ -83,10 +83,6 @@ def inv_freq(c: SimpleNamespace) -> Tensor:
 
 
 # -- Attention and its cache -----------------------------------------------------------------------
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE: turn the pairs (i, i + D/2) of x, (B, heads, T, D), by the angle of their position.
 
@@ -145,12 +141,12 @@ class KVCache:
         self.suffixes[layer][:, :, :, end - T : end] = torch.stack([k, v])
         own_keys, own_values = self.suffixes[layer][:, :, :, :end].unflatten(1, (P, -1))
         # Letters as above, in lower case; q: the queries that share a key head; e: a suffix.
-        q = (q * D**-0.5).reshape(P, R // P, K, -1, D)
+        q = q.reshape(P, R // P, K, -1, D)
         to_context = torch.einsum("pskqd,pkcd->pskqc", q, keys)
         to_suffix = torch.einsum("pskqd,psked->pskqe", q, own_keys)
         scores = torch.cat([to_context, to_suffix], dim=-1).view(R, K, -1, T, C + end)
-        scores = scores.masked_fill_(~mask[:, None, None], -math.inf)
-        weights = at_least_float32(scores).softmax(-1).to(q.dtype)
+        scores = torch.add(mask[:, None, None], scores, alpha=D**-0.5)
+        weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         to_context, to_suffix = weights.view(*q.shape[:-1], -1).split([C, end], dim=-1)
         x = torch.einsum("pskqc,pkcd->pskqd", to_context, values)
         x = x + torch.einsum("pskqe,psked->pskqd", to_suffix, own_values)
@@ -190,7 +186,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope, mask, kv_cache=None, keep=None) -> Tensor:
+    def forward(self, x: Tensor, rope, mask=None, kv_cache=None, keep=None, lengths=None) -> Tensor:
         """(B, T, E) -> (B, T, E). The arguments are those of Model.hidden; rope: cos and sin."""
         parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
@@ -204,13 +200,25 @@ class Attention(nn.Module):
         else:
             # Key heads are repeated: with a mask, a GPU's fast kernels know no groups of heads.
             k, v = (part.repeat_interleave(self.shares, dim=1) for part in (k, v))
-            C = x.shape[1] - (0 if mask is None else mask.shape[1])  # plainly causal up to here
-            first = (part[:, :, :C] for part in (q, k, v))
-            x = F.scaled_dot_product_attention(*first, is_causal=True)
             if mask is not None:
-                rest = F.scaled_dot_product_attention(q[:, :, C:], k, v, attn_mask=mask[:, None])
-                x = torch.cat([x, rest], dim=2)
+                x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+            else:
+                x = causal_attention(q, k, v, lengths or [x.shape[1]])
         return self.o_proj(x.transpose(1, 2).flatten(2))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Each token sees itself and what is before it, but in its own branch and the context alone:
+
+    [ context | branch_1 | … | branch_G ]     lengths: of these parts; q, k, v: (B, H, T, D)
+    """
+    (q, *queries), (k, *keys), (v, *values) = (x.split(lengths, dim=2) for x in (q, k, v))
+    found = [F.scaled_dot_product_attention(q, k, v, is_causal=True)]
+    for own_q, own_k, own_v in zip(queries, keys, values, strict=True):
+        seen = torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2)
+        mask = own_q.new_ones(own_q.shape[2], seen[0].shape[2]).bool().tril(k.shape[2])
+        found.append(F.scaled_dot_product_attention(own_q, *seen, attn_mask=mask))
+    return torch.cat(found, dim=2)
 
 
 class MLP(nn.Module):
@@ -277,7 +285,8 @@ class Model(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """(..., E) -> (..., V) logits in float32 (or better), V being `self.vocab_size`. Rows of
         the head that are no token's would take probability: they are cut off for all users."""
-        return at_least_float32(self.lm_head(hidden)[..., : self.vocab_size])
+        logits = self.lm_head(hidden)[..., : self.vocab_size]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def hidden(
         self,
@@ -286,21 +295,25 @@ class Model(nn.Module):
         mask: Tensor | None = None,
         kv_cache: KVCache | None = None,
         keep: list | None = None,
+        lengths: list[int] | None = None,
     ) -> Tensor:
         """(B, T) token ids -> (B, T, E), the last layer's normalised output.
 
         The only way into the decoder: the caller says where each token stands, `positions` (B, T),
-        and what the last ones see, `mask` (B, up to T, columns) bool. The others see all up to
-        themselves. With a cache, ids are the newest T tokens in it. To `keep`, each layer adds its
-        keys and values, (2, B, K, T, D)."""
+        and what it sees, `mask` (B, T, columns) bool. Without a mask that is all up to itself; if
+        the row has branches, as `causal_attention` says. With a cache, ids are the newest T tokens
+        in it. To `keep`, each layer adds its keys and values, (2, B, K, T, D)."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        rope, x = self.rope(positions), self.model.embed_tokens(ids)  # (B, T, E)
+        x = self.model.embed_tokens(ids)  # (B, T, E)
+        if mask is not None:  # from here on it is added to scores: 0 or -inf
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)
+        how = self.rope(positions), mask, kv_cache, keep, lengths
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+                x = checkpoint(block, x, *how, use_reentrant=False)
             else:
-                x = block(x, rope, mask, kv_cache, keep)
+                x = block(x, *how)
         return self.model.norm(x)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -287,17 +287,15 @@ def mismatch(w: Work) -> Rows:
 
 
 def kernel(w: Work) -> Rows:
-    """Which attention kernel a packed row's mask gets. MATH stores all scores of all heads."""
+    """Which attention kernel a reflection gets in a packed row. MATH stores all heads' scores."""
     c = models.read_config(w.config)
-    length = w.context + w.group * w.new
+    length = w.context + w.new
+    how = {"device": w.device, "dtype": torch.bfloat16, "requires_grad": True}
     q, k, v = (
-        torch.empty(
-            1, c.num_attention_heads, length, c.head_dim, device=w.device, dtype=torch.bfloat16,
-            requires_grad=True,
-        )
-        for _ in range(3)
-    )  # fmt: skip
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=w.device)
+        torch.empty(1, c.num_attention_heads, tokens, c.head_dim, **how)
+        for tokens in (w.new, length, length)
+    )
+    mask = torch.ones(w.new, length, dtype=torch.bool, device=w.device)
     name = SDPBackend(torch._fused_sdp_choice(q, k, v, attn_mask=mask)).name
     return {"attention kernel of a packed row": check(name != "MATH", name, "any but MATH")}
 
