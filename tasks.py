@@ -3,7 +3,7 @@
 A task is a subclass of `Task` with these parts:
 
     Problem                         a dataclass: what is asked, with an integer `id`
-    draw(rng) -> Problem            a random problem, or None; not needed for problems from files
+    drawn(split, limit, rng)        random problems of a split; not needed for problems from files
     messages(problem)               the question as a chat, and tools for the chat template or None
     verify(problem, completion)     a Verdict: right or wrong, and why
 
@@ -60,10 +60,10 @@ class Task:
     def load(
         self, path: str | None = None, split: str = "train", limit: int | None = None, seed: int = 0
     ) -> list:
-        """Problems of a split, at most `limit`, in an order drawn from `seed`: drawn (1,000 by
-        default), or from a file (JSON, JSONL, parquet) or a folder of files. A file has "all", too,
-        and no "cold": that is in "train". Two splits share no problem's `key`. Raises ValueError
-        for a bad split or record."""
+        """Problems of a split, at most `limit`, in an order drawn from `seed`: `drawn`, or from a
+        file (JSON, JSONL, parquet) or a folder of files. A file has "all", too, and no "cold": that
+        is in "train". Two splits share no problem's `key`. Raises ValueError for a bad split or
+        record."""
         splits = list(SPLITS) if path is None else ["train", "dev", "test", "all"]
         if split not in splits:
             raise ValueError(f"there is no split {split!r}: choose one of {', '.join(splits)}")
@@ -77,19 +77,7 @@ class Task:
         return rng.sample(problems, len(problems))[:limit]
 
     def drawn(self, split: str, limit: int | None, rng: random.Random) -> list:
-        """Up to `limit` different problems of a split: `draw` until they are found."""
-        found: dict[str, object] = {}
-        wanted = limit or 1_000
-        for _ in range(200 * wanted):
-            problem = self.draw(rng)
-            if problem is not None and split_of(self.key(problem)) == split:
-                found.setdefault(repr(problem), problem)
-            if len(found) == wanted:
-                break
-        return [replace(problem, id=i) for i, problem in enumerate(found.values())]
-
-    def draw(self, rng: random.Random):
-        """A random problem, or None where the draw was not successful."""
+        """Random problems of a split, at most `limit`, with ids from 0 on."""
         raise ValueError(f"the task {self.name} draws no problems: give --data a file of them")
 
     def read(self, path: Path) -> list:

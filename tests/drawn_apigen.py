@@ -3,8 +3,9 @@
 import json
 import random
 import re
+from dataclasses import replace
 
-from tasks import APIGen, Request
+from tasks import APIGen, Request, split_of
 
 # Tools by name, each with a request whose slots are the tool's parameters; and the slots, with
 # their types and values.
@@ -56,6 +57,15 @@ def slots_of(tool: str) -> list[str]:
 
 class DrawnAPIGen(APIGen):
     """One to three requests for the tools above, among tools that are not needed."""
+
+    def drawn(self, split: str, limit: int | None, rng: random.Random) -> list[Request]:
+        """So many different problems of a split."""
+        found: dict[str, Request] = {}
+        while len(found) < (limit or 1_000):
+            problem = self.draw(rng)
+            if split_of(self.key(problem)) == split:
+                found.setdefault(repr(problem), problem)
+        return [replace(problem, id=i) for i, problem in enumerate(found.values())]
 
     def draw(self, rng: random.Random) -> Request:
         """A random problem."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import bench
 import experiments
 import pytest
+import sentence
 from conftest import countdown_file
 from drawn_apigen import DrawnAPIGen
 
@@ -60,10 +61,9 @@ def test_links_lead_to_the_lines_they_name():
         assert anchor in headings, anchor
 
 
-def test_every_command_is_one_that_is_there(monkeypatch):
+def test_every_command_is_one_that_is_there():
     """Parsed by the very parsers that will parse it."""
-    monkeypatch.setitem(tasks.TASKS, "sentence", None)  # README's own, of mine.py
-    ours = of("r3.py") + of("mine.py") + of("tests/sentence.py")
+    ours = of("r3.py") + of("tests/sentence.py")
     assert len(ours) >= 8
     for words in ours:
         given = r3.read_command_line(words)
@@ -130,24 +130,14 @@ def test_the_commands_for_a_checkpoint_run(seconds, problems, folder, words, cap
     assert "% right" in capsys.readouterr().out
 
 
-def test_the_task_of_ones_own_runs(seconds, folder, tmp_path, monkeypatch, capsys):
-    """README's mine.py, with its command but for the model."""
-    [block] = re.findall(r"```python\n# mine.py\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "mine.py").write_text(block)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(tasks.TASKS, "sentence", None)  # what stands there comes back afterwards
-    mine = importlib.import_module("mine")
-    try:
-        task = mine.Sentence()
-        [problem] = task.load(split="dev", limit=1)
-        assert task.verify(problem, f"The {problem.word.upper()}!").right
-        assert not task.verify(problem, f"The {problem.word}s").right
-        monkeypatch.setattr(mine.Sentence, "verify", lenient)
-        [words] = of("mine.py")
-        r3.main([*words, *FEW, "--model", str(folder), "--name", "mine"])
-        assert "% right" in capsys.readouterr().out
-    finally:
-        sys.modules.pop("mine")
+def test_the_task_of_ones_own_is_shown_whole_and_runs(seconds, folder, monkeypatch, capsys):
+    """tests/sentence.py, and its command but for the model."""
+    [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert block == Path(sentence.__file__).read_text()
+    monkeypatch.setattr(sentence.Sentence, "verify", lenient)
+    [words] = of("tests/sentence.py")
+    r3.main([*words, *FEW, "--model", str(folder)])
+    assert "% right" in capsys.readouterr().out
 
 
 def two_steps(where: Path, title: str | None, model: Path, monkeypatch) -> bytes:

@@ -292,8 +292,10 @@ class Doubling(Task):
 
     Problem = Double
 
-    def draw(self, rng):
-        return Double(0, rng.randint(1, 10_000))
+    def drawn(self, split, limit, rng):
+        first = 10_000 * list(tasks.SPLITS).index(split)
+        numbers = rng.sample(range(first, first + 10_000), limit or 1_000)
+        return [Double(i, number) for i, number in enumerate(numbers)]
 
     def messages(self, problem):
         return [{"role": "user", "content": f"Twice {problem.number}?"}], None
