@@ -304,7 +304,7 @@ def open_chat(c: Config, training: bool = False) -> Chat:
     kv = 5 * m.num_hidden_layers * m.num_key_value_heads * m.head_dim * size  # 2.5 copies
     needs = {"weights": n * size}
     if training:
-        kept = (8 * m.hidden_size + 4 * m.intermediate_size) * size  # by a layer, a token
+        kept = (13 * m.hidden_size + 4 * m.intermediate_size) * size  # by a layer, a token
         layers = 2 if c.checkpointing else m.num_hidden_layers
         needs["reference"] = n * size if c.beta else 0
         needs["gradients, masters, moments"] = n * (size if c.offload else 12 if size == 4 else 18)
