@@ -94,13 +94,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal(attention_mask: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Where the last T tokens of each row stand, (B, T), and what they see, (B, T, S) bool, from an
-    attention_mask, (B, S) bool. A token sees what is no padding, up to itself; padding sees itself
-    (its softmax must exist) and nothing sees it. Positions count what is no padding."""
+    """The positions of the last T tokens of each row, (B, T), which count what is no padding, and
+    what is added to their scores, 0 or -inf, (B, T, S). attention_mask: (B, S) bool. A token sees
+    what is no padding, up to itself; padding sees itself (its softmax must exist)."""
     column = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # (S,)
     own = column[-T:, None]  # (T, 1)
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
-    return positions, attention_mask[:, None] & (column <= own) | (column == own)
+    sees = attention_mask[:, None] & (column <= own) | (column == own)
+    return positions, torch.zeros_like(sees, dtype=torch.float32).masked_fill_(~sees, -math.inf)
 
 
 @dataclass
@@ -121,7 +122,7 @@ class KVCache:
         return self.attention_mask.shape[1] - self.contexts[0].shape[3]
 
     def append(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Open columns for (R, T) tokens: where these stand and what they see, as from `causal`."""
+        """Open columns for (R, T) tokens: their positions and their mask, as from `causal`."""
         self.attention_mask = torch.cat([self.attention_mask, attention_mask], dim=1)
         return causal(self.attention_mask, attention_mask.shape[1])
 
@@ -146,7 +147,7 @@ class KVCache:
         to_suffix = torch.einsum("pskqd,psked->pskqe", q, own_keys)
         scores = torch.cat([to_context, to_suffix], dim=-1).view(R, K, -1, T, C + end)
         scores = torch.add(mask[:, None, None], scores, alpha=D**-0.5)
-        weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        weights = scores.softmax(-1).to(q.dtype)  # float32 by the mask
         to_context, to_suffix = weights.view(*q.shape[:-1], -1).split([C, end], dim=-1)
         x = torch.einsum("pskqc,pkcd->pskqd", to_context, values)
         x = x + torch.einsum("pskqe,psked->pskqd", to_suffix, own_values)
@@ -169,6 +170,15 @@ class KVCache:
                 own[:, rows, :, start : part.length] = theirs[:, :, :, start : part.length]
 
 
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + b. Few rows on a CPU as (W x^T)^T: only that is shared well among its threads."""
+        if x.device.type != "cpu" or x.shape[:-1].numel() > 256:
+            return super().forward(x)
+        y = (self.weight @ x.flatten(end_dim=-2).T).T.unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share K heads of keys and values."""
 
@@ -178,10 +188,10 @@ class Attention(nn.Module):
         self.shares = c.num_attention_heads // c.num_key_value_heads  # of queries with one key
         E, bias = c.hidden_size, c.attention_bias or c.qkv_bias
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(E, queries, bias=bias)
-        self.k_proj = nn.Linear(E, keys, bias=bias)
-        self.v_proj = nn.Linear(E, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, E, bias=c.attention_bias)
+        self.q_proj = Linear(E, queries, bias=bias)
+        self.k_proj = Linear(E, keys, bias=bias)
+        self.v_proj = Linear(E, keys, bias=bias)
+        self.o_proj = Linear(queries, E, bias=c.attention_bias)
         if c.qk_norm:
             self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
@@ -201,7 +211,7 @@ class Attention(nn.Module):
             # Key heads are repeated: with a mask, a GPU's fast kernels know no groups of heads.
             k, v = (part.repeat_interleave(self.shares, dim=1) for part in (k, v))
             if mask is not None:
-                x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+                x = F.scaled_dot_product_attention(q, k, v, mask[:, None].to(q.dtype))
             else:
                 x = causal_attention(q, k, v, lengths or [x.shape[1]])
         return self.o_proj(x.transpose(1, 2).flatten(2))
@@ -227,9 +237,9 @@ class MLP(nn.Module):
     def __init__(self, c: SimpleNamespace):
         super().__init__()
         E, inner = c.hidden_size, c.intermediate_size
-        self.gate_proj = nn.Linear(E, inner, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(E, inner, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(inner, E, bias=c.mlp_bias)
+        self.gate_proj = Linear(E, inner, bias=c.mlp_bias)
+        self.up_proj = Linear(E, inner, bias=c.mlp_bias)
+        self.down_proj = Linear(inner, E, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -262,7 +272,7 @@ class Model(nn.Module):
         layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
         norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=norm))
-        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
         self.context = c.max_position_embeddings  # the longest conversation, in tokens
         self.vocab_size = c.vocab_size  # may be lowered to what the tokenizer knows
         self.checkpointing = False  # whether training computes each layer twice, to store less
@@ -300,14 +310,12 @@ class Model(nn.Module):
         """(B, T) token ids -> (B, T, E), the last layer's normalised output.
 
         The only way into the decoder: the caller says where each token stands, `positions` (B, T),
-        and what it sees, `mask` (B, T, columns) bool. Without a mask that is all up to itself; if
-        the row has branches, as `causal_attention` says. With a cache, ids are the newest T tokens
-        in it. To `keep`, each layer adds its keys and values, (2, B, K, T, D)."""
+        and what it sees: by a `mask` (B, T, columns) that is added to scores, by the `lengths` of
+        branches (see `causal_attention`), or else all up to itself. With a cache, ids are the
+        newest T tokens in it. To `keep`, each layer adds its keys and values, (2, B, K, T, D)."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.model.embed_tokens(ids)  # (B, T, E)
-        if mask is not None:  # from here on it is added to scores: 0 or -inf
-            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)
         how = self.rope(positions), mask, kv_cache, keep, lengths
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
@@ -575,7 +583,6 @@ class Tokenizer:
         tokenizer.no_truncation()  # some are saved with the lengths that their training had
         tokenizer.no_padding()
         self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=0)  # beyond: padding
-        self.bridges: dict[str, list[int]] = {}
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -653,8 +660,6 @@ class Tokenizer:
         """The end of an assistant's turn, a user's turn that says `instruction`, the next opening:
         the end that two whole prompts, different in the assistant's words, have in common. (A piece
         of text by itself may tokenise differently.)"""
-        if instruction in self.bridges:
-            return self.bridges[instruction]
         ask, told = {"role": "user", "content": "1"}, {"role": "user", "content": instruction}
         one = self.prompt([ask, {"role": "assistant", "content": "2"}, told])
         two = self.prompt([ask, {"role": "assistant", "content": "3"}, told])
@@ -663,7 +668,6 @@ class Tokenizer:
         end = next((i for i, token in enumerate(after) if token in self.stop_ids), None)
         if one == two or end is None or self.decode(after[:end]).strip():
             raise ValueError("the chat template does not end an assistant's turn on an end token")
-        self.bridges[instruction] = after[end:]
         return after[end:]
 
 

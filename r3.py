@@ -131,12 +131,12 @@ def base_model(task: TinyCountdown, seed: int) -> Path:
 def dialogues(task: TinyCountdown, tokenizer: Tokenizer, problems: list, key: str, diligent: bool):
     """What WINDOW steps of the cold start learn from: (ids, mask) each, padded on the right."""
     rng, rows, size = random.Random(key), [], COLD["dialogues"]
+    bridges = [[], *(tokenizer.bridge(text) for text in (task.reflect, task.again))]
     for _ in range(size * WINDOW):
         problem, turns = task.cold_dialogue(problems, rng, diligent)
         ids, mask = tokenizer.prompt(*task.messages(problem)), []
-        for turn, before in zip(turns, (None, task.reflect, task.again), strict=False):
-            if before:
-                ids = tokenizer.next_turn(ids, tokenizer.bridge(before))
+        for turn, bridge in zip(turns, bridges, strict=False):
+            ids = tokenizer.next_turn(ids, bridge)
             said = tokenizer.encode(turn) + tokenizer.stop_ids[:1]
             mask += [False] * (len(ids) - len(mask)) + [True] * len(said)
             ids += said
@@ -362,12 +362,10 @@ def train_command(c: Config, folder: Path) -> None:
     with tqdm(total=c.steps, desc="R3") as bar:
         for step, metrics in grpo.train(trained, reference, failures, c, folder):
             if step % max(1, c.steps // 4) == 0 or step == c.steps:
-                some = problems[: HELD_OUT[0]]
-                tries = evaluate(trained, some, HELD_OUT[1], f"held out, step {step}")
+                tries = evaluate(trained, problems[: HELD_OUT[0]], HELD_OUT[1], f"step {step}")
                 metrics |= accuracy(at=tries)["at"]
             append_jsonl(folder / "metrics.jsonl", {"step": step, **metrics})
-            seconds = round(time.time() - begun, 2)
-            append_jsonl(folder / "timings.jsonl", {"step": step, "seconds": seconds})
+            append_jsonl(folder / "timings.jsonl", {"step": step, "seconds": time.time() - begun})
             bar.set_postfix_str(f"reward {metrics.get('reward', 0):.2f}")
             bar.update(step - bar.n)
     trained.model.save_pretrained(folder / "model")
@@ -494,7 +492,6 @@ def plot_command(folders: list[Path]) -> None:
     for axis, title in zip(axes, PANELS.values(), strict=True):
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
     if len(folders) > 1:
         axes[0].legend()
     figure.savefig(path, dpi=110)
@@ -542,8 +539,7 @@ COMMANDS = {
 def read_command_line(argv: list[str] | None) -> dict:
     """What was given on the command line, by name, without the defaults, which are in Config. Each
     command has a flag for each setting that names it."""
-    about = "Reflect, Retry, Reward: train a language model to reflect."
-    parser = argparse.ArgumentParser(prog="r3.py", description=about)
+    parser = argparse.ArgumentParser(prog="r3.py", description="Train a model to reflect: R3.")
     subs = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for name, function in COMMANDS.items():
         about = {"help": function.__doc__, "description": function.__doc__}

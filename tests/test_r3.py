@@ -438,7 +438,7 @@ def test_an_interrupted_run_says_how_to_go_on(small, lenient, monkeypatch):
     evaluate = r3.evaluate
 
     def stops(chat, problems, samples, title, path=None):
-        if title == "held out, step 4":
+        if title == "step 4":
             raise KeyboardInterrupt
         return evaluate(chat, problems, samples, title, path)
 
