@@ -26,7 +26,7 @@ class EasyCountdown(Countdown):
     question = "Make {target} from {numbers[0]} and {numbers[1]}. Use +, - or *."
     answer = "<answer> {} </answer>"
     reflect = "That is wrong. Which sign must you use?"
-    reflection = "I must use the sign -."
+    reflection = "I must use the sign {}."
     again = "Now answer again."
 
     def drawn(self, split, limit, rng):
@@ -39,13 +39,15 @@ class EasyCountdown(Countdown):
         return [Numbers(i, tuple(n), t) for i, (n, t) in enumerate(problems[:limit])]
 
     def messages(self, problem):
-        """The question, after two examples: one right at once, one at the second try."""
-        first, second, asked = (
-            self.question.format(numbers=numbers, target=target)
-            for numbers, target in (((8, 6), 14), ((17, 5), 12), (problem.numbers, problem.target))
-        )
-        wrong = self.answer.format("17 + 5"), self.reflect, self.reflection, self.again
-        said = first, self.answer.format("8 + 6"), second, *wrong, self.answer.format("17 - 5")
+        """The question, after three examples: right at once, and twice at the second try."""
+        said = [self.question.format(numbers=(8, 6), target=14), self.answer.format("8 + 6")]
+        for numbers, sign, target in (((17, 5), "-", 12), ((3, 14), "*", 42)):
+            wrong, right = (
+                self.answer.format(s.join(map(str, numbers))) for s in (" + ", f" {sign} ")
+            )
+            said += [self.question.format(numbers=numbers, target=target), wrong, self.reflect]
+            said += [self.reflection.format(sign), self.again, right]
+        asked = self.question.format(numbers=problem.numbers, target=problem.target)
         return chat(*said, asked), None
 
 
