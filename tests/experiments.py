@@ -409,12 +409,14 @@ def reasons(**by_model: Tries) -> dict:
 
 
 def about_reflections(chat: Chat, tries: Tries) -> dict[str, str]:
-    """How many reflections there are, and how long they are. For tests/sentence.py also how often
-    they name the word that is to be used, and the share of retries that are right if so, and if
-    not."""
+    """How many reflections there are, how long they are, and the share that the verifier would take
+    for a right answer. For tests/sentence.py also how often they name the word that is to be used,
+    and the share of retries that are right if so, and if not."""
     tries = [t for t in tries if t.reflection]
     lengths = [len(t.reflection) for t in tries]
     row = {"reflections": str(len(tries)), "tokens": f"{np.mean(lengths or [0]):.1f}"}
+    answers = np.array([chat.verify(t.problem, t.reflection).right for t in tries])
+    row["right answers"] = percent(answers)
     if isinstance(chat.task, sentence.Sentence):
         said = [re.findall("[a-z]+", chat.tokenizer.decode(t.reflection).lower()) for t in tries]
         named = np.array([t.problem.use in words for t, words in zip(tries, said, strict=True)])
