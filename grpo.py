@@ -428,18 +428,19 @@ def draw_failures(failures: Tries, step: int, size: int, seed: int, leave_out=()
 def token_sums(loss, new, old, ref, A, mask, clip) -> dict[str, float]:
     """Sums over one failure's trained tokens, for the metrics of the step."""
     clipped = ((new - old).exp() - 1) * A[:, None].sign() > clip  # the clip stops the gradient
-    kl = new.new_zeros(()) if ref is None else k3(torch.where(mask, ref - new, 0.0))
     sums = {"loss": loss, "tokens": mask.sum(), "nll": -new.sum()}
-    sums |= {"clipped": clipped.sum(), "kl": kl.sum(), "mismatch": (new - old).abs().max()}
+    sums |= {"clipped": clipped.sum(), "mismatch": (new - old).abs().max()}
+    sums |= {} if ref is None else {"kl": k3(torch.where(mask, ref - new, 0.0)).sum()}
     values = torch.stack([value.float() for value in sums.values()]).tolist()  # waits once
     return dict(zip(sums, values, strict=True))
 
 
 def describe(tries: Tries, rewards: Tensor, parts: list[dict]) -> dict[str, float]:
-    """The metrics of a step. nll (on average, the entropy), clipped and kl are means over trained
-    tokens; mismatch is the largest change of a token's log-probability since it was drawn;
-    sampled counts the tokens of reflections and retries."""
+    """The metrics of a step. nll (on average, the entropy), clipped and, with a reference, kl are
+    means over trained tokens; mismatch is the largest change of a token's log-probability since it
+    was drawn; sampled counts the tokens of reflections and retries."""
     tokens = max(1, sum(part["tokens"] for part in parts))
+    means = [n for n in ("nll", "clipped", "kl") if any(n in part for part in parts)]
     lengths = [len(t.reflection) for t in tries]
     return {
         "reward": rewards.mean().item(),
@@ -449,7 +450,7 @@ def describe(tries: Tries, rewards: Tensor, parts: list[dict]) -> dict[str, floa
         "sampled": sum(lengths) + sum(len(t.retry) for t in tries),
         "loss": sum(part["loss"] for part in parts),
         "mismatch": max((part["mismatch"] for part in parts), default=0.0),
-        **{n: sum(part[n] for part in parts) / tokens for n in ("nll", "clipped", "kl")},
+        **{n: sum(part[n] for part in parts) / tokens for n in means},
     }
 
 

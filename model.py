@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # -- Which decoders --------------------------------------------------------------------------------
-# What holds where a config.json is silent, by model_type: first of any, then its own.
+# What holds where a config.json is silent: of any model_type first, then of each.
 SILENT = dict(
     head_dim=None, num_key_value_heads=None, rms_norm_eps=1e-6, tie_word_embeddings=False,
     attention_bias=False, mlp_bias=False, rope_theta=10_000.0, qkv_bias=False, qk_norm=False,
@@ -94,14 +94,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal(attention_mask: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """The positions of the last T tokens of each row, (B, T), which count what is no padding, and
-    what is added to their scores, 0 or -inf, (B, T, S). attention_mask: (B, S) bool. A token sees
-    what is no padding, up to itself; padding sees itself (its softmax must exist)."""
+    """The positions of the last T tokens of each row, (B, T), without counting padding; and what
+    they see, their mask, (B, T, S) bool. attention_mask: (B, S) bool. A token sees all up to itself
+    that is no padding; padding sees itself (its softmax must exist)."""
     column = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # (S,)
     own = column[-T:, None]  # (T, 1)
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
-    sees = attention_mask[:, None] & (column <= own) | (column == own)
-    return positions, torch.zeros_like(sees, dtype=torch.float32).masked_fill_(~sees, -math.inf)
+    return positions, attention_mask[:, None] & (column <= own) | (column == own)
 
 
 @dataclass
@@ -141,13 +140,13 @@ class KVCache:
         (P, K, C, D), (R, H, T, _), end = keys.shape, q.shape, self.length
         self.suffixes[layer][:, :, :, end - T : end] = torch.stack([k, v])
         own_keys, own_values = self.suffixes[layer][:, :, :, :end].unflatten(1, (P, -1))
-        # Letters as above, in lower case; q: the queries that share a key head; e: a suffix.
+        # Letters: the shapes above in lower case; q: all queries of a key head; e: the suffix.
         q = q.reshape(P, R // P, K, -1, D)
         to_context = torch.einsum("pskqd,pkcd->pskqc", q, keys)
         to_suffix = torch.einsum("pskqd,psked->pskqe", q, own_keys)
         scores = torch.cat([to_context, to_suffix], dim=-1).view(R, K, -1, T, C + end)
         scores = torch.add(mask[:, None, None], scores, alpha=D**-0.5)
-        weights = scores.softmax(-1).to(q.dtype)  # float32 by the mask
+        weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         to_context, to_suffix = weights.view(*q.shape[:-1], -1).split([C, end], dim=-1)
         x = torch.einsum("pskqc,pkcd->pskqd", to_context, values)
         x = x + torch.einsum("pskqe,psked->pskqd", to_suffix, own_values)
@@ -172,8 +171,8 @@ class KVCache:
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        """x W^T + b. Few rows on a CPU as (W x^T)^T: only that is shared well among its threads."""
-        if x.device.type != "cpu" or x.shape[:-1].numel() > 256:
+        """x W^T + b. On a CPU few rows are computed as (W x^T)^T, which uses all threads better."""
+        if x.device.type != "cpu" or x.dim() == 1 or x.shape[:-1].numel() > 256:
             return super().forward(x)
         y = (self.weight @ x.flatten(end_dim=-2).T).T.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
@@ -185,7 +184,7 @@ class Attention(nn.Module):
     def __init__(self, c: SimpleNamespace, layer: int):
         super().__init__()
         self.layer, self.head_dim, self.qk_norm = layer, c.head_dim, c.qk_norm
-        self.shares = c.num_attention_heads // c.num_key_value_heads  # of queries with one key
+        self.shares = c.num_attention_heads // c.num_key_value_heads  # query heads per key head
         E, bias = c.hidden_size, c.attention_bias or c.qkv_bias
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_proj = Linear(E, queries, bias=bias)
@@ -208,17 +207,17 @@ class Attention(nn.Module):
         if kv_cache is not None:
             x = kv_cache.attend(self.layer, q, k, v, mask)
         else:
-            # Key heads are repeated: with a mask, a GPU's fast kernels know no groups of heads.
+            # Key heads are repeated: with a mask, a GPU's fast kernels do not group query heads.
             k, v = (part.repeat_interleave(self.shares, dim=1) for part in (k, v))
             if mask is not None:
-                x = F.scaled_dot_product_attention(q, k, v, mask[:, None].to(q.dtype))
+                x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
             else:
                 x = causal_attention(q, k, v, lengths or [x.shape[1]])
         return self.o_proj(x.transpose(1, 2).flatten(2))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Each token sees itself and what is before it, but in its own branch and the context alone:
+    """Each token sees itself and what is before it in the context and in its own branch:
 
     [ context | branch_1 | … | branch_G ]     lengths: of these parts; q, k, v: (B, H, T, D)
     """
@@ -309,13 +308,15 @@ class Model(nn.Module):
     ) -> Tensor:
         """(B, T) token ids -> (B, T, E), the last layer's normalised output.
 
-        The only way into the decoder: the caller says where each token stands, `positions` (B, T),
-        and what it sees: by a `mask` (B, T, columns) that is added to scores, by the `lengths` of
-        branches (see `causal_attention`), or else all up to itself. With a cache, ids are the
-        newest T tokens in it. To `keep`, each layer adds its keys and values, (2, B, K, T, D)."""
+        The only way into the decoder. The caller gives each token's place, `positions` (B, T), and
+        what it sees: a `mask` (B, T, columns) bool, or the `lengths` of a context and its branches
+        (see `causal_attention`), or neither: all up to itself. A cache needs a mask; ids are then
+        its newest T tokens. To `keep`, each layer adds its keys and values, (2, B, K, T, D)."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.model.embed_tokens(ids)  # (B, T, E)
+        if mask is not None:  # from here on it is added to the scores: 0 or -inf
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)
         how = self.rope(positions), mask, kv_cache, keep, lengths
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
@@ -422,7 +423,7 @@ def generate(
     done = torch.zeros_like(rows, dtype=torch.bool)  # and which of them have finished
     for t in range(max_new_tokens):
         token, logprob = draw(model.head(hidden), uniform[rows, t], temperature)  # (rows,) both
-        tokens[rows, t], logprobs[rows, t] = token, logprob
+        tokens[rows, t], logprobs[rows, t] = token, logprob.float()
         done |= torch.isin(token, stop)
         if t + 1 == max_new_tokens:
             break
@@ -694,10 +695,9 @@ TINY_TEMPLATE = (
 
 
 def tiny(words: list[str], seed: int = 0, context: int = 512) -> tuple[Model, Tokenizer]:
-    """A Llama of 0.3 million random weights, and a tokenizer that knows `words` and no others.
-    The embeddings of numbers start as a random projection of sin and cos of the number at several
-    periods, so that near numbers begin near each other and a difference looks the same everywhere:
-    sums are learnt in fewer steps."""
+    """A Llama of 0.3 million random weights, and a tokenizer that knows `words` and no others. The
+    embeddings of numbers start as a random projection of sin and cos of the number at several
+    periods: near numbers begin near each other, and sums are learnt in fewer steps."""
     special = ["<|end|>", "<|user|>", "<|assistant|>"]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(special + words))}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unknown>"))

@@ -510,8 +510,9 @@ def newest(pattern: str) -> Path:
 def resumed(folder: Path, command: str) -> Config:
     """The settings of the run to resume. Raises ValueError if it is another command's."""
     config = models.read_json(folder / "config.json")
-    if config.get("command") != command:
-        raise ValueError(f"{folder} is a run of {config.get('command')}, not of {command}")
+    if config.get("command") != command or config.get("task", "countdown") not in TASKS:
+        what = f"{config.get('command')}, not of {command}, or of a task that is not known here"
+        raise ValueError(f"{folder} is a run of {what}")
     try:
         return Config(**{f.name: config[f.name] for f in fields(Config)})
     except (KeyError, TypeError) as error:

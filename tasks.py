@@ -60,10 +60,10 @@ class Task:
     def load(
         self, path: str | None = None, split: str = "train", limit: int | None = None, seed: int = 0
     ) -> list:
-        """Problems of a split, at most `limit`, in an order drawn from `seed`: `drawn`, or from a
-        file (JSON, JSONL, parquet) or a folder of files. A file has "all", too, and no "cold": that
-        is in "train". Two splits share no problem's `key`. Raises ValueError for a bad split or
-        record."""
+        """Problems of a split, at most `limit`, in an order drawn from `seed`: random ones (from
+        `drawn`), or those of a file (JSON, JSONL, parquet) or folder. Files have a split "all", and
+        no "cold" (it is part of "train"). Two splits share no problem's `key`. Raises ValueError
+        for a bad split or record."""
         splits = list(SPLITS) if path is None else ["train", "dev", "test", "all"]
         if split not in splits:
             raise ValueError(f"there is no split {split!r}: choose one of {', '.join(splits)}")
@@ -77,7 +77,7 @@ class Task:
         return rng.sample(problems, len(problems))[:limit]
 
     def drawn(self, split: str, limit: int | None, rng: random.Random) -> list:
-        """Random problems of a split, at most `limit`, with ids from 0 on."""
+        """Problems of a split, at most `limit` if given, ids from 0. Splits share no problem."""
         raise ValueError(f"the task {self.name} draws no problems: give --data a file of them")
 
     def read(self, path: Path) -> list:
@@ -241,14 +241,12 @@ class Countdown(Task):
         return Numbers(int(record["id"]), tuple(map(int, numbers)), int(target))
 
     def parse(self, line: str) -> Numbers:
-        """A problem from the numbers that a person typed. Raises ValueError if it is none."""
         if not self.typed.fullmatch(line):
             raise ValueError(f"type {self.how_to_type}")
         *numbers, target = map(int, line.split())
         return Numbers(0, tuple(numbers), target)
 
     def messages(self, problem: Numbers) -> tuple[list[dict], None]:
-        """The question as a chat of one user message; Countdown has no tools."""
         text = self.question.format(numbers=list(problem.numbers), target=problem.target)
         return [{"role": "user", "content": text}], None
 

@@ -29,11 +29,11 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from drawn_apigen import DrawnAPIGen  # noqa: E402
+from drawn_apigen import DrawnAPIGen
 
-import grpo  # noqa: E402
-import r3  # noqa: E402
-from model import Model, Tokenizer, generate  # noqa: E402
+import grpo
+import r3
+from model import Model, Tokenizer, generate
 
 NEW = 64  # tokens a turn, exactly: end-of-turn tokens are ignored
 SMOL = dict(  # the shape of SmolLM2-135M, where no folder is given

@@ -5,12 +5,13 @@ python tests/easy.py train --model HuggingFaceTB/SmolLM2-135M-Instruct --task ea
 
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import r3  # noqa: E402
-from tasks import TASKS, APIGen, Countdown, Numbers, split_of  # noqa: E402
+import r3
+from tasks import TASKS, APIGen, Countdown, Numbers, split_of
 
 
 def chat(*turns: str) -> list[dict]:
@@ -27,6 +28,8 @@ class EasyCountdown(Countdown):
     answer = "<answer> {} </answer>"
     reflect = "That is wrong. Which sign must you use?"
     reflection = "I must use the sign {}."
+    how_to_type = "two numbers and then the target, such as 6 10 16"
+    typed = re.compile(r"[0-9]{1,3}(\s+[0-9]{1,3}){2}")
     again = "Now answer again."
 
     def drawn(self, split, limit, rng):
@@ -70,8 +73,8 @@ class OneTool(APIGen):
         example = {"name": "book_table", "arguments": {"guests": "int", "day": "str"}}
         wrong = {"name": "book_table", "arguments": {"guests": 2, "day": "Sunday"}}
         right = {"name": "book_table", "arguments": {"guests": 4, "day": "Friday"}}
-        tool, *_ = json.loads(problem.tools)
-        types = {name: given["type"] for name, given in tool["parameters"].items()}
+        tool = next(iter(json.loads(problem.tools)), {"name": "", "parameters": {}})
+        types = {name: given.get("type", "str") for name, given in tool["parameters"].items()}
         offered = {"name": tool["name"], "arguments": types}
         said = self.question.format(json.dumps(example), "A table for 4 on Friday, please.")
         asked = self.question.format(json.dumps(offered), problem.query)

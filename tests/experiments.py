@@ -33,13 +33,13 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import sentence  # noqa: E402  (makes its task known)
+import sentence  # makes its task known
 
-import grpo  # noqa: E402
-import model as models  # noqa: E402
-import r3  # noqa: E402
-from grpo import Chat, Conversation, Tries  # noqa: E402
-from tasks import TinyCountdown  # noqa: E402
+import grpo
+import model as models
+import r3
+from grpo import Chat, Conversation, Tries
+from tasks import TinyCountdown
 
 # -- A finished run --------------------------------------------------------------------------------
 

@@ -40,13 +40,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import bench  # noqa: E402
+import bench
 
-import grpo  # noqa: E402
-import model as models  # noqa: E402
-import r3  # noqa: E402
-from model import Model  # noqa: E402
-from tasks import TinyCountdown  # noqa: E402
+import grpo
+import model as models
+import r3
+from model import Model
+from tasks import TinyCountdown
 
 TINY = dict(
     model_type="llama", vocab_size=768, hidden_size=64, intermediate_size=224,

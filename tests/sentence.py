@@ -1,7 +1,4 @@
-"""A task of your own: write a sentence with one word and without another.
-
-python tests/sentence.py train --model HuggingFaceTB/SmolLM2-135M-Instruct --task sentence
-"""
+"""A task of your own: write a sentence with one word and without another."""
 
 import itertools
 import re
@@ -10,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import r3  # noqa: E402
-from tasks import TASKS, Task, Verdict  # noqa: E402
+import r3
+from tasks import TASKS, Task, Verdict
 
 PLACES = """at home, in the city, at school, by the sea, on a farm, on a train, in the forest,
     in the desert, on an island, in a castle, at the market, in the kitchen"""
@@ -38,25 +35,25 @@ class Sentence(Task):
 
     Problem = Life
     question = "Write one short sentence about life {}. Use the word {}, but not the word {}."
-    answer = "I put on one boot before a long walk uphill."  # to an example
+    answer = "I put on one boot before a long walk uphill."  # to the example
     reflect = "That is wrong. Which word must you use?"
     again = "Now write one sentence with it."
 
     def drawn(self, split, limit, rng):
         words = itertools.permutations(WORDS[split].split(), 2)
         lives = list(itertools.product(re.split(r",\s+", PLACES), words))
-        chosen = rng.sample(lives, limit or 1_000)
+        chosen = rng.sample(lives, min(limit or 1_000, len(lives)))
         return [Life(i, place, *words) for i, (place, words) in enumerate(chosen)]
 
     def messages(self, problem):
-        """The question, after an example of one with an answer."""
+        """An example with its answer, then the question."""
         example = self.question.format("in the mountains", "boot", "stone")
         asked = self.question.format(problem.place, problem.use, problem.avoid)
         said = ("user", example), ("assistant", self.answer), ("user", asked)
         return [{"role": role, "content": text} for role, text in said], None
 
     def faults(self, problem, text):
-        """What a verdict may say, and whether it is so. A sentence may lack its end."""
+        """Each fault that a verdict can name, and whether it is there."""
         words = re.findall("[a-z]+", text.lower())
         return {
             "not_one_sentence": not re.fullmatch('[A-Za-z ,;:\'"-]*[.!?]?"?', text.strip()),
