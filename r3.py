@@ -490,7 +490,7 @@ def plot_command(folders: list[Path]) -> None:
                 error = [y - ends[0], ends[1] - y] if ends else None
                 axis.errorbar(x, y, error, fmt="o-" if ends else "-", capsize=3, label=folder.name)
     for axis, title in zip(axes, PANELS.values(), strict=True):
-        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.set(title=title, xlabel="step", ylim=(0, None), visible=axis.has_data())
         axis.xaxis.get_major_locator().set_params(integer=True)
     if len(folders) > 1:
         axes[0].legend()
