@@ -74,12 +74,15 @@ SWAPS = ("an empty reflection", "a fixed generic reflection", "another problem's
 EQUAL = 16  # tries at a failure, from which the chance for fewer is estimated
 
 
-def controls(run: Path, on: Path | None = None, limit: int | None = None) -> dict:
+def controls(
+    run: Path, on: Path | None = None, limit: int | None = None, crossed_only: bool = False
+) -> dict:
     """The tables. Everything is measured on the vanilla model's failures, its wrong first tries.
     What was sampled is kept in run/controls.
 
     on: a file of the vanilla model's conversations, where not the run's own are to be taken
-    (`heldout` leaves one); limit: problems of it."""
+    (`heldout` leaves one); limit: problems of it; crossed_only: nothing but who reflects and who
+    retries."""
     c, vanilla = open_run(run)
     folder = run / "controls"
     tries = in_order(r3.load_conversations(on or run / "vanilla.jsonl", vanilla))
@@ -87,7 +90,8 @@ def controls(run: Path, on: Path | None = None, limit: int | None = None) -> dic
     failures = [t for t in tries if t.problem.id in chosen and not t.first.right]
     if not failures:
         raise ValueError(f"{run}: the vanilla model got every problem right at once")
-    shuffled = shuffled_rewards(run, c, vanilla, failures)  # done first: no third model in memory
+    if not crossed_only:  # done first: no third model in memory
+        shuffled = shuffled_rewards(run, c, vanilla, failures)
     trained = with_weights(c, vanilla, run / "model")
     chats = {"vanilla": vanilla, "trained": trained}
     own = {"vanilla": failures}
@@ -101,6 +105,8 @@ def controls(run: Path, on: Path | None = None, limit: int | None = None) -> dic
             name: {"mean": f"{np.mean([len(t.reflection) for t in own[name]]):.1f}"} for name in own
         },
     }
+    if crossed_only:
+        return tables
     rows = {"its own reflection": {name: right(own[name]) for name in own}}
     for label in SWAPS:
         rows[label] = {}
@@ -695,6 +701,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, help="where to leave files (default: in the run)")
     subs.choices["controls"].add_argument("--on", type=Path, help="conversations; see `controls`")
     subs.choices["controls"].add_argument("--limit", type=int, help="so many problems of them")
+    about = "only who reflects and who retries"
+    subs.choices["controls"].add_argument("--crossed-only", action="store_true", help=about)
     several = subs.add_parser("heldout", help=heldout.__doc__)
     several.add_argument("--runs", type=Path, nargs="+", required=True, help="finished runs")
     several.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")

@@ -241,6 +241,7 @@ def test_a_runs_controls_and_its_other_turns(model, folder, monkeypatch, tmp_pat
     assert tokens > 0 and gained["1st try"].shape == (1,)
     monkeypatch.setattr(grpo, "generate", None)
     assert str(experiments.controls(run)) == str(tables)
+    assert list(experiments.controls(run, crossed_only=True)) == list(tables)[:2]
     experiments.main(["controls", "--run", str(run)])
     assert "| its own reflection " in capsys.readouterr().out
 
