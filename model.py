@@ -128,9 +128,8 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Attention of the newest T tokens of each row: q (R, H, T, D); k, v (R, K, T, D).
 
-        One softmax over two pieces, so that the queries of all S rows, and of the heads that share
-        a key head, meet the context's keys in one matrix product, where row by row it would be as
-        many products of a vector:
+        One softmax over two pieces: the queries of all S rows, and of the heads that share a key
+        head, meet the context's keys in one matrix product, not in a product of a vector each:
 
                       context, C columns      suffix of row 1    of row 2
             row 1   [ one matrix product    |  its own         |           ]
@@ -138,18 +137,19 @@ class KVCache:
         """
         keys, values = self.contexts[layer]  # (P, K, C, D)
         (P, K, C, D), (R, H, T, _), end = keys.shape, q.shape, self.length
+        S = R // P
         self.suffixes[layer][:, :, :, end - T : end] = torch.stack([k, v])
-        own_keys, own_values = self.suffixes[layer][:, :, :, :end].unflatten(1, (P, -1))
-        # Letters: the shapes above in lower case; q: all queries of a key head; e: the suffix.
-        q = q.reshape(P, R // P, K, -1, D)
-        to_context = torch.einsum("pskqd,pkcd->pskqc", q, keys)
-        to_suffix = torch.einsum("pskqd,psked->pskqe", q, own_keys)
-        scores = torch.cat([to_context, to_suffix], dim=-1).view(R, K, -1, T, C + end)
-        scores = torch.add(mask[:, None, None], scores, alpha=D**-0.5)
+        own_keys, own_values = self.suffixes[layer][:, :, :, :end]  # (R, K, end, D)
+        q = q.reshape(R, K, -1, D)  # the queries of a row that share a key head: q of them
+        of_all_rows = q.unflatten(0, (P, S)).transpose(1, 2).flatten(2, 3)  # (P, K, S q, D)
+        to_context = (of_all_rows @ keys.mT).unflatten(2, (S, -1))  # (P, K, S, q, C)
+        to_suffix = (q @ own_keys.mT).unflatten(0, (P, S)).transpose(1, 2)
+        scores = torch.cat([to_context, to_suffix], dim=-1).view(P, K, S, -1, T, C + end)
+        torch.add(mask.view(P, 1, S, 1, T, C + end), scores, alpha=D**-0.5, out=scores)
         weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        to_context, to_suffix = weights.view(*q.shape[:-1], -1).split([C, end], dim=-1)
-        x = torch.einsum("pskqc,pkcd->pskqd", to_context, values)
-        x = x + torch.einsum("pskqe,psked->pskqd", to_suffix, own_values)
+        to_context, to_suffix = weights.flatten(3, 4).split([C, end], dim=-1)
+        x = (to_context.flatten(2, 3) @ values).unflatten(2, (S, -1))  # (P, K, S, q, D)
+        x = x.transpose(1, 2).flatten(0, 1) + to_suffix.transpose(1, 2).flatten(0, 1) @ own_values
         return x.reshape(R, H, T, D)
 
     def select(self, rows: Tensor, room: int) -> "KVCache":
@@ -478,16 +478,16 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     """One token per row by the inverse CDF: the first at which the summed probability passes u.
     logits: (R, V); uniform: (R,) in [0, 1). Returns tokens and their log-probabilities, (R,) each.
     With p = (0.2, 0.5, 0.3), u = 0.1 draws token 0, u = 0.6 token 1, and u = 0.7 token 2."""
-    logprobs = F.log_softmax(logits / (temperature or 1.0), dim=-1)  # (R, V)
+    probs = (logits / (temperature or 1.0)).softmax(dim=-1)  # (R, V)
     if temperature == 0:
         token = logits.argmax(dim=-1)
     else:
-        cdf = logprobs.exp().cumsum(dim=-1)
+        cdf = probs.cumsum(dim=-1)
         total = cdf[:, -1:].contiguous()
         token = torch.searchsorted(cdf, uniform[:, None] * total, right=True)
         last = torch.searchsorted(cdf, total)  # the last token that has any probability
         token = token.minimum(last).squeeze(-1)
-    return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
+    return token, probs.gather(-1, token[:, None]).squeeze(-1).log()
 
 
 def unfinished(done: Tensor) -> Tensor:
