@@ -61,6 +61,7 @@ MODES = {  # of training, with what they change in a Config
     " --offload --checkpointing": {"offload": True, "checkpointing": True},
 }
 Rows = dict[str, dict[str, str]]  # of a table: line, column, cell
+LINE = "| {:61} | {:15} | {:53} | {:7} |"
 
 
 @dataclass
@@ -554,7 +555,8 @@ def ten_steps(w: Work) -> Rows:
 
 # -- The command line ------------------------------------------------------------------------------
 def table(w: Work) -> Rows:
-    """All lines about one model. A part that breaks is a line that failed; the rest goes on."""
+    """All lines about one model, printed as they are found. A part that breaks is a line that
+    failed; the rest goes on."""
     rate = matrix_rate(w.device)
     parts: dict[str, Callable[[], Rows]] = {
         "logits": lambda: logits(w),
@@ -566,12 +568,18 @@ def table(w: Work) -> Rows:
     }
     rows: Rows = {}
     NORMS.clear()
+    print(LINE.format("", "result", "beside", "verdict"))
+    print(LINE.format(*4 * ["---"]), flush=True)
     for name, part in parts.items():
         begun = time.perf_counter()
         try:
-            rows |= part()
+            found = part()
         except Exception as error:  # of many kinds, out of memory among them
-            rows[name] = check(False, "", f"{type(error).__name__}: {error}".splitlines()[0][:100])
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+            found = {name: check(False, "", reason)}
+        rows |= found
+        for line, row in found.items():
+            print(LINE.format(line, *row.values()), flush=True)
         gc.collect()
         if w.device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -610,8 +618,8 @@ def main(argv: list[str] | None = None) -> dict[str, Rows]:
                 f"{shape} on {args.device}: {w.failures} failures x {w.group}, contexts of "
                 f"{w.context} tokens, turns of {w.new}, bfloat16, torch {torch.__version__}"
             )
+            print(f"\n{title}\n", flush=True)
             tables[title] = table(w)
-        print("\n" + r3.markdown({title: tables[title]}), flush=True)
     return tables
 
 
