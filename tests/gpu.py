@@ -61,7 +61,7 @@ MODES = {  # of training, with what they change in a Config
     " --offload --checkpointing": {"offload": True, "checkpointing": True},
 }
 Rows = dict[str, dict[str, str]]  # of a table: line, column, cell
-LINE = "| {:61} | {:15} | {:53} | {:7} |"
+LINE = "| {:61} | {:15} | {:66} | {:7} |"
 
 
 @dataclass
@@ -470,7 +470,13 @@ def step(w: Work, mode: str, rate: float) -> Rows:
     expected = about["gradients, masters, moments"]
     if settings.offload and not device.startswith("cuda"):
         expected += 8 * weights  # 16 bytes a parameter in main memory, which is the device here
+    tokens = w.context + w.group * w.new  # the run's estimate counts 2 turns for the context
+    expected_kept = about["activations"] * tokens / ((w.group + 2) * w.new)
     logits = 12 * min(w.group * w.new * chat.model.vocab_size, grpo.LOGITS)  # float32, three times
+    # The head's gradient, before it is added; where it is the embeddings', too, both and their sum.
+    head = chat.model.lm_head.weight.nbytes
+    tied = chat.model.config.tie_word_embeddings
+    expected_most = max(expected_kept + logits + head, 3 * head * tied)
     _, _, most = memory(device, lambda: backward(chat, reference, groups[0], total))
     optimizer.collect()
     optimizer.zero_grad()
@@ -486,7 +492,7 @@ def step(w: Work, mode: str, rate: float) -> Rows:
         f"memory{mode}: reference": within(copied, about["reference"], least=0.9),
         f"memory{mode}: gradients, masters, moments": within(held, expected, least=0.9),
         f"memory{mode}: activations": within(
-            most, about["activations"] + logits, "with logits: ", most=activations_at_most(device)
+            most, expected_most, "logits, head's gradient: ", most=activations_at_most(device)
         ),
     }
 
