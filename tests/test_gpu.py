@@ -151,9 +151,9 @@ def test_counts_on_a_pretended_device():
     assert done.returncode == 0 and "6 passed" in done.stdout, done.stdout[-5000:]
 
 
-def on_device(layers: int = 2) -> Model:
+def on_device(layers: int = 2, dtype: torch.dtype = torch.float32) -> Model:
     torch.manual_seed(0)
-    model = Model({**TINY, "num_hidden_layers": layers})
+    model = Model({**TINY, "num_hidden_layers": layers}).to(dtype)
     model.to("pretended:0")
     model.inv_freq = model.inv_freq.to("pretended:0")  # which stays there
     return model
@@ -233,7 +233,8 @@ def test_a_decode_step_launches_few_kernels(monkeypatch, dtype, most):
     found = []
     with Lists(), Pretended(), torch.no_grad():
         for layers in (1, 2):
-            model = on_device(layers).to(dtype)
+            model = on_device(layers, dtype)
+            assert model.lm_head.weight.held.dtype == dtype
             cache = generate(model, PROMPTS, samples=3, max_new_tokens=2).cache
             cache = cache.select(torch.arange(6).view(2, 3).to("pretended:0"), room=4)
             new = torch.ones(6, 1, dtype=torch.bool, device="pretended:0")
