@@ -3,6 +3,7 @@
 The long forms are behind `pytest -m slow`.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -101,7 +102,8 @@ class Runs:
 
     def send(self, number: int) -> None:
         if self.goes_on():
-            os.kill(self.process, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(self.process, number)
 
     def end(self, seconds: float = 200) -> int:
         """Wait for the run, no longer than this: its exit status, negative for a signal."""
