@@ -4,7 +4,7 @@
     generate     the sampler: reads every prompt once, draws many samples from it, and returns the
                  cache, so that the next turn reads only what is new
     Tokenizer    text to token ids and back; a chat to text, through the checkpoint's own template
-    tiny         a model of 0.3 million random weights and its tokenizer, from a list of words
+    tiny_model   a model of 0.3 million random weights and its tokenizer, from a list of words
 
 Shapes: B rows, T tokens, E the hidden size, H query heads, K key and value heads, D numbers a head,
 V the vocabulary; P prompts with S samples each make R = P S rows of the sampler; C columns hold a
@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 # -- Which decoders --------------------------------------------------------------------------------
 # What holds where a config.json is silent: of any model_type first, then of each.
-SILENT = dict(
+CONFIG_DEFAULTS = dict(
     head_dim=None, num_key_value_heads=None, rms_norm_eps=1e-6, tie_word_embeddings=False,
     attention_bias=False, mlp_bias=False, rope_theta=10_000.0, qkv_bias=False, qk_norm=False,
 )  # fmt: skip
@@ -56,29 +56,43 @@ SUPPORTED = {  # the rest is refused, by name
 def read_config(config: dict) -> SimpleNamespace:
     """A config.json completed, every entry an attribute under its own name. Raises ValueError, by
     name, for what is not computed here, and KeyError or TypeError for what is missing."""
-    kind = config.get("model_type") or "none"
+    model_type = config.get("model_type") or "none"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = {"rope_type": rope.get("type", "default"), **rope}  # "type" is its old name
-    c = {**SILENT, **ARCHITECTURES.get(kind, {}), **config, "model_type": kind, **rope}
+    config_ = {
+        **CONFIG_DEFAULTS,
+        **ARCHITECTURES.get(model_type, {}),
+        **config,
+        "model_type": model_type,
+        **rope,
+    }
     for name, values in SUPPORTED.items():
-        if c.get(name) is not None and c[name] not in values:
+        if config_.get(name) is not None and config_[name] not in values:
             known = ", ".join(map(str, values)) or "none"
-            raise ValueError(f"{name} {c[name]!r} is not supported; supported: {known}")
-    c["num_key_value_heads"] = c["num_key_value_heads"] or c["num_attention_heads"]
-    c["head_dim"] = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
-    return SimpleNamespace(**c)
+            raise ValueError(f"{name} {config_[name]!r} is not supported; supported: {known}")
+    config_["num_key_value_heads"] = (
+        config_["num_key_value_heads"] or config_["num_attention_heads"]
+    )
+    config_["head_dim"] = (
+        config_["head_dim"] or config_["hidden_size"] // config_["num_attention_heads"]
+    )
+    return SimpleNamespace(**config_)
 
 
-def inv_freq(c: SimpleNamespace) -> Tensor:
+def inv_freq(config: SimpleNamespace) -> Tensor:
     """(D/2,) radians a position by which the pairs of a head turn. llama3 slows down the pairs that
     turn so slowly that pretraining never saw them come round."""
-    pair = torch.arange(0, c.head_dim, 2, device="cpu", dtype=torch.float32)
-    inv_freq = c.rope_theta ** (-pair / c.head_dim)
-    if c.rope_type == "llama3":
-        rounds = c.original_max_position_embeddings * inv_freq / (2 * math.pi)  # in pretraining
-        share = (rounds - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
+    pair = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float32)
+    inv_freq = config.rope_theta ** (-pair / config.head_dim)
+    if config.rope_type == "llama3":
+        rounds = (
+            config.original_max_position_embeddings * inv_freq / (2 * math.pi)
+        )  # in pretraining
+        share = (rounds - config.low_freq_factor) / (
+            config.high_freq_factor - config.low_freq_factor
+        )
         share.clamp_(0, 1)
-        inv_freq = inv_freq * (share + (1 - share) / c.factor)
+        inv_freq = inv_freq * (share + (1 - share) / config.factor)
     return inv_freq
 
 
@@ -93,7 +107,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def causal(attention_mask: Tensor, T: int) -> tuple[Tensor, Tensor]:
+def causal_mask(attention_mask: Tensor, T: int) -> tuple[Tensor, Tensor]:
     """The positions of the last T tokens of each row, (B, T), without counting padding; and what
     they see, their mask, (B, T, S) bool. attention_mask: (B, S) bool. A token sees all up to itself
     that is no padding; padding sees itself (its softmax must exist)."""
@@ -121,9 +135,9 @@ class KVCache:
         return self.attention_mask.shape[1] - self.contexts[0].shape[3]
 
     def append(self, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Open columns for (R, T) tokens: their positions and their mask, as from `causal`."""
+        """Open columns for (R, T) tokens: their positions and their mask, as from `causal_mask`."""
         self.attention_mask = torch.cat([self.attention_mask, attention_mask], dim=1)
-        return causal(self.attention_mask, attention_mask.shape[1])
+        return causal_mask(self.attention_mask, attention_mask.shape[1])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Attention of the newest T tokens of each row: q (R, H, T, D); k, v (R, K, T, D).
@@ -152,7 +166,7 @@ class KVCache:
         x = x.transpose(1, 2).flatten(0, 1) + to_suffix.transpose(1, 2).flatten(0, 1) @ own_values
         return x.reshape(R, H, T, D)
 
-    def select(self, rows: Tensor, room: int) -> "KVCache":
+    def select_rows(self, rows: Tensor, room: int) -> "KVCache":
         """A copy of some rows, (P', S') row numbers, a context a line; room for so many columns."""
         P, chosen, length = self.contexts[0].shape[1], rows.flatten(), self.length
         contexts = self.contexts
@@ -162,7 +176,7 @@ class KVCache:
         suffixes = [F.pad(x[:, chosen, :, :length], (0, 0, 0, room)) for x in self.suffixes]
         return KVCache(contexts, suffixes, self.attention_mask[chosen])
 
-    def merge(self, part: "KVCache", rows: Tensor, start: int) -> None:
+    def copy_back(self, part: "KVCache", rows: Tensor, start: int) -> None:
         """Take back what `part`, a selection of these rows, has read from column `start` on."""
         if part is not self:
             for own, theirs in zip(self.suffixes, part.suffixes, strict=True):
@@ -181,19 +195,24 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share K heads of keys and values."""
 
-    def __init__(self, c: SimpleNamespace, layer: int):
+    def __init__(self, config: SimpleNamespace, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.qk_norm = layer, c.head_dim, c.qk_norm
-        self.shares = c.num_attention_heads // c.num_key_value_heads  # query heads per key head
-        E, bias = c.hidden_size, c.attention_bias or c.qkv_bias
-        queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.layer, self.head_dim, self.qk_norm = layer, config.head_dim, config.qk_norm
+        self.shares = (
+            config.num_attention_heads // config.num_key_value_heads
+        )  # query heads per key head
+        E, bias = config.hidden_size, config.attention_bias or config.qkv_bias
+        queries, keys = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
         self.q_proj = Linear(E, queries, bias=bias)
         self.k_proj = Linear(E, keys, bias=bias)
         self.v_proj = Linear(E, keys, bias=bias)
-        self.o_proj = Linear(queries, E, bias=c.attention_bias)
-        if c.qk_norm:
-            self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.o_proj = Linear(queries, E, bias=config.attention_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope, mask=None, kv_cache=None, keep=None, lengths=None) -> Tensor:
         """(B, T, E) -> (B, T, E). The arguments are those of Model.hidden; rope: cos and sin."""
@@ -233,24 +252,24 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Ten
 class MLP(nn.Module):
     """SwiGLU: one projection decides how much of the other passes."""
 
-    def __init__(self, c: SimpleNamespace):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
-        E, inner = c.hidden_size, c.intermediate_size
-        self.gate_proj = Linear(E, inner, bias=c.mlp_bias)
-        self.up_proj = Linear(E, inner, bias=c.mlp_bias)
-        self.down_proj = Linear(inner, E, bias=c.mlp_bias)
+        E, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(E, intermediate, bias=config.mlp_bias)
+        self.up_proj = Linear(E, intermediate, bias=config.mlp_bias)
+        self.down_proj = Linear(intermediate, E, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self, c: SimpleNamespace, layer: int):
+    def __init__(self, config: SimpleNamespace, layer: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c, layer)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *attention) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), *attention)
@@ -272,9 +291,11 @@ class Model(nn.Module):
         norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=norm))
         self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.context = c.max_position_embeddings  # the longest conversation, in tokens
+        self.context_length = c.max_position_embeddings  # the longest conversation, in tokens
         self.vocab_size = c.vocab_size  # may be lowered to what the tokenizer knows
-        self.checkpointing = False  # whether training computes each layer twice, to store less
+        self.gradient_checkpointing = (
+            False  # whether training computes each layer twice, to store less
+        )
         self.tie()
 
     def tie(self) -> None:
@@ -288,7 +309,7 @@ class Model(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, V) logits, each position seeing itself and what is before it.
         Raises ValueError where T is more than the model's context."""
-        self.refuse_beyond_context(ids.shape[1])
+        self.check_context_length(ids.shape[1])
         return self.head(self.hidden(ids))
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -319,7 +340,7 @@ class Model(nn.Module):
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)
         how = self.rope(positions), mask, kv_cache, keep, lengths
         for block in self.model.layers:
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, *how, use_reentrant=False)
             else:
                 x = block(x, *how)
@@ -334,9 +355,11 @@ class Model(nn.Module):
         dtype = self.lm_head.weight.dtype
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
 
-    def refuse_beyond_context(self, length: int) -> None:
-        if length > self.context:
-            raise ValueError(f"{length} tokens do not fit the model's context of {self.context}")
+    def check_context_length(self, length: int) -> None:
+        if length > self.context_length:
+            raise ValueError(
+                f"{length} tokens do not fit the model's context of {self.context_length}"
+            )
 
     @classmethod
     def from_pretrained(
@@ -386,35 +409,37 @@ class Generation:
 def generate(
     model: Model,
     prompts: list[list[int]],
-    samples: int = 1,
+    num_samples: int = 1,
     max_new_tokens: int = 128,
     temperature: float = 1.0,
     stop: list[int] | tuple[int, ...] = (),
     seed: int = 0,
-    keys: list[tuple[int, ...]] | None = None,
+    rng_keys: list[tuple[int, ...]] | None = None,
     cache: KVCache | None = None,
 ) -> Generation:
-    """Draw `samples` continuations of each prompt, each up to a token of `stop` (which is kept).
+    """Draw `num_samples` continuations of each prompt, each up to a token of `stop` (it is kept).
 
     Every prompt is read and stored once, however many samples are drawn from it. With a `cache`
     (of the turn before), prompt r is appended to what row r has read, which is everything but the
-    last token that was drawn: the prompt begins in that one's place; `samples` is then 1.
+    last token that was drawn: the prompt begins in that one's place; `num_samples` is then 1.
 
     Token t of a row is decided by number t of a random stream keyed by (seed, *key), so a sample
     does not depend on its batch (but for a draw that falls between two roundings of a probability).
-    keys: non-negative integers for each row, prompt by prompt; by default (prompt, sample).
+    rng_keys: non-negative integers for each row, prompt by prompt; by default (prompt, sample).
 
     temperature 0 takes the likeliest token. Log-probabilities are those at the given temperature
     (at 0: at 1). Raises ValueError for an empty prompt, or one that leaves too little context.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and every prompt at least one token")
-    keys = keys or [(p, s) for p in range(len(prompts)) for s in range(samples)]
-    uniform = [np.random.default_rng([seed, *k]).random(max_new_tokens, np.float32) for k in keys]
+    rng_keys = rng_keys or [(p, s) for p in range(len(prompts)) for s in range(num_samples)]
+    uniform = [
+        np.random.default_rng([seed, *k]).random(max_new_tokens, np.float32) for k in rng_keys
+    ]
     uniform = torch.tensor(np.array(uniform), device=model.device)  # (R, max_new_tokens)
     stop = torch.tensor(list(stop), dtype=torch.long, device=model.device)
 
-    hidden, cache = read(model, prompts, samples, max_new_tokens, cache)
+    hidden, cache = prefill(model, prompts, num_samples, max_new_tokens, cache)
     start, seen = cache.length, cache.attention_mask
     tokens = torch.zeros_like(uniform, dtype=torch.long)
     logprobs = torch.zeros_like(uniform)
@@ -422,22 +447,24 @@ def generate(
     work = cache  # what they have read: the cache itself, or a copy of some of its rows,
     done = torch.zeros_like(rows, dtype=torch.bool)  # and which of them have finished
     for t in range(max_new_tokens):
-        token, logprob = draw(model.head(hidden), uniform[rows, t], temperature)  # (rows,) both
+        token, logprob = sample_tokens(
+            model.head(hidden), uniform[rows, t], temperature
+        )  # (rows,) both
         tokens[rows, t], logprobs[rows, t] = token, logprob.float()
         done |= torch.isin(token, stop)
         if t + 1 == max_new_tokens:
             break
         if t % 4 == 0:  # finished rows draw on blindly: to ask for them waits for the device
-            stay = unfinished(done.view(work.contexts[0].shape[1], -1))
+            stay = rows_to_keep(done.view(work.contexts[0].shape[1], -1))
             if stay.numel() == 0:
                 break
             if stay.numel() <= 0.75 * len(rows):
-                cache.merge(work, rows, start)
-                work, stay = work.select(stay, room=max_new_tokens - t), stay.flatten()
+                cache.copy_back(work, rows, start)
+                work, stay = work.select_rows(stay, room=max_new_tokens - t), stay.flatten()
                 rows, token, done = rows[stay], token[stay], done[stay]
         new = torch.ones_like(token, dtype=torch.bool)[:, None]  # (rows, 1)
         hidden = model.hidden(token[:, None], *work.append(new), work)[:, 0]
-    cache.merge(work, rows, start)
+    cache.copy_back(work, rows, start)
 
     # A row ends at its first stop token. The last token that it drew was not read.
     ended = torch.isin(tokens, stop)
@@ -447,11 +474,13 @@ def generate(
     drawn = []
     for values in (tokens.tolist(), logprobs.tolist()):
         turns = [row[:n] for row, n in zip(values, count.tolist(), strict=True)]
-        drawn.append([turns[i : i + samples] for i in range(0, len(turns), samples)])
+        drawn.append([turns[i : i + num_samples] for i in range(0, len(turns), num_samples)])
     return Generation(*drawn, cache)
 
 
-def read(model: Model, prompts: list, samples: int, room: int, cache) -> tuple[Tensor, KVCache]:
+def prefill(
+    model: Model, prompts: list, num_samples: int, room: int, cache
+) -> tuple[Tensor, KVCache]:
     """Read the prompts: the hidden states that first tokens are drawn from, (R, E), and the cache,
     with room for so many columns more. Raises ValueError beyond the model's context."""
     P, T = len(prompts), max(map(len, prompts))
@@ -460,21 +489,21 @@ def read(model: Model, prompts: list, samples: int, room: int, cache) -> tuple[T
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     attention_mask = torch.arange(T, device=model.device) >= T - lengths[:, None]
     before = 0 if cache is None else cache.attention_mask.sum(dim=1)
-    model.refuse_beyond_context(int((before + lengths).max()) + room)
+    model.check_context_length(int((before + lengths).max()) + room)
     if cache is None:
         contexts: list[Tensor] = []
-        hidden = model.hidden(ids, *causal(attention_mask, T), keep=contexts)
+        hidden = model.hidden(ids, *causal_mask(attention_mask, T), keep=contexts)
         _, _, K, _, D = contexts[0].shape
-        suffixes = [context.new_zeros(2, P * samples, K, room, D) for context in contexts]
-        cache = KVCache(contexts, suffixes, attention_mask.repeat_interleave(samples, dim=0))
+        suffixes = [context.new_zeros(2, P * num_samples, K, room, D) for context in contexts]
+        cache = KVCache(contexts, suffixes, attention_mask.repeat_interleave(num_samples, dim=0))
     else:
         rows = torch.arange(P, device=model.device).view(cache.contexts[0].shape[1], -1)
-        cache = cache.select(rows, room=T + room)
+        cache = cache.select_rows(rows, room=T + room)
         hidden = model.hidden(ids, *cache.append(attention_mask), cache)
-    return hidden[:, -1].repeat_interleave(samples, dim=0), cache
+    return hidden[:, -1].repeat_interleave(num_samples, dim=0), cache
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token per row by the inverse CDF: the first at which the summed probability passes u.
     logits: (R, V); uniform: (R,) in [0, 1). Returns tokens and their log-probabilities, (R,) each.
     With p = (0.2, 0.5, 0.3), u = 0.1 draws token 0, u = 0.6 token 1, and u = 0.7 token 2."""
@@ -485,12 +514,12 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
         cdf = probs.cumsum(dim=-1)
         total = cdf[:, -1:].contiguous()
         token = torch.searchsorted(cdf, uniform[:, None] * total, right=True)
-        last = torch.searchsorted(cdf, total)  # the last token that has any probability
-        token = token.minimum(last).squeeze(-1)
+        last_possible = torch.searchsorted(cdf, total)  # the last token that has any probability
+        token = token.minimum(last_possible).squeeze(-1)
     return token, probs.gather(-1, token[:, None]).squeeze(-1).log()
 
 
-def unfinished(done: Tensor) -> Tensor:
+def rows_to_keep(done: Tensor) -> Tensor:
     """(P, S) which rows are done -> (P', S') numbers of the rows to go on with (a dot is done):
 
     a b . .       a b
@@ -694,7 +723,7 @@ TINY_TEMPLATE = (
 )
 
 
-def tiny(words: list[str], seed: int = 0, context: int = 512) -> tuple[Model, Tokenizer]:
+def tiny_model(words: list[str], seed: int = 0, context: int = 512) -> tuple[Model, Tokenizer]:
     """A Llama of 0.3 million random weights, and a tokenizer that knows `words` and no others. The
     embeddings of numbers start as a random projection of sin and cos of the number at several
     periods: near numbers begin near each other, and sums are learnt in fewer steps."""

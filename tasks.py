@@ -3,7 +3,7 @@
 A task is a subclass of `Task` with these parts:
 
     Problem                         a dataclass: what is asked, with an integer `id`
-    drawn(split, limit, rng)        random problems of a split; not needed for problems from files
+    draw_problems(split, limit, rng)  random problems of a split; not needed for those from files
     messages(problem)               the question as a chat, and tools for the chat template or None
     verify(problem, completion)     a Verdict: right or wrong, and why
 
@@ -27,7 +27,7 @@ from pathlib import Path
 
 MAX_CHARS = 1_000  # a longer expression is malformed: this bounds the verifier's time
 MAX_DEPTH = 100  # so is anything nested deeper than this
-MAX_TEXT = 20_000  # so is a longer text with calls in it
+MAX_TEXT_CHARS = 20_000  # so is a longer text with calls in it
 SPLITS = {"cold": 55, "train": 16, "dev": 13, "test": 16}  # per cent of the problems
 REFLECT = (  # the paper's words, as recalled
     "You tried {}. Reflect on what went wrong and write a short explanation that will help you do "
@@ -39,7 +39,7 @@ REFLECT = (  # the paper's words, as recalled
 class Verdict:
     """What a verifier says: right or not, and the reason as a key for counting."""
 
-    right: bool
+    correct: bool
     reason: str
 
 
@@ -53,30 +53,30 @@ class Task:
 
     name = "task"  # keys the order of its problems
     hub_id: str | None = None  # a dataset on the Hugging Face hub, for a task that draws none
-    reflect = REFLECT.format("performing the task, but failed")
-    again = "Now try again."
-    how_to_type = "the number of a problem, such as 7"
+    reflection_instruction = REFLECT.format("performing the task, but failed")
+    retry_instruction = "Now try again."
+    input_format = "the number of a problem, such as 7"
 
     def load(
         self, path: str | None = None, split: str = "train", limit: int | None = None, seed: int = 0
     ) -> list:
         """Problems of a split, at most `limit`, in an order drawn from `seed`: random ones (from
-        `drawn`), or those of a file (JSON, JSONL, parquet) or folder. Files have a split "all", and
-        no "cold" (it is part of "train"). Two splits share no problem's `key`. Raises ValueError
-        for a bad split or record."""
+        `draw_problems`), or those of a file (JSON, JSONL, parquet) or folder. Files have a split
+        "all", and no "cold" (it is part of "train"). Two splits share no problem's `key`. Raises
+        ValueError for a bad split or record."""
         splits = list(SPLITS) if path is None else ["train", "dev", "test", "all"]
         if split not in splits:
             raise ValueError(f"there is no split {split!r}: choose one of {', '.join(splits)}")
         rng = random.Random(f"{self.name} {split} {seed}")
         if path is None:
-            return self.drawn(split, limit, rng)
+            return self.draw_problems(split, limit, rng)
         parts = {"all": SPLITS, "train": ("cold", "train")}.get(split, (split,))
         problems = [p for p in self.read(Path(path)) if split_of(self.key(p)) in parts]
         if not problems:
             raise ValueError(f"{path} leaves no problems for the split {split!r}")
         return rng.sample(problems, len(problems))[:limit]
 
-    def drawn(self, split: str, limit: int | None, rng: random.Random) -> list:
+    def draw_problems(self, split: str, limit: int | None, rng: random.Random) -> list:
         """Problems of a split, at most `limit` if given, ids from 0. Splits share no problem."""
         raise ValueError(f"the task {self.name} draws no problems: give --data a file of them")
 
@@ -105,7 +105,7 @@ class Task:
     def parse(self, line: str):
         """A drawn problem from what a person typed: its number. Raises ValueError if it is none."""
         if not re.fullmatch("[0-9]{1,4}", line):
-            raise ValueError(f"type {self.how_to_type}")
+            raise ValueError(f"type {self.input_format}")
         return self.load(split="dev", limit=int(line) + 1)[-1]
 
 
@@ -148,8 +148,8 @@ def records(file: Path) -> list:
 
 
 # -- Arithmetic: a parser that can only add, subtract, multiply and divide -------------------------
-SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-LEVELS = {"+": 1, "-": 1, "*": 2, "/": 2}  # of precedence
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}  # of precedence
 
 
 def parse_expression(text: str) -> tuple[Fraction | None, list[int]]:
@@ -172,7 +172,7 @@ def parse_expression(text: str) -> tuple[Fraction | None, list[int]]:
     literals = [int(digits) for digits in re.findall("[0-9]+", text)]
     tokens = re.findall(r"[0-9]+|\S", text, flags=re.ASCII)[::-1]  # the next one is the last
     try:
-        value = read_terms(tokens, level=1, depth=0)
+        value = parse_terms(tokens, level=1, depth=0)
     except ZeroDivisionError:
         return None, literals
     if tokens:
@@ -180,21 +180,21 @@ def parse_expression(text: str) -> tuple[Fraction | None, list[int]]:
     return value, literals
 
 
-def read_terms(tokens: list[str], level: int, depth: int) -> Fraction:
+def parse_terms(tokens: list[str], level: int, depth: int) -> Fraction:
     """A factor and the operations after it that have at least this level of precedence."""
-    value = read_factor(tokens, depth)
-    while tokens and LEVELS.get(tokens[-1], 0) >= level:
-        sign = tokens.pop()
-        value = SIGNS[sign](value, read_terms(tokens, LEVELS[sign] + 1, depth))
+    value = parse_factor(tokens, depth)
+    while tokens and PRECEDENCE.get(tokens[-1], 0) >= level:
+        operator_ = tokens.pop()
+        value = OPERATORS[operator_](value, parse_terms(tokens, PRECEDENCE[operator_] + 1, depth))
     return value
 
 
-def read_factor(tokens: list[str], depth: int) -> Fraction:
+def parse_factor(tokens: list[str], depth: int) -> Fraction:
     token = tokens.pop() if tokens and depth <= MAX_DEPTH else "an end, or brackets too deep"
     if token == "-":
-        return -read_factor(tokens, depth + 1)
+        return -parse_factor(tokens, depth + 1)
     if token == "(":
-        value = read_terms(tokens, level=1, depth=depth + 1)
+        value = parse_terms(tokens, level=1, depth=depth + 1)
         if tokens and tokens.pop() == ")":
             return value
     if not re.fullmatch("0|[1-9][0-9]*", token):
@@ -204,7 +204,7 @@ def read_factor(tokens: list[str], depth: int) -> Fraction:
 
 # -- Countdown -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Numbers:
+class CountdownProblem:
     """A Countdown problem: reach `target` with each of `numbers` used exactly once."""
 
     id: int
@@ -215,46 +215,47 @@ class Numbers:
 class Countdown(Task):
     """The numbers game, as in TinyZero and in the paper: 3 or 4 numbers from 1 to 99."""
 
-    Problem = Numbers
+    Problem = CountdownProblem
     name = "countdown"
     hub_id = "Jiayi-Pan/Countdown-Tasks-3to4"
-    reflect = REFLECT.format("solving the problem and got the wrong answer")
-    again = "Now try again. Give your equation inside <answer> </answer>."
+    reflection_instruction = REFLECT.format("solving the problem and got the wrong answer")
+    retry_instruction = "Now try again. Give your equation inside <answer> </answer>."
     question = (
         "Using the numbers {numbers}, create an equation that equals {target}. You can use basic "
         "arithmetic operations (+, -, *, /) and parentheses, and you must use every number exactly "
         "once. Think step by step, then give the equation inside <answer> </answer>, for example "
         "<answer> (1 + 2) / 3 </answer>."
     )
-    how_to_type = "the numbers and then the target, such as 6 10 2 32"
-    typed = re.compile(r"[0-9]{1,3}(\s+[0-9]{1,3}){2,}")
+    input_format = "the numbers and then the target, such as 6 10 2 32"
+    typed_pattern = re.compile(r"[0-9]{1,3}(\s+[0-9]{1,3}){2,}")
 
-    def key(self, problem: Numbers) -> str:
+    def key(self, problem: CountdownProblem) -> str:
         """The numbers, whatever their order: those of a test problem are never seen in training."""
         return f"Countdown {sorted(problem.numbers)}"
 
-    def problem(self, record: dict) -> Numbers:
+    def problem(self, record: dict) -> CountdownProblem:
         """A problem from {"nums", "target"}, as in TinyZero's dataset, or as we write it."""
         numbers, target = record["nums" if "nums" in record else "numbers"], record["target"]
         if not 1 <= len(numbers) <= 10 or min(map(int, numbers)) < 0:
             raise ValueError(f"{numbers!r} are no Countdown numbers")
-        return Numbers(int(record["id"]), tuple(map(int, numbers)), int(target))
+        return CountdownProblem(int(record["id"]), tuple(map(int, numbers)), int(target))
 
-    def parse(self, line: str) -> Numbers:
-        if not self.typed.fullmatch(line):
-            raise ValueError(f"type {self.how_to_type}")
+    def parse(self, line: str) -> CountdownProblem:
+        if not self.typed_pattern.fullmatch(line):
+            raise ValueError(f"type {self.input_format}")
         *numbers, target = map(int, line.split())
-        return Numbers(0, tuple(numbers), target)
+        return CountdownProblem(0, tuple(numbers), target)
 
-    def messages(self, problem: Numbers) -> tuple[list[dict], None]:
+    def messages(self, problem: CountdownProblem) -> tuple[list[dict], None]:
         text = self.question.format(numbers=list(problem.numbers), target=problem.target)
         return [{"role": "user", "content": text}], None
 
-    def verify(self, problem: Numbers, completion: str) -> Verdict:
+    def verify(self, problem: CountdownProblem, completion: str) -> Verdict:
         """Judge the last `<answer>…</answer>`: exact arithmetic, each number exactly once.
 
-        >>> Countdown().verify(Numbers(0, (6, 10, 2), 32), "<answer> (10 + 6) * 2 = 32 </answer>")
-        Verdict(right=True, reason='right')
+        >>> problem = CountdownProblem(0, (6, 10, 2), 32)
+        >>> Countdown().verify(problem, "<answer> (10 + 6) * 2 = 32 </answer>")
+        Verdict(correct=True, reason='correct')
         """
         _, opening, answer = completion.rpartition("</answer>")[0].rpartition("<answer>")
         if not opening:
@@ -269,21 +270,23 @@ class Countdown(Task):
         if sorted(literals) != sorted(problem.numbers):
             return Verdict(False, "wrong_numbers")
         right = value == problem.target
-        return Verdict(right, "right" if right else "wrong_value")
+        return Verdict(right, "correct" if right else "wrong_value")
 
 
 class TinyCountdown(Countdown):
     """3 numbers from 1 to 10, and all that makes a tiny model: short texts, words, dialogues."""
 
     hub_id = None
-    reflect = "Wrong. Reflect."
-    again = "Again."
+    reflection_instruction = "Wrong. Reflect."
+    retry_instruction = "Again."
     question = "Make {target} from {numbers[0]} {numbers[1]} {numbers[2]} ."
     generic_reflection = "I will be careful ."
-    how_to_type = "3 numbers from 1 to 10 and a target up to 60, such as 6 10 2 32"
-    typed = re.compile(r"((10|[1-9])\s+){3}(60|[1-5]?[0-9])")
+    input_format = "3 numbers from 1 to 10 and a target up to 60, such as 6 10 2 32"
+    typed_pattern = re.compile(r"((10|[1-9])\s+){3}(60|[1-5]?[0-9])")
 
-    def drawn(self, split: str, limit: int | None, rng: random.Random) -> list[Numbers]:
+    def draw_problems(
+        self, split: str, limit: int | None, rng: random.Random
+    ) -> list[CountdownProblem]:
         """All problems of a split, or `limit` of them: this game is small enough to list them."""
         problems = []
         for numbers in itertools.combinations_with_replacement(range(1, 11), 3):
@@ -292,15 +295,20 @@ class TinyCountdown(Countdown):
                 for target in sorted({result(step) for step in last_steps} - {0}):
                     problems.append((rng.sample(numbers, 3), target))
         rng.shuffle(problems)
-        return [Numbers(i, tuple(n), t) for i, (n, t) in enumerate(problems[:limit])]
+        return [CountdownProblem(i, tuple(n), t) for i, (n, t) in enumerate(problems[:limit])]
 
     def words(self) -> list[str]:
         """The vocabulary: the numbers up to 100, signs, and the words of the texts."""
         signs = "+ - * / = ( ) , . <answer> </answer> yes no"
-        texts = f"Make from Start with I need That is not {self.reflect} {self.again}"
+        texts = (
+            f"Make from Start with I need That is not {self.reflection_instruction} "
+            f"{self.retry_instruction}"
+        )
         return [*map(str, range(101)), *f"{signs} {texts} will be careful".split()]
 
-    def cold_dialogue(self, problems: list, rng, diligent: bool) -> tuple[Numbers, list[str]]:
+    def cold_dialogue(
+        self, problems: list, rng, diligent: bool
+    ) -> tuple[CountdownProblem, list[str]]:
         """A problem (its numbers in any order) and the assistant's turns in a dialogue about it:
         [attempt] where that is right, else [attempt, reflection, retry]. A reflection may check
         plans before it chooses the one of the retry: only a check can find a solution.
@@ -330,7 +338,7 @@ class TinyCountdown(Countdown):
         return problem, [" ".join(attempt), " ".join(reflection), answer(plan)]
 
 
-def steps_on(a: int, b: int) -> list[str]:
+def steps_with(a: int, b: int) -> list[str]:
     """The steps on two numbers whose results are 0 to 60, as "10 / 2 = 5"."""
     large, small = max(a, b), min(a, b)
     steps = [f"{a} + {b} = {a + b}", f"{large} - {small} = {large - small}", f"{a} * {b} = {a * b}"]
@@ -349,8 +357,8 @@ def all_plans(numbers: tuple[int, ...]) -> dict[str, list[str]]:
     x, y, z = numbers
     plans = {}
     for a, b, left_over in ((x, y, z), (x, z, y), (y, z, x)):
-        for first in steps_on(a, b):
-            plans[first] = steps_on(result(first), left_over)
+        for first in steps_with(a, b):
+            plans[first] = steps_with(result(first), left_over)
     return plans
 
 
@@ -383,7 +391,7 @@ JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boo
 
 
 @dataclass(frozen=True)
-class Request:
+class APIGenProblem:
     """A function-calling problem, under the names and in the form of xlam's records."""
 
     id: int
@@ -395,15 +403,19 @@ class Request:
 class APIGen(Task):
     """Function calling, as in the paper."""
 
-    Problem = Request
+    Problem = APIGenProblem
     name = "apigen"
     hub_id = "Salesforce/xlam-function-calling-60k"
-    reflect = REFLECT.format("performing the task, but failed in generating the correct tool call")
-    again = "Now try again. Write the correct tool call."
+    reflection_instruction = REFLECT.format(
+        "performing the task, but failed in generating the correct tool call"
+    )
+    retry_instruction = "Now try again. Write the correct tool call."
 
-    def problem(self, record: dict) -> Request:
+    def problem(self, record: dict) -> APIGenProblem:
         """A problem from xlam's record. Raises an error if its calls or tools are not readable."""
-        request = Request(int(record["id"]), record["query"], record["answers"], record["tools"])
+        request = APIGenProblem(
+            int(record["id"]), record["query"], record["answers"], record["tools"]
+        )
         for call in JSON.decode(request.answers):
             read_call(call)
         JSON.decode(request.tools)
@@ -411,15 +423,15 @@ class APIGen(Task):
         (request.query + tools).encode()  # an error where that is not Unicode
         return request
 
-    def key(self, problem: Request) -> str:
+    def key(self, problem: APIGenProblem) -> str:
         return problem.query
 
-    def messages(self, problem: Request) -> tuple[list[dict], list[dict]]:
+    def messages(self, problem: APIGenProblem) -> tuple[list[dict], list[dict]]:
         """The query as a chat of one user message, and the tools with JSON schemas."""
         tools = [function_schema(tool) for tool in json.loads(problem.tools)]
         return [{"role": "user", "content": problem.query}], tools
 
-    def verify(self, problem: Request, completion: str) -> Verdict:
+    def verify(self, problem: APIGenProblem, completion: str) -> Verdict:
         """Right: exactly the labelled calls, in any order, with the same arguments and values."""
         try:
             calls = read_calls(completion)
@@ -433,7 +445,7 @@ class APIGen(Task):
         if Counter(name for name, _ in calls) != Counter(name for name, _ in wanted):
             return Verdict(False, "wrong_tool")
         right = Counter(calls) == Counter(wanted)
-        return Verdict(right, "right" if right else "wrong_arguments")
+        return Verdict(right, "correct" if right else "wrong_arguments")
 
 
 def read_call(value) -> tuple[str, str]:
@@ -454,7 +466,7 @@ def read_calls(text: str) -> list[tuple[str, str]] | None:
     lists, and for broken JSON or a broken call."""
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     tags, parts = re.findall("</?tool_call>", text), re.split("</?tool_call>", text)
-    if len(text) > MAX_TEXT or tags != ["<tool_call>", "</tool_call>"] * (len(parts) // 2):
+    if len(text) > MAX_TEXT_CHARS or tags != ["<tool_call>", "</tool_call>"] * (len(parts) // 2):
         raise ValueError("too long, or a tag is not closed")
     calls, rest = [JSON.decode(call) for call in parts[1::2]], " ".join(parts[::2])
     opening = OPENING.search(rest)

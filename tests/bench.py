@@ -71,16 +71,16 @@ def random_tokens(rng: random.Random, length: int) -> list[int]:
 def real_contexts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
     """Function-calling problems as the model's chat template shows them after a wrong attempt."""
     task, tokenizer = DrawnAPIGen(), Tokenizer.from_pretrained(args.model)
-    chat, contexts = grpo.Chat(None, tokenizer, task, NEW), []
+    agent, contexts = grpo.Agent(None, tokenizer, task, NEW), []
     wrong = tokenizer.encode(json.dumps([{"name": "unknown", "arguments": {}}]))
     for problem in task.load(args.data, "all" if args.data else "train"):
-        bridge = tokenizer.bridge(task.reflect)
-        context = chat.question(problem) + tokenizer.next_turn(wrong, bridge)
+        bridge = tokenizer.bridge(task.reflection_instruction)
+        context = agent.attempt_prompt(problem) + tokenizer.next_turn(wrong, bridge)
         if 350 <= len(context) <= 560 or not args.data:
             contexts.append(context)
         if len(contexts) == args.failures:
             break
-    return contexts, tokenizer.bridge(task.again)
+    return contexts, tokenizer.bridge(task.retry_instruction)
 
 
 def products(config: dict) -> tuple[int, int]:
@@ -150,7 +150,7 @@ def our_rollout(w: dict) -> dict:
 
     def two_turns(temperature=1.0, G=w["group"]):
         options = dict(max_new_tokens=NEW, temperature=temperature)
-        one = generate(model, w["contexts"], samples=G, **options)
+        one = generate(model, w["contexts"], num_samples=G, **options)
         turns = [turn for group in one.tokens for turn in group]
         told = [turn[-1:] + w["between"] for turn in turns]
         two = generate(model, told, cache=one.cache, seed=1, **options)
@@ -402,30 +402,32 @@ def dot(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def tiny(args: argparse.Namespace) -> None:
     """An R3 step of the tiny model: rollout and update, with and without what is shared."""
     c = replace(r3.TINY, model=args.tiny_model)
-    chat = r3.open_chat(c)
-    problems = chat.task.load(split="train")
-    tries = grpo.first_tries(chat, problems, 1, (grpo.COLLECT, 0))
-    failures = [t for t in tries if not t.first.right][: c.batch]
+    agent = r3.load_agent(c)
+    problems = agent.task.load(split="train")
+    conversations = grpo.attempt_all(agent, problems, 1, (grpo.COLLECT, 0))
+    failures = [t for t in conversations if not t.attempt_verdict.correct][: c.batch_size]
     key = (grpo.TRAIN, 0)
-    tries = grpo.rollout(chat, failures, c.group, key)
-    groups = [tries[i : i + c.group] for i in range(0, len(tries), c.group)]
-    A = grpo.group_advantages(torch.eye(c.group)[:1])[0]
+    conversations = grpo.rollout(agent, failures, c.group_size, key)
+    groups = [
+        conversations[i : i + c.group_size] for i in range(0, len(conversations), c.group_size)
+    ]
+    A = grpo.group_advantages(torch.eye(c.group_size)[:1])[0]
 
     def plain():
         """Each sample reads its context itself, and each turn is read from the beginning."""
-        alone = [replace(f, sample=g) for f in failures for g in range(c.group)]
-        reflected, _ = grpo.reflect(chat, alone, 1, key)
-        return grpo.retry(chat, reflected, key)
+        alone = [replace(f, attempt_index=g) for f in failures for g in range(c.group_size)]
+        reflected, _ = grpo.sample_reflections(agent, alone, 1, key)
+        return grpo.sample_retries(agent, reflected, key)
 
     def update(score):
         for group in groups:
             ids, mask, old = grpo.reflection_rows(group)
-            new = score(chat.model, ids, mask)
+            new = score(agent.model, ids, mask)
             grpo.grpo_loss(new, old, None, A, mask, beta=0.0).backward()
-        chat.model.zero_grad()
+        agent.model.zero_grad()
 
     pairs = {
-        "rollout": (plain, lambda: grpo.rollout(chat, failures, c.group, key)),
+        "rollout": (plain, lambda: grpo.rollout(agent, failures, c.group_size, key)),
         "update": (lambda: update(row_logprobs), lambda: update(grpo.token_logprobs)),
     }
     rows = {}
@@ -437,7 +439,7 @@ def tiny(args: argparse.Namespace) -> None:
             "shared, s": f"{b:.2f}",
             "faster by": f"{a / b:.2f}x",
         }
-    title = f"tiny model: {len(failures)} failures x {c.group} reflections x a retry"
+    title = f"tiny model: {len(failures)} failures x {c.group_size} reflections x a retry"
     print("\n" + r3.markdown({title: rows}))
 
 

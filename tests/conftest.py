@@ -17,7 +17,7 @@ def task():
 @pytest.fixture
 def tiny(task):
     """An untrained tiny model, its weights drawn wide enough that its choices are not uniform."""
-    model, tokenizer = models.tiny(task.words(), seed=1)
+    model, tokenizer = models.tiny_model(task.words(), seed=1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)

@@ -5,7 +5,7 @@ import random
 import re
 from dataclasses import replace
 
-from tasks import APIGen, Request, split_of
+from tasks import APIGen, APIGenProblem, split_of
 
 # Tools by name, each with a request whose slots are the tool's parameters; and the slots, with
 # their types and values.
@@ -58,16 +58,18 @@ def slots_of(tool: str) -> list[str]:
 class DrawnAPIGen(APIGen):
     """One to three requests for the tools above, among tools that are not needed."""
 
-    def drawn(self, split: str, limit: int | None, rng: random.Random) -> list[Request]:
+    def draw_problems(
+        self, split: str, limit: int | None, rng: random.Random
+    ) -> list[APIGenProblem]:
         """So many different problems of a split."""
-        found: dict[str, Request] = {}
+        found: dict[str, APIGenProblem] = {}
         while len(found) < (limit or 1_000):
             problem = self.draw(rng)
             if split_of(self.key(problem)) == split:
                 found.setdefault(repr(problem), problem)
         return [replace(problem, id=i) for i, problem in enumerate(found.values())]
 
-    def draw(self, rng: random.Random) -> Request:
+    def draw(self, rng: random.Random) -> APIGenProblem:
         """A random problem."""
         asked = rng.choices(list(TOOLS), k=rng.choice((1, 1, 2, 3)))
         said, calls = [], []
@@ -82,4 +84,4 @@ class DrawnAPIGen(APIGen):
             slots = {s: {"type": SLOTS[s][0], "description": f"The {s}."} for s in slots_of(name)}
             about = f"Answers requests like: {TOOLS[name]}"
             tools.append({"name": name, "description": about, "parameters": slots})
-        return Request(0, " ".join(said), json.dumps(calls), json.dumps(tools))
+        return APIGenProblem(0, " ".join(said), json.dumps(calls), json.dumps(tools))

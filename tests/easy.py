@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import r3
-from tasks import TASKS, APIGen, Countdown, Numbers, split_of
+from tasks import TASKS, APIGen, Countdown, CountdownProblem, split_of
 
 
 def chat(*turns: str) -> list[dict]:
@@ -26,20 +26,20 @@ class EasyCountdown(Countdown):
     hub_id = None
     question = "Make {target} from {numbers[0]} and {numbers[1]}. Use +, - or *."
     answer = "<answer> {} </answer>"
-    reflect = "That is wrong. Which sign must you use?"
+    reflection_instruction = "That is wrong. Which sign must you use?"
     reflection = "I must use the sign {}."
-    how_to_type = "two numbers and then the target, such as 6 10 16"
+    input_format = "two numbers and then the target, such as 6 10 16"
     typed = re.compile(r"[0-9]{1,3}(\s+[0-9]{1,3}){2}")
-    again = "Now answer again."
+    retry_instruction = "Now answer again."
 
-    def drawn(self, split, limit, rng):
+    def draw_problems(self, split, limit, rng):
         parts, problems = {"train": ("cold", "train")}.get(split, (split,)), []
         for a, b in itertools.combinations_with_replacement(range(1, 13), 2):
             if split_of(f"Countdown {[a, b]}") in parts:
                 for target in sorted({a + b, b - a, a * b}):
                     problems.append((rng.sample((a, b), 2), target))
         rng.shuffle(problems)
-        return [Numbers(i, tuple(n), t) for i, (n, t) in enumerate(problems[:limit])]
+        return [CountdownProblem(i, tuple(n), t) for i, (n, t) in enumerate(problems[:limit])]
 
     def messages(self, problem):
         """The question, after three examples: right at once, and twice at the second try."""
@@ -48,8 +48,12 @@ class EasyCountdown(Countdown):
             wrong, right = (
                 self.answer.format(s.join(map(str, numbers))) for s in (" + ", f" {sign} ")
             )
-            said += [self.question.format(numbers=numbers, target=target), wrong, self.reflect]
-            said += [self.reflection.format(sign), self.again, right]
+            said += [
+                self.question.format(numbers=numbers, target=target),
+                wrong,
+                self.reflection_instruction,
+            ]
+            said += [self.reflection.format(sign), self.retry_instruction, right]
         asked = self.question.format(numbers=problem.numbers, target=problem.target)
         return chat(*said, asked), None
 
@@ -59,9 +63,9 @@ class OneTool(APIGen):
 
     name = "one-tool"
     question = "Function: {}\nRequest: {}\nWrite the call as JSON, with the values of the request."
-    reflect = "That is wrong. Which values are in the request?"
+    reflection_instruction = "That is wrong. Which values are in the request?"
     reflection = "The values are 4 and Friday."
-    again = "Now write the call again."
+    retry_instruction = "Now write the call again."
 
     def read(self, path):
         """The problems with one tool and one call."""
@@ -78,7 +82,13 @@ class OneTool(APIGen):
         offered = {"name": tool["name"], "arguments": types}
         said = self.question.format(json.dumps(example), "A table for 4 on Friday, please.")
         asked = self.question.format(json.dumps(offered), problem.query)
-        tried = json.dumps(wrong), self.reflect, self.reflection, self.again, json.dumps(right)
+        tried = (
+            json.dumps(wrong),
+            self.reflection_instruction,
+            self.reflection,
+            self.retry_instruction,
+            json.dumps(right),
+        )
         return chat(said, *tried, asked), None
 
 

@@ -38,30 +38,30 @@ import sentence  # makes its task known
 import grpo
 import model as models
 import r3
-from grpo import Chat, Conversation, Tries
+from grpo import Agent, Conversation, Conversations
 from tasks import TinyCountdown
 
 # -- A finished run --------------------------------------------------------------------------------
 
 
-def open_run(run: Path) -> tuple[r3.Config, Chat]:
+def open_run(run: Path) -> tuple[r3.Config, Agent]:
     """The settings of a run of `r3.py train`, and its vanilla model. Raises ValueError where the
     run is not finished."""
     if not (run / "report.json").exists():
         raise ValueError(f"{run} is no finished run: python r3.py train makes one")
-    c = r3.resumed(run, "train")
-    return c, r3.open_chat(c, training=True)
+    c = r3.load_config(run, "train")
+    return c, r3.load_agent(c, training=True)
 
 
-def with_weights(c: r3.Config, vanilla: Chat, folder: Path) -> Chat:
+def with_weights(c: r3.Config, vanilla: Agent, folder: Path) -> Agent:
     """The same chat with the weights in another folder."""
     model = models.Model.from_pretrained(folder, getattr(torch, c.dtype), c.device)
     model.vocab_size = vanilla.model.vocab_size
     return replace(vanilla, model=model)
 
 
-def in_order(tries: Tries) -> Tries:
-    return sorted(tries, key=lambda t: (t.problem.id, t.sample))
+def in_order(conversations: Conversations) -> Conversations:
+    return sorted(conversations, key=lambda t: (t.problem.id, t.attempt_index))
 
 
 # -- Controls: what else could explain the gain? ---------------------------------------------------
@@ -85,21 +85,23 @@ def controls(
     retries."""
     c, vanilla = open_run(run)
     folder = run / "controls"
-    tries = in_order(r3.load_conversations(on or run / "vanilla.jsonl", vanilla))
-    chosen = list(dict.fromkeys(t.problem.id for t in tries))[:limit]
-    failures = [t for t in tries if t.problem.id in chosen and not t.first.right]
+    conversations = in_order(r3.load_conversations(on or run / "vanilla.jsonl", vanilla))
+    chosen = list(dict.fromkeys(t.problem.id for t in conversations))[:limit]
+    failures = [
+        t for t in conversations if t.problem.id in chosen and not t.attempt_verdict.correct
+    ]
     if not failures:
         raise ValueError(f"{run}: the vanilla model got every problem right at once")
     if not crossed_only:  # done first: no third model in memory
         shuffled = shuffled_rewards(run, c, vanilla, failures)
     trained = with_weights(c, vanilla, run / "model")
-    chats = {"vanilla": vanilla, "trained": trained}
+    agents = {"vanilla": vanilla, "trained": trained}
     own = {"vanilla": failures}
     own["trained"] = second_tries(trained, failures, 1, grpo.EVALUATE, folder / "trained.jsonl")
     on = f"the vanilla model's {len(failures)} failures"
     tables = {
         f"Who reflects (rows) and who retries (columns), on {on}: % of retries right [95%]": {
-            name: crossed(chats, name, own[name], folder) for name in chats
+            name: crossed(agents, name, own[name], folder) for name in agents
         },
         f"Tokens in a reflection on {on}": {
             name: {"mean": f"{np.mean([len(t.reflection) for t in own[name]]):.1f}"} for name in own
@@ -110,109 +112,131 @@ def controls(
     rows = {"its own reflection": {name: right(own[name]) for name in own}}
     for label in SWAPS:
         rows[label] = {}
-        for name, chat in chats.items():
+        for name, agent in agents.items():
             path = folder / f"{name}, {label}.jsonl"
-            rows[label][name] = right(retries(chat, swapped(chat, own[name], label), path))
+            rows[label][name] = right(retries(agent, swapped(agent, own[name], label), path))
     rows["no failure in view: a second attempt"] = {
-        name: second_attempts(chat, failures, folder / f"{name}, a second attempt.jsonl")
-        for name, chat in chats.items()
+        name: second_attempts(agent, failures, folder / f"{name}, a second attempt.jsonl")
+        for name, agent in agents.items()
     }
     rows["its own, trained on shuffled rewards"] = {"trained": shuffled}
     rows |= equal_tokens(vanilla, own["vanilla"], own["trained"], folder / "equal tokens.jsonl")
     tables[f"Retries on {on}, after …: % right [95%]"] = rows
     if isinstance(vanilla.task, TinyCountdown):
         title = "Texts like the cold start's, about development problems: nats a token"
-        tables[title] = {name: {"nll": f"{forgetting(chat):.3f}"} for name, chat in chats.items()}
+        tables[title] = {
+            name: {"nll": f"{forgetting(agent):.3f}"} for name, agent in agents.items()
+        }
     return tables
 
 
-def right(tries: Tries) -> list[float]:
+def right(conversations: Conversations) -> list[float]:
     """The share of retries that are right: [mean, low, high]."""
-    return r3.interval(np.array([t.second.right for t in tries], float), tries)
+    return r3.interval(
+        np.array([t.retry_verdict.correct for t in conversations], float), conversations
+    )
 
 
-def crossed(chats: dict[str, Chat], reflector: str, reflected: Tries, folder: Path) -> dict:
+def crossed(
+    agents: dict[str, Agent], reflector: str, reflected: Conversations, folder: Path
+) -> dict:
     """Retries after one model's reflections, by either model."""
     row = {}
-    for name, chat in chats.items():
+    for name, agent in agents.items():
         path = folder / f"{reflector} reflects, {name} retries.jsonl"
-        row[name] = right(reflected if name == reflector else retries(chat, reflected, path))
+        row[name] = right(reflected if name == reflector else retries(agent, reflected, path))
     return row
 
 
-def second_tries(chat: Chat, failures: Tries, samples: int, purpose: int, path: Path) -> Tries:
+def second_tries(
+    agent: Agent, failures: Conversations, samples: int, purpose: int, path: Path
+) -> Conversations:
     """`samples` reflections on each failure with a retry each, kept in a file."""
     if not path.exists():
         print(path.stem, file=sys.stderr)
-        r3.write_conversations(path, grpo.rollout(chat, failures, samples, (purpose, 0)), chat)
-    return r3.load_conversations(path, chat)
+        r3.write_conversations(path, grpo.rollout(agent, failures, samples, (purpose, 0)), agent)
+    return r3.load_conversations(path, agent)
 
 
-def retries(chat: Chat, reflected: Tries, path: Path) -> Tries:
+def retries(agent: Agent, reflected: Conversations, path: Path) -> Conversations:
     """A retry after each of some reflections that this model did not write, kept in a file."""
     if not path.exists():
-        tries: Tries = []
-        for some in tqdm(grpo.batches(chat, reflected, 1, turns=2), path.stem):
-            tries += grpo.retry(chat, some, (grpo.EVALUATE, 0))
-        r3.write_conversations(path, in_order(tries), chat)
-    return r3.load_conversations(path, chat)
+        conversations: Conversations = []
+        for some in tqdm(grpo.batches(agent, reflected, 1, turns=2), path.stem):
+            conversations += grpo.sample_retries(agent, some, (grpo.EVALUATE, 0))
+        r3.write_conversations(path, in_order(conversations), agent)
+    return r3.load_conversations(path, agent)
 
 
-def swapped(chat: Chat, tries: Tries, label: str) -> Tries:
+def swapped(agent: Agent, conversations: Conversations, label: str) -> Conversations:
     """The same conversations with other reflections; label: one of SWAPS."""
-    end = chat.tokenizer.stop_ids[:1]
-    generic = chat.tokenizer.encode(getattr(chat.task, "generic_reflection", GENERIC))
+    end = agent.tokenizer.stop_ids[:1]
+    generic = agent.tokenizer.encode(getattr(agent.task, "generic_reflection", GENERIC))
     reflections = {
-        "an empty reflection": [end] * len(tries),
-        "a fixed generic reflection": [generic[: chat.max_new_tokens - 1] + end] * len(tries),
-        "another problem's reflection": [elsewhere(tries, i) for i in range(len(tries))],
+        "an empty reflection": [end] * len(conversations),
+        "a fixed generic reflection": [generic[: agent.max_new_tokens - 1] + end]
+        * len(conversations),
+        "another problem's reflection": [
+            elsewhere(conversations, i) for i in range(len(conversations))
+        ],
     }[label]
-    return [replace(t, reflection=r) for t, r in zip(tries, reflections, strict=True)]
+    return [replace(t, reflection=r) for t, r in zip(conversations, reflections, strict=True)]
 
 
-def elsewhere(tries: Tries, number: int) -> list[int]:
+def elsewhere(conversations: Conversations, number: int) -> list[int]:
     """A reflection on another problem: on the next such failure from half-way round. (On the same
     one, where all failures are of one problem.)"""
-    start = (number + len(tries) // 2) % len(tries)
-    others = (t for t in tries[start:] + tries[:start] if t.problem.id != tries[number].problem.id)
-    return next(others, tries[number]).reflection
+    start = (number + len(conversations) // 2) % len(conversations)
+    others = (
+        t
+        for t in conversations[start:] + conversations[:start]
+        if t.problem.id != conversations[number].problem.id
+    )
+    return next(others, conversations[number]).reflection
 
 
-def second_attempts(chat: Chat, failures: Tries, path: Path) -> list[float]:
+def second_attempts(agent: Agent, failures: Conversations, path: Path) -> list[float]:
     """The share that is right of new attempts at the problems of the failures."""
     if not path.exists():
         print(path.stem, file=sys.stderr)
         problems = list({f.problem.id: f.problem for f in failures}.values())
-        samples = 1 + max(f.sample for f in failures)
+        samples = 1 + max(f.attempt_index for f in failures)
         r3.write_conversations(
-            path, grpo.first_tries(chat, problems, samples, (grpo.AGAIN, 0)), chat
+            path, grpo.attempt_all(agent, problems, samples, (grpo.PLAY, 0)), agent
         )
-    failed = {(f.problem.id, f.sample) for f in failures}
-    again = r3.load_conversations(path, chat)
-    again = [t for t in again if (t.problem.id, t.sample) in failed]
-    return r3.interval(np.array([t.first.right for t in again], float), again)
+    failed = {(f.problem.id, f.attempt_index) for f in failures}
+    again = r3.load_conversations(path, agent)
+    again = [t for t in again if (t.problem.id, t.attempt_index) in failed]
+    return r3.interval(np.array([t.attempt_verdict.correct for t in again], float), again)
 
 
-def shuffled_rewards(run: Path, c: r3.Config, vanilla: Chat, failures: Tries) -> list[float]:
+def shuffled_rewards(
+    run: Path, c: r3.Config, vanilla: Agent, failures: Conversations
+) -> list[float]:
     """The share of retries that are right after training on shuffled rewards."""
-    chat = trained_on(run, c, vanilla, "reflection", run / "shuffled", shuffle=True)
+    agent = trained_on(run, c, vanilla, "reflection", run / "shuffled", shuffle=True)
     path = run / "controls/shuffled.jsonl"
-    return right(second_tries(chat, failures, 1, grpo.EVALUATE, path))
+    return right(second_tries(agent, failures, 1, grpo.EVALUATE, path))
 
 
-def equal_tokens(vanilla: Chat, before: Tries, after: Tries, path: Path) -> dict:
+def equal_tokens(vanilla: Agent, before: Conversations, after: Conversations, path: Path) -> dict:
     """The vanilla model with as many tokens a failure as the trained one spends, in more tries.
 
     before, after: the two models' second tries at the same failures. k is the ratio of the tokens
     that they spend on reflections and retries. A failure counts if any of k tries at it is right,
     which needs an oracle to say which one. One failure a problem, to save time.
     """
-    spent = [sum(len(t.reflection) + len(t.retry) for t in tries) for tries in (before, after)]
+    spent = [
+        sum(len(t.reflection) + len(t.retry) for t in conversations)
+        for conversations in (before, after)
+    ]
     k = min(EQUAL, spent[1] / spent[0])
     chosen = {t.problem.id: i for i, t in reversed(list(enumerate(before)))}.values()
     failures = in_order([before[i] for i in chosen])
-    tries = second_tries(vanilla, failures, EQUAL, grpo.AGAIN, path)
-    successes = np.array([t.second.right for t in tries]).reshape(-1, EQUAL).sum(axis=1)
+    conversations = second_tries(vanilla, failures, EQUAL, grpo.PLAY, path)
+    successes = (
+        np.array([t.retry_verdict.correct for t in conversations]).reshape(-1, EQUAL).sum(axis=1)
+    )
     chances = np.array([any_of(k, EQUAL, int(r)) for r in successes])
     row = {"vanilla": r3.interval(chances, failures)}
     row["trained"] = right([after[i] for i in chosen])
@@ -230,13 +254,13 @@ def any_of(k: float, n: int, successes: int) -> float:
 
 
 @torch.no_grad()
-def forgetting(chat: Chat) -> float:
+def forgetting(agent: Agent) -> float:
     """Nats a token of the tiny model on texts like the cold start's, about development problems."""
-    problems = chat.task.load(split="dev", seed=chat.seed)
-    key = f"held out {chat.seed}"
+    problems = agent.task.load(split="dev", seed=agent.seed)
+    key = f"held out {agent.seed}"
     total, tokens = 0.0, 0
-    for ids, mask in r3.dialogues(chat.task, chat.tokenizer, problems, key, diligent=False):
-        log_p = chat.model(ids.to(chat.model.device)).log_softmax(-1)[:, :-1].cpu()  # (B, T-1, V)
+    for ids, mask in r3.dialogues(agent.task, agent.tokenizer, problems, key, diligent=False):
+        log_p = agent.model(ids.to(agent.model.device)).log_softmax(-1)[:, :-1].cpu()  # (B, T-1, V)
         chosen = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)[mask[:, 1:]]
         total -= chosen.sum().item()
         tokens += len(chosen)
@@ -254,84 +278,101 @@ TURNS = {
 
 
 def train_turns(
-    chat: Chat, reference, failures: Tries, c: r3.Config, folder: Path, turns, shuffle=False
+    agent: Agent,
+    reference,
+    failures: Conversations,
+    c: r3.Config,
+    folder: Path,
+    turns,
+    shuffle=False,
 ) -> None:
     """`grpo.train` with other turns trained. Changes chat.model in place.
 
     turns: a value of TURNS. For the attempt, G answers are drawn to each failure's question. With
     `shuffle` the rewards of a step are dealt out anew: nothing can be learnt from them.
     """
-    chat.model.checkpointing = c.checkpointing
-    optimizer = grpo.MasterAdamW(chat.model, c.lr, c.offload)
+    agent.model.gradient_checkpointing = c.checkpointing
+    optimizer = grpo.MasterAdamW(agent.model, c.lr, c.offload)
     start, _ = grpo.load_checkpoint(folder, optimizer)
     for step in tqdm(range(start, c.steps), folder.name, c.steps, initial=start):
-        drawn, key = grpo.draw_failures(failures, step, c.batch, chat.seed), (grpo.TRAIN, step)
+        drawn, key = (
+            grpo.draw_failures(failures, step, c.batch_size, agent.seed),
+            (grpo.TRAIN, step),
+        )
         if turns == ("attempt",):
             problems = list({f.problem.id: f.problem for f in drawn}.values())
-            tries = grpo.first_tries(chat, problems, c.group, key)
+            conversations = grpo.attempt_all(agent, problems, c.group_size, key)
         else:
-            tries = grpo.rollout(chat, drawn, c.group, key)
-        rewards = np.array([reward(chat, t, turns) for t in tries], np.float32)
+            conversations = grpo.rollout(agent, drawn, c.group_size, key)
+        rewards = np.array([reward(agent, t, turns) for t in conversations], np.float32)
         if shuffle:
-            rewards = np.random.default_rng([chat.seed, step]).permutation(rewards)
-        add_gradient(chat, reference, tries, torch.tensor(rewards), c, turns, optimizer)
-        lr = c.lr * grpo.lr_share(step, c.steps, c.warmup)
+            rewards = np.random.default_rng([agent.seed, step]).permutation(rewards)
+        add_gradient(agent, reference, conversations, torch.tensor(rewards), c, turns, optimizer)
+        lr = c.lr * grpo.lr_multiplier(step, c.steps, c.warmup)
         norm = optimizer.update(lr, c.max_grad_norm)
         said = ("attempt",) if turns == ("attempt",) else ("reflection", "retry")
         metrics = {"step": step + 1, "reward": float(rewards.mean()), "grad_norm": norm}
-        metrics["sampled"] = sum(len(getattr(t, turn)) for t in tries for turn in said)
+        metrics["sampled_tokens"] = sum(
+            len(getattr(t, turn)) for t in conversations for turn in said
+        )
         grpo.append_jsonl(folder / "metrics.jsonl", metrics)
         if step + 1 == c.steps or (step + 1) % c.save_every == 0:
             grpo.save_checkpoint(folder, step + 1, optimizer, {})
 
 
-def reward(chat: Chat, t: Conversation, turns: tuple[str, ...]) -> float:
+def reward(agent: Agent, t: Conversation, turns: tuple[str, ...]) -> float:
     """1 if the last answer is right, and no trained turn was cut short; else 0."""
-    ended = all(getattr(t, turn)[-1] in chat.tokenizer.stop_ids for turn in turns)
-    return float(ended and (t.second or t.first).right)
+    ended = all(getattr(t, turn)[-1] in agent.tokenizer.stop_ids for turn in turns)
+    return float(ended and (t.retry_verdict or t.attempt_verdict).correct)
 
 
-def add_gradient(chat, reference, tries: Tries, rewards, c: r3.Config, turns, optimizer) -> None:
+def add_gradient(
+    agent, reference, conversations: Conversations, rewards, c: r3.Config, turns, optimizer
+) -> None:
     """The gradient of a step's loss, one group and turn at a time. A turn is a sequence.
 
     tries: group by group; rewards: (P * G,).
     """
-    advantages = grpo.group_advantages(rewards.view(-1, c.group), scale=c.scale)  # (P, G)
-    sequences = len(tries) * len(turns)
-    tokens = sum(len(getattr(t, turn)) for t in tries for turn in turns)
-    longest = sequences * chat.max_new_tokens
-    normalizer = {"dapo": tokens, "grpo": sequences, "dr_grpo": longest}[c.loss]
-    for p, A in enumerate(advantages.to(chat.model.device)):
+    advantages = grpo.group_advantages(
+        rewards.view(-1, c.group_size), scale=c.scale_advantages
+    )  # (P, G)
+    sequences = len(conversations) * len(turns)
+    tokens = sum(len(getattr(t, turn)) for t in conversations for turn in turns)
+    longest = sequences * agent.max_new_tokens
+    normalizer = {"dapo": tokens, "grpo": sequences, "dr_grpo": longest}[c.loss_type]
+    for p, A in enumerate(advantages.to(agent.model.device)):
         if not A.any() and not c.beta:
             continue  # all right or all wrong: no gradient comes from it
         for turn in turns:
-            group = tries[p * c.group :][: c.group]
-            ids, scored, trained = rows_of(chat, group, turn)
+            group = conversations[p * c.group_size :][: c.group_size]
+            ids, scored, trained = rows_of(agent, group, turn)
             ref = None
             if c.beta:
                 with torch.no_grad():
-                    ref = grpo.token_logprobs(reference, ids, scored, chat.temperature)
-            new = grpo.token_logprobs(chat.model, ids, scored, chat.temperature)  # (G, T)
+                    ref = grpo.token_logprobs(reference, ids, scored, agent.temperature)
+            new = grpo.token_logprobs(agent.model, ids, scored, agent.temperature)  # (G, T)
             old = new.detach()  # each step samples anew
             if turn == "reflection":
                 old = grpo.reflection_rows(group)[2].to(new.device)  # as `grpo.train` does
             trained = trained.to(new.device)
-            loss = grpo.grpo_loss(new, old, ref, A, trained, c.clip, c.beta, c.loss, normalizer)
+            loss = grpo.grpo_loss(
+                new, old, ref, A, trained, c.clip, c.beta, c.loss_type, normalizer
+            )
             loss.backward()
-            optimizer.collect()
+            optimizer.accumulate_gradients()
 
 
-def rows_of(chat: Chat, group: Tries, turn: str) -> tuple[torch.Tensor, ...]:
+def rows_of(agent: Agent, group: Conversations, turn: str) -> tuple[torch.Tensor, ...]:
     """One group's conversations up to the end of a turn, padded on the right.
 
     Returns (G, T) each: the token ids; the mask of what comes after the context that the group
     shares; and the mask of the turn's own tokens.
     """
-    again = chat.tokenizer.bridge(chat.task.again)
-    shared = group[0].prompt if turn == "attempt" else group[0].context
+    again = agent.tokenizer.bridge(agent.task.retry_instruction)
+    shared = group[0].attempt_prompt if turn == "attempt" else group[0].reflection_prompt
     rows = []
     for t in group:
-        between = chat.tokenizer.next_turn(t.reflection, again) if turn == "retry" else []
+        between = agent.tokenizer.next_turn(t.reflection, again) if turn == "retry" else []
         rows.append(shared + between + getattr(t, turn))
     shape = len(rows), max(map(len, rows))
     ids = torch.zeros(shape, dtype=torch.long)
@@ -344,7 +385,7 @@ def rows_of(chat: Chat, group: Tries, turn: str) -> tuple[torch.Tensor, ...]:
     return ids, scored, trained
 
 
-def trained_on(run: Path, c, vanilla: Chat, train: str, folder: Path, shuffle=False) -> Chat:
+def trained_on(run: Path, c, vanilla: Agent, train: str, folder: Path, shuffle=False) -> Agent:
     """The vanilla model of a run trained by `train_turns` on its failures; loaded, if it is there.
     train: a key of TURNS."""
     if not (folder / "model/model.safetensors").exists():
@@ -357,16 +398,18 @@ def trained_on(run: Path, c, vanilla: Chat, train: str, folder: Path, shuffle=Fa
     return with_weights(c, vanilla, folder / "model")
 
 
-def turns(run: Path, train: str, group: int | None, steps: int | None, out: Path | None) -> None:
+def turns(
+    run: Path, train: str, group_size: int | None, steps: int | None, out: Path | None
+) -> None:
     """Train other turns than the reflection on a run's failures, and evaluate as the run did.
     Leaves metrics.jsonl, trained.jsonl, report.json and the model in a folder of the run."""
     c, vanilla = open_run(run)
-    c = replace(c, group=group or c.group, steps=steps or c.steps)
-    folder = out or run / f"{train}-group{c.group}-steps{c.steps}"
+    c = replace(c, group_size=group_size or c.group_size, steps=steps or c.steps)
+    folder = out or run / f"{train}-group{c.group_size}-steps{c.steps}"
     trained = trained_on(run, c, vanilla, train, folder)
     before = in_order(r3.load_conversations(run / "vanilla.jsonl", vanilla))
     problems = list({t.problem.id: t.problem for t in before}.values())
-    after = r3.evaluate(trained, problems, c.samples, folder.name, folder / "trained.jsonl")
+    after = r3.evaluate(trained, problems, c.num_samples, folder.name, folder / "trained.jsonl")
     print(f"Trained: {train}")
     r3.report(c, folder, vanilla=before, trained=after)
 
@@ -374,59 +417,71 @@ def turns(run: Path, train: str, group: int | None, steps: int | None, out: Path
 # -- Several runs on the same held-out problems ----------------------------------------------------
 
 
-def heldout(runs: list[Path], split: str, limit: int, samples: int, temperature: float) -> dict:
+def heldout(runs: list[Path], split: str, limit: int, num_samples: int, temperature: float) -> dict:
     """The vanilla and the trained models of some runs (of one vanilla model), on the same problems
     with the same random numbers: those of the first run's seed. The vanilla model is evaluated
     once. What was sampled is kept in each run's folder. Temperature 0 is greedy: one sample."""
     c, vanilla = open_run(runs[0])
     problems = r3.load_problems(c, vanilla, split, limit)
-    vanilla, samples = replace(vanilla, temperature=temperature), samples if temperature else 1
+    vanilla, num_samples = (
+        replace(vanilla, temperature=temperature),
+        num_samples if temperature else 1,
+    )
     way = f"temperature-{temperature:g}"
     file = f"heldout/{split}-{limit}-{way}.jsonl"
-    tries = {"vanilla": evaluated(vanilla, problems, samples, runs[0] / f"vanilla-{file}")}
-    gains, reflections = {}, {"vanilla": about_reflections(vanilla, tries["vanilla"])}
+    conversations = {
+        "vanilla": evaluated(vanilla, problems, num_samples, runs[0] / f"vanilla-{file}")
+    }
+    gains, reflections = {}, {"vanilla": about_reflections(vanilla, conversations["vanilla"])}
     for run in runs:
         trained, name = with_weights(c, vanilla, run / "model"), run.name
-        tries[name] = evaluated(trained, problems, samples, run / f"trained-{file}")
-        gains[name] = r3.accuracy(vanilla=tries["vanilla"], trained=tries[name])
-        reflections[name] = about_reflections(vanilla, tries[name])
+        conversations[name] = evaluated(trained, problems, num_samples, run / f"trained-{file}")
+        gains[name] = r3.accuracy(vanilla=conversations["vanilla"], trained=conversations[name])
+        reflections[name] = about_reflections(vanilla, conversations[name])
         if temperature:
-            reflections[name]["KL"] = f"{divergence(trained, vanilla, tries[name]):.3f}"
-    on = f"{len(problems)} {split} problems, {samples} samples each, {way}"
+            reflections[name]["KL"] = f"{divergence(trained, vanilla, conversations[name]):.3f}"
+    on = f"{len(problems)} {split} problems, {num_samples} samples each, {way}"
     return {
         f"{on}: % right [95%]": seed_rows(gains),
-        f"The verifier's reasons, {on}": reasons(**tries),
+        f"The verifier's reasons, {on}": reasons(**conversations),
         f"Reflections, {on}": reflections,
     }
 
 
-def evaluated(chat: Chat, problems: list, samples: int, path: Path) -> Tries:
+def evaluated(agent: Agent, problems: list, samples: int, path: Path) -> Conversations:
     """`r3.evaluate`, kept in a file and taken from there."""
-    return in_order(r3.evaluate(chat, problems, samples, path.stem, path))
+    return in_order(r3.evaluate(agent, problems, samples, path.stem, path))
 
 
-def reasons(**by_model: Tries) -> dict:
+def reasons(**by_model: Conversations) -> dict:
     """How often the verifier gave which reason, at the first try and at the retry."""
     rows = {}
-    for name, tries in by_model.items():
-        rows[f"{name}, 1st try"] = Counter(t.first.reason for t in tries)
-        rows[f"{name}, retry"] = Counter(t.second.reason for t in tries if t.second)
+    for name, conversations in by_model.items():
+        rows[f"{name}, 1st try"] = Counter(t.attempt_verdict.reason for t in conversations)
+        rows[f"{name}, retry"] = Counter(
+            t.retry_verdict.reason for t in conversations if t.retry_verdict
+        )
     return rows
 
 
-def about_reflections(chat: Chat, tries: Tries) -> dict[str, str]:
+def about_reflections(agent: Agent, conversations: Conversations) -> dict[str, str]:
     """How many reflections there are, how long they are, and the share that the verifier would take
     for a right answer. For tests/sentence.py also how often they name the word that is to be used,
     and the share of retries that are right if so, and if not."""
-    tries = [t for t in tries if t.reflection]
-    lengths = [len(t.reflection) for t in tries]
-    row = {"reflections": str(len(tries)), "tokens": f"{np.mean(lengths or [0]):.1f}"}
-    answers = np.array([chat.verify(t.problem, t.reflection).right for t in tries])
+    conversations = [t for t in conversations if t.reflection]
+    lengths = [len(t.reflection) for t in conversations]
+    row = {"reflections": str(len(conversations)), "tokens": f"{np.mean(lengths or [0]):.1f}"}
+    answers = np.array([agent.verify(t.problem, t.reflection).correct for t in conversations])
     row["right answers"] = percent(answers)
-    if isinstance(chat.task, sentence.Sentence):
-        said = [re.findall("[a-z]+", chat.tokenizer.decode(t.reflection).lower()) for t in tries]
-        named = np.array([t.problem.use in words for t, words in zip(tries, said, strict=True)])
-        good = np.array([t.second.right for t in tries])
+    if isinstance(agent.task, sentence.Sentence):
+        said = [
+            re.findall("[a-z]+", agent.tokenizer.decode(t.reflection).lower())
+            for t in conversations
+        ]
+        named = np.array(
+            [t.problem.use in words for t, words in zip(conversations, said, strict=True)]
+        )
+        good = np.array([t.retry_verdict.correct for t in conversations])
         row |= {"name the word": percent(named)}
         row |= {"right if so": percent(good[named]), "right if not": percent(good[~named])}
     return row
@@ -437,16 +492,18 @@ def percent(values: np.ndarray) -> str:
 
 
 @torch.no_grad()
-def divergence(trained: Chat, vanilla: Chat, tries: Tries, most: int = 64) -> float:
+def divergence(
+    trained: Agent, vanilla: Agent, conversations: Conversations, most: int = 64
+) -> float:
     """KL(trained || vanilla) in nats per reflection token, estimated on `most` reflections of the
     trained model: the mean of log pi - log pi_vanilla over their tokens."""
     differences = []
-    for t in [t for t in tries if t.reflection][:most]:
-        ids = torch.tensor([t.context + t.reflection])
-        mask = torch.arange(ids.shape[1])[None] >= len(t.context)
+    for t in [t for t in conversations if t.reflection][:most]:
+        ids = torch.tensor([t.reflection_prompt + t.reflection])
+        mask = torch.arange(ids.shape[1])[None] >= len(t.reflection_prompt)
         new, old = (
-            grpo.token_logprobs(chat.model, ids, mask, trained.temperature).cpu()[mask]
-            for chat in (trained, vanilla)
+            grpo.token_logprobs(agent.model, ids, mask, trained.temperature).cpu()[mask]
+            for agent in (trained, vanilla)
         )
         differences.append(new - old)
     return torch.cat(differences).mean().item()
@@ -460,8 +517,8 @@ class Both(sentence.Sentence):
 
     question = "Write one short sentence about life {}. Use the word {}, and the word {}."
     answer = "I put one boot on a stone before a long walk uphill."
-    reflect = "That is wrong. Which two words must you use?"
-    again = "Now write one sentence with them."
+    reflection_instruction = "That is wrong. Which two words must you use?"
+    retry_instruction = "Now write one sentence with them."
 
     def faults(self, problem, text):
         faults = super().faults(problem, text)
@@ -473,7 +530,7 @@ class Question(sentence.Sentence):
 
     question = "Ask one short question about life {}. Use the word {}."
     answer = "Why do I need more than one boot up here?"
-    again = "Now write one question with it."
+    retry_instruction = "Now write one question with it."
 
     def faults(self, problem, text):
         faults = super().faults(problem, text)
@@ -487,34 +544,34 @@ def prose() -> dict[str, str]:
     return {"the Python licence": licence.read_text()[:8_000], "the Python manual": manual[:8_000]}
 
 
-def transfer(run: Path, split: str, limit: int, samples: int) -> dict:
+def transfer(run: Path, split: str, limit: int, num_samples: int) -> dict:
     """What a run changed beyond its task: accuracy on two tasks that were never trained, and
     perplexity on English prose. Only for runs of tests/sentence.py."""
     c, vanilla = open_run(run)
-    chats = {"vanilla": vanilla, "trained": with_weights(c, vanilla, run / "model")}
+    agents = {"vanilla": vanilla, "trained": with_weights(c, vanilla, run / "model")}
     tables = {}
     for task in (Both(), Question()):
         name = type(task).__name__.lower()
-        problems, tries = task.load(split=split, limit=limit, seed=c.seed), {}
-        for who, chat in chats.items():
+        problems, conversations = task.load(split=split, limit=limit, seed=c.seed), {}
+        for who, agent in agents.items():
             path = run / f"transfer/{name}-{split}-{limit}-{who}.jsonl"
-            tries[who] = evaluated(replace(chat, task=task), problems, samples, path)
-        on = f"{name}: {limit} {split} problems, {samples} samples each"
-        tables[f"{on}: % right [95%]"] = r3.accuracy(**tries)
-        tables[f"The verifier's reasons, {on}"] = reasons(**tries)
+            conversations[who] = evaluated(replace(agent, task=task), problems, num_samples, path)
+        on = f"{name}: {limit} {split} problems, {num_samples} samples each"
+        tables[f"{on}: % right [95%]"] = r3.accuracy(**conversations)
+        tables[f"The verifier's reasons, {on}"] = reasons(**conversations)
     tables["Perplexity"] = {
-        title: {who: f"{perplexity(chat, text):.2f}" for who, chat in chats.items()}
+        title: {who: f"{perplexity(agent, text):.2f}" for who, agent in agents.items()}
         for title, text in prose().items()
     }
     return tables
 
 
 @torch.no_grad()
-def perplexity(chat: Chat, text: str, width: int = 512) -> float:
+def perplexity(agent: Agent, text: str, width: int = 512) -> float:
     """exp of the mean negative log-probability of a text's tokens, in rows of `width` tokens."""
     total, tokens = 0.0, 0
-    for row in torch.tensor(chat.tokenizer.encode(text)).split(width):
-        log_p = chat.model(row[None].to(chat.model.device))[0].log_softmax(-1)  # (T, V)
+    for row in torch.tensor(agent.tokenizer.encode(text)).split(width):
+        log_p = agent.model(row[None].to(agent.model.device))[0].log_softmax(-1)  # (T, V)
         total -= log_p[:-1].cpu().gather(1, row[1:, None]).sum().item()
         tokens += len(row) - 1
     return math.exp(total / tokens)
@@ -530,8 +587,12 @@ COMPARED = [
     ("reflection: the paper's R3", "", None),
     ("retry", "turns --train retry", None),
     ("reflection and retry", "turns --train both", None),
-    ("attempt: plain GRPO on the answer", "turns --train attempt --group 16 --steps 20", None),
-    ("no division by the deviation, no length bias", "--no-scale --loss dr_grpo", None),
+    ("attempt: plain GRPO on the answer", "turns --train attempt --group-size 16 --steps 20", None),
+    (
+        "no division by the deviation, no length bias",
+        "--no-scale-advantages --loss-type dr_grpo",
+        None,
+    ),
     ("no KL", "--beta 0", None),
     ("two updates per batch", "--steps 36 --save-every 2", "several updates per batch"),
 ]
@@ -633,7 +694,9 @@ def gains(runs: list[Path]) -> tuple[dict[str, np.ndarray], float]:
             values.append(100 * sampled["gain"][column][0])
         lines = r3.read_lines(run / "metrics.jsonl", "step")
         # Two updates on one batch report it twice: each batch counts once.
-        batches = {(line["sampled"], line["reward"]) for line in lines if "sampled" in line}
+        batches = {
+            (line["sampled_tokens"], line["reward"]) for line in lines if "sampled_tokens" in line
+        }
         tokens.append(sum(sampled for sampled, _ in batches) / 1e6)
     return {name: np.array(values) for name, values in found.items()}, float(np.mean(tokens))
 
@@ -696,7 +759,7 @@ def parser() -> argparse.ArgumentParser:
     for sub in (subs.choices["controls"], train):
         sub.add_argument("--run", type=Path, required=True, help="a finished run of r3.py train")
     train.add_argument("--train", choices=list(TURNS), required=True, help="the trained turns")
-    train.add_argument("--group", type=int, help="G (default: the run's)")
+    train.add_argument("--group-size", type=int, help="G (default: the run's)")
     train.add_argument("--steps", type=int, help="optimizer steps (default: the run's)")
     train.add_argument("--out", type=Path, help="where to leave files (default: in the run)")
     subs.choices["controls"].add_argument("--on", type=Path, help="conversations; see `controls`")
@@ -711,7 +774,7 @@ def parser() -> argparse.ArgumentParser:
     for sub in (several, other):
         sub.add_argument("--split", choices=("dev", "test"), default="dev")
         sub.add_argument("--limit", type=int, default=200, help="so many problems")
-        sub.add_argument("--samples", type=int, default=2, help="first tries at each")
+        sub.add_argument("--num-samples", type=int, default=2, help="first tries at each")
     subs.add_parser("variants", help=variants.__doc__)
     subs.add_parser("seeds", help=seeds_table.__doc__)
     for sub in (subs.choices["variants"], subs.choices["seeds"]):

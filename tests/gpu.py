@@ -78,7 +78,7 @@ class Work:
 
     def settings(self, **mode) -> r3.Config:
         return r3.Config(
-            model=str(self.folder), device=self.device, dtype="bfloat16", group=self.group,
+            model=str(self.folder), device=self.device, dtype="bfloat16", group_size=self.group,
             max_new_tokens=self.new, lr=5e-7, **mode,
         )  # fmt: skip
 
@@ -200,15 +200,15 @@ def save_random(shape: str, folder: Path, device: str) -> dict:
     model.save_pretrained(folder)
     words = TinyCountdown().words()
     words += [f"filler{i}" for i in range(config["vocab_size"] - 3 - len(set(words)))]
-    models.tiny(words)[1].save_pretrained(folder)
+    models.tiny_model(words)[1].save_pretrained(folder)
     return config
 
 
-def open_chat(c: r3.Config) -> tuple[grpo.Chat, dict[str, float]]:
-    """r3.open_chat, and the bytes of the estimate that it prints, by part."""
+def load_agent(c: r3.Config) -> tuple[grpo.Agent, dict[str, float]]:
+    """r3.load_agent, and the bytes of the estimate that it prints, by part."""
     with redirect_stdout(io.StringIO()) as printed:
-        chat = r3.open_chat(c, training=True)
-    return chat, estimate(printed.getvalue())
+        agent = r3.load_agent(c, training=True)
+    return agent, estimate(printed.getvalue())
 
 
 def estimate(printed: str) -> dict[str, float]:
@@ -218,27 +218,27 @@ def estimate(printed: str) -> dict[str, float]:
     return {name: 1e9 * float(size) for name, _, size in parts}
 
 
-def make_failures(chat: grpo.Chat, w: Work) -> grpo.Tries:
+def make_failures(agent: grpo.Agent, w: Work) -> grpo.Conversations:
     """Failures whose contexts, up to and with "reflect", are w.context random tokens long."""
-    bridge = chat.tokenizer.bridge(chat.task.reflect)
+    bridge = agent.tokenizer.bridge(agent.task.reflection_instruction)
     length = w.context - len(bridge)
     draws = torch.Generator().manual_seed(0)
     failures = []
-    for problem in chat.task.load(split="train", limit=w.failures):
-        ids = torch.randint(3, chat.model.vocab_size, (length,), generator=draws).tolist()
-        prompt, attempt = ids[: length // 2], [*ids[length // 2 :], chat.tokenizer.stop_ids[0]]
-        verdict = chat.verify(problem, attempt)
+    for problem in agent.task.load(split="train", limit=w.failures):
+        ids = torch.randint(3, agent.model.vocab_size, (length,), generator=draws).tolist()
+        prompt, attempt = ids[: length // 2], [*ids[length // 2 :], agent.tokenizer.stop_ids[0]]
+        verdict = agent.verify(problem, attempt)
         failures.append(grpo.Conversation(problem, 0, prompt, attempt, verdict))
     return failures
 
 
-def make_groups(chat: grpo.Chat, w: Work) -> list[grpo.Tries]:
+def make_groups(agent: grpo.Agent, w: Work) -> list[grpo.Conversations]:
     """Reflections on each failure, of w.new random tokens, as if the model had drawn them."""
     draws, groups = torch.Generator().manual_seed(1), []
-    for f in make_failures(chat, w):
-        f.context = chat.context(f)
-        turns = torch.randint(3, chat.model.vocab_size, (w.group, w.new), generator=draws).tolist()
-        said = [{"reflection": turn, "logprobs": [0.0] * w.new} for turn in turns]
+    for f in make_failures(agent, w):
+        f.reflection_prompt = agent.reflection_prompt(f)
+        turns = torch.randint(3, agent.model.vocab_size, (w.group, w.new), generator=draws).tolist()
+        said = [{"reflection": turn, "reflection_logprobs": [0.0] * w.new} for turn in turns]
         groups.append([grpo.replace(f, **one) for one in said])
     return groups
 
@@ -270,13 +270,13 @@ def logits(w: Work) -> Rows:
 @torch.no_grad()
 def mismatch(w: Work) -> Rows:
     """Log-probabilities of drawn tokens, when they were drawn and when they are trained."""
-    chat, _ = open_chat(w.settings())
-    few = make_failures(chat, w)[:2]
-    tries, _ = grpo.reflect(chat, few, w.group, key=(grpo.TRAIN, 0))
+    agent, _ = load_agent(w.settings())
+    few = make_failures(agent, w)[:2]
+    conversations, _ = grpo.sample_reflections(agent, few, w.group, rng_key=(grpo.TRAIN, 0))
     gaps = []
-    for i in range(0, len(tries), w.group):
-        ids, mask, old = grpo.reflection_rows(tries[i : i + w.group])
-        new = grpo.token_logprobs(chat.model, ids, mask, chat.temperature).cpu()
+    for i in range(0, len(conversations), w.group):
+        ids, mask, old = grpo.reflection_rows(conversations[i : i + w.group])
+        new = grpo.token_logprobs(agent.model, ids, mask, agent.temperature).cpu()
         gaps.append((new - old)[mask].abs())
     gap = torch.cat(gaps)
     return {
@@ -307,21 +307,21 @@ def rollout(w: Work) -> Rows:
     fits = [mode for mode in MODES.values() if not no_room(w, mode)]
     if not fits:
         return {"rollout: this repository": skipped(no_room(w, MODES[""]))}
-    chat, about = open_chat(w.settings(**fits[0]))
-    failures = make_failures(chat, w)
+    agent, about = load_agent(w.settings(**fits[0]))
+    failures = make_failures(agent, w)
     key = (grpo.TRAIN, 0)
     *_, kv = about.items()  # the last part: keys and values, for so many tokens of the cache
-    two_turns = partial(grpo.rollout, chat, failures, w.group, key)
-    tries, _, most = memory(w.device, two_turns)
-    tokens = sum(len(t.reflection) + len(t.retry) for t in tries)
-    batches = grpo.batches(chat, failures, w.group, turns=2)
-    largest = grpo.cached(chat, failures[0], w.group, 2) * len(batches[0])
+    two_turns = partial(grpo.rollout, agent, failures, w.group, key)
+    conversations, _, most = memory(w.device, two_turns)
+    tokens = sum(len(t.reflection) + len(t.retry) for t in conversations)
+    batches = grpo.batches(agent, failures, w.group, turns=2)
+    largest = grpo.cache_tokens_needed(agent, failures[0], w.group, 2) * len(batches[0])
     expected = kv[1] / int(kv[0].split()[0].replace(",", "")) * largest
     rows = len(batches[0]) * w.group
     s = seconds(w.device, two_turns)  # once more: the first time was for the memory
-    contexts = [chat.context(f) for f in failures]
-    between = chat.tokenizer.bridge(chat.task.again)
-    del chat, two_turns  # their memory is for the others
+    contexts = [agent.reflection_prompt(f) for f in failures]
+    between = agent.tokenizer.bridge(agent.task.retry_instruction)
+    del agent, two_turns  # their memory is for the others
     return {
         "rollout: this repository": figure(
             f"{tokens / s:,.0f} tokens/s", f"{rows} rows in the largest of {len(batches)} batches"
@@ -424,15 +424,15 @@ def run_vllm(file: Path) -> None:
 
 
 # -- The training step -----------------------------------------------------------------------------
-def backward(chat: grpo.Chat, reference: Model, group: grpo.Tries, total: int) -> float:
+def backward(agent: grpo.Agent, reference: Model, group: grpo.Conversations, total: int) -> float:
     """The gradient of one failure, as in grpo.train: every third reflection is rewarded."""
     ids, mask, old = grpo.reflection_rows(group)
     rewards = torch.tensor([[float(g % 3 == 0) for g in range(len(group))]])
-    A = grpo.group_advantages(rewards)[0].to(chat.model.device)
+    A = grpo.group_advantages(rewards)[0].to(agent.model.device)
     with torch.no_grad():
         ref = grpo.token_logprobs(reference, ids, mask)
-    new = grpo.token_logprobs(chat.model, ids, mask)
-    mask = mask.to(chat.model.device)
+    new = grpo.token_logprobs(agent.model, ids, mask)
+    mask = mask.to(agent.model.device)
     loss = grpo.grpo_loss(new, new.detach(), ref, A, mask, normalizer=total)
     loss.backward()
     return loss.item()
@@ -444,26 +444,26 @@ def step(w: Work, mode: str, rate: float) -> Rows:
     if why:
         return {f"step{mode}": skipped(why)}
     device, settings = w.device, w.settings(**MODES[mode])
-    (chat, about), weights, _ = memory(device, lambda: open_chat(settings))
-    reference, copied, _ = memory(device, lambda: copy.deepcopy(chat.model))
-    chat.model.checkpointing = settings.checkpointing
-    groups = make_groups(chat, w)
+    (agent, about), weights, _ = memory(device, lambda: load_agent(settings))
+    reference, copied, _ = memory(device, lambda: copy.deepcopy(agent.model))
+    agent.model.gradient_checkpointing = settings.checkpointing
+    groups = make_groups(agent, w)
     total = w.failures * w.group * w.new
     norms = []
 
     def one_step(optimizer: grpo.MasterAdamW) -> None:
         for group in groups:
-            backward(chat, reference, group, total)
-            optimizer.collect()
+            backward(agent, reference, group, total)
+            optimizer.accumulate_gradients()
         norms.append(optimizer.update(5e-7, 1.0))
 
     def hold() -> grpo.MasterAdamW:
         """Until all exist: masters, moments, their gradients and the weights'."""
-        optimizer = grpo.MasterAdamW(chat.model, 5e-7, settings.offload)
+        optimizer = grpo.MasterAdamW(agent.model, 5e-7, settings.offload)
         one_step(optimizer)
-        backward(chat, reference, groups[0], total)
-        optimizer.collect()
-        backward(chat, reference, groups[0], total)
+        backward(agent, reference, groups[0], total)
+        optimizer.accumulate_gradients()
+        backward(agent, reference, groups[0], total)
         return optimizer
 
     optimizer, held, _ = memory(device, hold)
@@ -472,17 +472,19 @@ def step(w: Work, mode: str, rate: float) -> Rows:
         expected += 8 * weights  # 16 bytes a parameter in main memory, which is the device here
     tokens = w.context + w.group * w.new  # the run's estimate counts 2 turns for the context
     expected_kept = about["activations"] * tokens / ((w.group + 2) * w.new)
-    logits = 12 * min(w.group * w.new * chat.model.vocab_size, grpo.LOGITS)  # float32, three times
+    logits = 12 * min(
+        w.group * w.new * agent.model.vocab_size, grpo.MAX_LOGITS
+    )  # float32, three times
     # The head's gradient, before it is added; where it is the embeddings', too, both and their sum.
-    head = chat.model.lm_head.weight.nbytes
-    tied = chat.model.config.tie_word_embeddings
+    head = agent.model.lm_head.weight.nbytes
+    tied = agent.model.config.tie_word_embeddings
     expected_most = max(expected_kept + logits + head, 3 * head * tied)
-    _, _, most = memory(device, lambda: backward(chat, reference, groups[0], total))
-    optimizer.collect()
+    _, _, most = memory(device, lambda: backward(agent, reference, groups[0], total))
+    optimizer.accumulate_gradients()
     optimizer.zero_grad()
     s = seconds(device, lambda: one_step(optimizer))
     bench.NEW = w.new
-    given = {"contexts": [group[0].context for group in groups], "group": w.group}
+    given = {"contexts": [group[0].reflection_prompt for group in groups], "group": w.group}
     flop = bench.step_flop(w.config, given, shared=True) * 4 / 3  # and the reference's forward
     share = f"{flop / s / rate:.1%} of the {rate / 1e9:,.0f} GFLOP/s of a matrix product"
     return {
@@ -511,13 +513,13 @@ def norm_line(norms: list[float], mode: str) -> dict:
 
 
 def no_room(w: Work, mode: dict) -> str:
-    """Why a training step does not fit, by the estimate of r3.open_chat; empty where it does."""
+    """Why a training step does not fit, by the estimate of r3.load_agent; empty where it does."""
     load = Model.from_pretrained
     with patch.object(Model, "from_pretrained", lambda path, dtype, _: load(path, dtype, "meta")):
-        chat, about = open_chat(w.settings(**mode))  # shapes alone
+        agent, about = load_agent(w.settings(**mode))  # shapes alone
     needs = {w.device: sum(list(about.values())[:-1])}  # keys and values take what is left
     if mode.get("offload"):
-        masters = 16 * sum(p.numel() for p in chat.model.parameters())
+        masters = 16 * sum(p.numel() for p in agent.model.parameters())
         needs["cpu"] = needs.get("cpu", 0) + masters
     for device, size in needs.items():
         if size > free_memory(device):
@@ -533,18 +535,18 @@ def ten_steps(w: Work) -> Rows:
         return {"weights that 10 steps of 5e-7 change": skipped(why)}
     changed = {}
     for name in ("float32 masters", "bfloat16"):
-        chat, _ = open_chat(w.settings())
-        model = chat.model
+        agent, _ = load_agent(w.settings())
+        model = agent.model
         few = Work(**{**vars(w), "failures": 1, "group": 2, "context": 64, "new": 16})
-        [group] = make_groups(chat, few)
+        [group] = make_groups(agent, few)
         before = [p.detach().flatten()[:100_000].clone() for p in model.parameters()]
         masters = name == "float32 masters"
         kind = grpo.MasterAdamW if masters else torch.optim.AdamW
         optimizer = kind(model if masters else model.parameters(), lr=5e-7)
         for _ in range(10):
-            backward(chat, model, group, total=32)
+            backward(agent, model, group, total=32)
             if masters:
-                optimizer.collect()
+                optimizer.accumulate_gradients()
                 optimizer.update(5e-7, 1.0)
             else:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -36,10 +36,10 @@ class Sentence(Task):
     Problem = Life
     question = "Write one short sentence about life {}. Use the word {}, but not the word {}."
     answer = "I put on one boot before a long walk uphill."  # to the example
-    reflect = "That is wrong. Which word must you use?"
-    again = "Now write one sentence with it."
+    reflection_instruction = "That is wrong. Which word must you use?"
+    retry_instruction = "Now write one sentence with it."
 
-    def drawn(self, split, limit, rng):
+    def draw_problems(self, split, limit, rng):
         words = itertools.permutations(WORDS[split].split(), 2)
         lives = list(itertools.product(re.split(r",\s+", PLACES), words))
         chosen = rng.sample(lives, min(limit or 1_000, len(lives)))
@@ -65,8 +65,8 @@ class Sentence(Task):
 
     def verify(self, problem, completion):
         faults = self.faults(problem, completion)
-        reason = next((fault for fault, found in faults.items() if found), "right")
-        return Verdict(reason == "right", reason)
+        reason = next((fault for fault, found in faults.items() if found), "correct")
+        return Verdict(reason == "correct", reason)
 
 
 TASKS["sentence"] = Sentence

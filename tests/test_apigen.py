@@ -14,7 +14,7 @@ from drawn_apigen import DrawnAPIGen
 
 import tasks
 from model import tools_in_words
-from tasks import APIGen, Countdown, Request
+from tasks import APIGen, APIGenProblem, Countdown
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -26,7 +26,7 @@ TOOLS = [
 
 
 def request(*calls):
-    return Request(0, "?", json.dumps(list(calls)), json.dumps(TOOLS))
+    return APIGenProblem(0, "?", json.dumps(list(calls)), json.dumps(TOOLS))
 
 
 def call(name, **arguments):
@@ -58,7 +58,7 @@ def spoilt(value):
 def check_both_ways(problem):
     calls = json.loads(problem.answers)
     for text in ways(calls):
-        assert task.verify(problem, text).right, text
+        assert task.verify(problem, text).correct, text
     for number, one in enumerate(calls):
         for name, value in one["arguments"].items():
             changed = json.loads(problem.answers)
@@ -119,12 +119,12 @@ def test_every_real_record_loads_and_its_labels_verify():
 )  # fmt: skip
 def test_json_equality(label, said, right):
     text = f'[{{"name": "add", "arguments": {{"a": {said}}}}}]'
-    assert task.verify(request(call("add", a=label)), text).right is right
+    assert task.verify(request(call("add", a=label)), text).correct is right
 
 
 def test_how_often_a_call_is_made_counts():
     one, two = call("add", a=1), call("add", a=2)
-    for said, reason in (([one, two, one], "right"), ([one, two, two], "wrong_arguments")):
+    for said, reason in (([one, two, one], "correct"), ([one, two, two], "wrong_arguments")):
         assert task.verify(request(one, one, two), json.dumps(said)).reason == reason
 
 
@@ -142,7 +142,7 @@ ONE = json.dumps([call("add", a=1)])
         ("I cannot do that {'a': 1} [1, 2].", "no_answer"),
         (f"{ONE} [1]", "malformed"),
         (f"{ONE} {{}}", "malformed"),
-        (f"[1] {ONE}", "right"),
+        (f"[1] {ONE}", "correct"),
         (f"[] {ONE}", "malformed"),
         (f"[{{'name': 'add'}}] {ONE}", "malformed"),
         ("[]", "wrong_count"),
@@ -173,7 +173,7 @@ ONE = json.dumps([call("add", a=1)])
         (" " * 20_001 + ONE, "malformed"),
         (f"<tool_call>{ONE[1:-1]}</tool_call>" + " " * 20_000, "malformed"),
         (" " * 20_001, "malformed"),
-        ("<think>" + "hm [{ " * 9_000 + f"</think>{ONE}", "right"),
+        ("<think>" + "hm [{ " * 9_000 + f"</think>{ONE}", "correct"),
     ],
 )
 def test_what_is_no_answer(text, reason):
@@ -192,7 +192,7 @@ def test_what_is_no_answer(text, reason):
 )  # fmt: skip
 def test_hostile_text_is_wrong_and_quick(text):
     begun = time.perf_counter()
-    assert not task.verify(request(call("add", a=1)), text).right
+    assert not task.verify(request(call("add", a=1)), text).correct
     assert time.perf_counter() - begun < 2  # a tenth of a second on an idle machine
 
 
@@ -205,7 +205,7 @@ def test_random_text_never_raises_and_never_wins():
     for _ in range(20_000):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 25)))
         seen[task.verify(request(call("add", a=1)), text).reason] += 1
-    assert seen["right"] == 0 and len(seen) >= 4
+    assert seen["correct"] == 0 and len(seen) >= 4
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_countdown_reads_two_forms(tmp_path, name, more):
     path.write_text(json.dumps({name: [30, 100, 93], "target": 23, **more}))
     [problem] = Countdown().load(str(path), split="all")
     assert (problem.id, problem.numbers, problem.target) == (0, (30, 100, 93), 23)
-    assert Countdown().verify(problem, "<answer>30 - (100 - 93)</answer>").right
+    assert Countdown().verify(problem, "<answer>30 - (100 - 93)</answer>").correct
     for wrong in (
         {name: [], "target": 1}, {name: [1], "target": "x"}, {name: [1]}, {name: 5, "target": 5},
         {name: [1] * 11, "target": 1}, {name: [3, -1], "target": 2}, {name: ["a"], "target": 2},

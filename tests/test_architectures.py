@@ -12,7 +12,7 @@ import torch
 import transformers
 from test_model import in_pieces
 
-from model import Model, Tokenizer, causal, generate, read_config
+from model import Model, Tokenizer, causal_mask, generate, read_config
 
 INDEX = "model.safetensors.index.json"
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.json"))
@@ -68,11 +68,11 @@ def test_logits_equal_transformers(kind, tmp_path):
     for side in (slice(0, 13), slice(27, T)):
         mask = torch.ones(4, T, dtype=torch.bool)
         mask[1, side], mask[2, slice(0, 30) if side.start == 0 else slice(10, T)] = False, False
-        got = ours.head(ours.hidden(ids, *causal(mask, T)))
+        got = ours.head(ours.hidden(ids, *causal_mask(mask, T)))
         for row in range(3):
             close(got[row][mask[row]], theirs(ids[row][mask[row]][None]).logits[0])
     close(in_pieces(ours, ids, range(7, T + 1)), want)
-    close(in_pieces(ours, ids, (7, 8, 20, T), samples=2), want)
+    close(in_pieces(ours, ids, (7, 8, 20, T), num_samples=2), want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -240,10 +240,10 @@ def test_rows_of_the_head_beyond_the_tokenizer(tmp_path):
     """Never sampled, and what the sampler records is what the trainer computes without them."""
     _, ours = made("qwen2", tmp_path)
     prompt = [5, 6, 7]
-    whole = generate(ours, [prompt], samples=40, max_new_tokens=5).tokens[0]
+    whole = generate(ours, [prompt], num_samples=40, max_new_tokens=5).tokens[0]
     assert max(max(turn) for turn in whole) >= 30
     ours.vocab_size = 30
-    drawn = generate(ours, [prompt], samples=40, max_new_tokens=5)
+    drawn = generate(ours, [prompt], num_samples=40, max_new_tokens=5)
     assert max(max(turn) for turn in drawn.tokens[0]) < 30
     rows = torch.tensor([prompt + turn for turn in drawn.tokens[0]])
     logits = ours(rows)
@@ -270,7 +270,7 @@ def test_a_packed_row_is_its_rows_one_by_one(kind, checkpointing, tmp_path):
 
     plain = [ours(torch.cat([context, x])[None])[0, 12:] for x in parts]
     want = gradients(plain)
-    ours.checkpointing = checkpointing
+    ours.gradient_checkpointing = checkpointing
     packed = torch.cat([context, *parts])[None]
     hidden = ours.hidden(packed, positions[None], lengths=[12, *lengths])
     got = ours.head(hidden)[0, 12:].split(lengths)
@@ -292,8 +292,8 @@ def test_padding_gets_no_gradient_and_gives_none(tmp_path):
     ours.zero_grad(set_to_none=True)
     ids = torch.stack([torch.cat([torch.zeros(4, dtype=torch.long), rows[0]]), rows[1]])
     mask = torch.arange(9) >= torch.tensor([[4], [0]])
-    assert causal(mask, 9)[0].tolist() == [[0, 0, 0, 0, 0, 1, 2, 3, 4], list(range(9))]
-    (ours.head(ours.hidden(ids, *causal(mask, 9)))[mask] @ weights).sum().backward()
+    assert causal_mask(mask, 9)[0].tolist() == [[0, 0, 0, 0, 0, 1, 2, 3, 4], list(range(9))]
+    (ours.head(ours.hidden(ids, *causal_mask(mask, 9)))[mask] @ weights).sum().backward()
     got = torch.cat([p.grad.flatten() for p in ours.parameters()])
     assert ((got - total).norm() / total.norm()).item() < 1e-4
 

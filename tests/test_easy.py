@@ -4,7 +4,7 @@ import json
 
 import easy
 
-from tasks import Numbers
+from tasks import CountdownProblem
 
 
 def test_easy_countdown_draws_problems_that_one_sign_solves():
@@ -14,25 +14,27 @@ def test_easy_countdown_draws_problems_that_one_sign_solves():
     assert sum(map(len, pairs.values())) == len(set.union(*pairs.values())) == 78
     for problem in parts["dev"]:
         a, b = problem.numbers
-        tries = [f"<answer> {x} {s} {y} </answer>" for x, y in ((a, b), (b, a)) for s in "+-*"]
-        assert 1 <= sum(task.verify(problem, text).right for text in tries) <= 4
+        conversations = [
+            f"<answer> {x} {s} {y} </answer>" for x, y in ((a, b), (b, a)) for s in "+-*"
+        ]
+        assert 1 <= sum(task.verify(problem, text).correct for text in conversations) <= 4
     assert len(task.load(split="test", limit=7)) == 7
 
 
 def test_the_examples_of_easy_countdown_are_what_they_say():
     task = easy.EasyCountdown()
-    messages, tools = task.messages(Numbers(0, (3, 8), 24))
+    messages, tools = task.messages(CountdownProblem(0, (3, 8), 24))
     said = [m["content"] for m in messages]
     assert tools is None and [m["role"] for m in messages[:2]] == ["user", "assistant"]
     assert said[-1] == "Make 24 from 3 and 8. Use +, - or *." and messages[-1]["role"] == "user"
     for at, numbers, target in ((1, (8, 6), 14), (7, (17, 5), 12), (13, (3, 14), 42)):
-        problem = Numbers(0, numbers, target)
+        problem = CountdownProblem(0, numbers, target)
         assert said[at - 1 if at == 1 else at - 5] == task.question.format(
             numbers=numbers, target=target
         )
-        assert task.verify(problem, said[at]).right
+        assert task.verify(problem, said[at]).correct
         if at > 1:  # the second try; the first was wrong
-            assert not task.verify(problem, said[at - 4]).right
+            assert not task.verify(problem, said[at - 4]).correct
 
 
 def test_one_tool_keeps_the_records_with_one_tool_and_one_call(tmp_path):
@@ -53,5 +55,5 @@ def test_one_tool_keeps_the_records_with_one_tool_and_one_call(tmp_path):
         tools is None
         and '{"name": "area", "arguments": {"side": "int"}}' in messages[-1]["content"]
     )
-    assert task.verify(problems[0], json.dumps(call)).right
-    assert not task.verify(problems[0], messages[1]["content"]).right
+    assert task.verify(problems[0], json.dumps(call)).correct
+    assert not task.verify(problems[0], messages[1]["content"]).correct

@@ -17,22 +17,22 @@ import r3
 from tasks import Verdict
 
 
-class Lenient(grpo.Chat):
+class Lenient(grpo.Agent):
     """A verifier that an untrained model satisfies now and then. It keeps what was read."""
 
     read: list = []
 
     def verify(self, problem, turn):
         right = sum(turn) % 2 == 0
-        return Verdict(right, "right" if right else "wrong_value")
+        return Verdict(right, "correct" if right else "wrong_value")
 
-    def sample(self, prompts, *rest):
+    def generate(self, prompts, *rest):
         self.read = [*self.read, *prompts]
-        return super().sample(prompts, *rest)
+        return super().generate(prompts, *rest)
 
 
 @pytest.fixture
-def chat(tiny, task):
+def agent(tiny, task):
     model, tokenizer = tiny
     tokenizer.stop_ids = list(range(40))  # so that many turns end
     return Lenient(model, tokenizer, task, max_new_tokens=10, seed=3)
@@ -42,14 +42,14 @@ TWO_TURNS = ("reflection", "retry", "both")
 
 
 @pytest.fixture
-def failures(chat, task):
+def failures(agent, task):
     """Wrong first tries at a few problems."""
-    tries = grpo.first_tries(chat, task.load(split="dev", limit=16), 1, (grpo.COLLECT, 0))
-    return [t for t in tries if not t.first.right]
+    conversations = grpo.attempt_all(agent, task.load(split="dev", limit=16), 1, (grpo.COLLECT, 0))
+    return [t for t in conversations if not t.attempt_verdict.correct]
 
 
 def settings(**given) -> r3.Config:
-    return replace(r3.TINY, **{"steps": 2, "batch": 4, "group": 3, **given})
+    return replace(r3.TINY, **{"steps": 2, "batch_size": 4, "group_size": 3, **given})
 
 
 def weights(model) -> torch.Tensor:
@@ -66,69 +66,72 @@ def test_equal_tokens_is_the_chance_of_any_of_k():
     assert experiments.any_of(2.25, n, 2) == pytest.approx(0.75 * two + 0.25 * three)
 
 
-def test_equal_tokens_spends_what_the_trained_model_spends(chat, failures, tmp_path):
-    before = grpo.rollout(chat, failures, 1, (grpo.EVALUATE, 0))
+def test_equal_tokens_spends_what_the_trained_model_spends(agent, failures, tmp_path):
+    before = grpo.rollout(agent, failures, 1, (grpo.EVALUATE, 0))
     after = [replace(t, reflection=t.reflection * 3, retry=t.retry * 3) for t in before]
-    [[label, row]] = experiments.equal_tokens(chat, before, after, tmp_path / "kept").items()
+    [[label, row]] = experiments.equal_tokens(agent, before, after, tmp_path / "kept").items()
     assert label == "its own, any of 3.00 tries; trained: one"
-    tries = grpo.rollout(chat, failures, experiments.EQUAL, (grpo.AGAIN, 0))
-    each = [sum(t.second.right for t in tries[i * 16 : i * 16 + 16]) for i in range(len(failures))]
+    conversations = grpo.rollout(agent, failures, experiments.EQUAL, (grpo.PLAY, 0))
+    each = [
+        sum(t.retry_verdict.correct for t in conversations[i * 16 : i * 16 + 16])
+        for i in range(len(failures))
+    ]
     chances = [experiments.any_of(3.0, 16, successes) for successes in each]
     assert row["vanilla"][0] == pytest.approx(np.mean(chances)) and 0 < row["vanilla"][0] < 1
-    assert row["trained"][0] == pytest.approx(np.mean([t.second.right for t in after]))
+    assert row["trained"][0] == pytest.approx(np.mean([t.retry_verdict.correct for t in after]))
 
 
 @pytest.mark.parametrize("label", experiments.SWAPS)
-def test_a_control_changes_the_reflection_and_nothing_else(chat, failures, tmp_path, label):
-    own = grpo.rollout(chat, failures, 1, (grpo.EVALUATE, 0))
-    other = experiments.swapped(chat, own, label)
+def test_a_control_changes_the_reflection_and_nothing_else(agent, failures, tmp_path, label):
+    own = grpo.rollout(agent, failures, 1, (grpo.EVALUATE, 0))
+    other = experiments.swapped(agent, own, label)
     said = {tuple(t.reflection): t.problem.id for t in own}
-    end = chat.tokenizer.stop_ids[0]
+    end = agent.tokenizer.stop_ids[0]
     for before, after in zip(own, other, strict=True):
         assert replace(after, reflection=before.reflection) == before
         assert after.reflection != before.reflection
         if label == "an empty reflection":
             assert after.reflection == [end]
         elif label == "a fixed generic reflection":
-            assert chat.tokenizer.decode(after.reflection) == chat.task.generic_reflection
+            assert agent.tokenizer.decode(after.reflection) == agent.task.generic_reflection
         else:
             assert said[tuple(after.reflection)] != before.problem.id
-    chat.read = []
-    found = experiments.retries(chat, other, tmp_path / "kept")
-    again = chat.tokenizer.bridge(chat.task.again)
-    asked = [t.context + chat.tokenizer.next_turn(t.reflection, again) for t in other]
-    assert sorted(chat.read) == sorted(asked)
+    agent.read = []
+    found = experiments.retries(agent, other, tmp_path / "kept")
+    again = agent.tokenizer.bridge(agent.task.retry_instruction)
+    asked = [t.reflection_prompt + agent.tokenizer.next_turn(t.reflection, again) for t in other]
+    assert sorted(agent.read) == sorted(asked)
     assert [t.reflection for t in found] == [t.reflection for t in other]
 
 
-def textbook(chat, reference, tries, rewards, c, turns) -> torch.Tensor:
+def textbook(agent, reference, conversations, rewards, c, turns) -> torch.Tensor:
     """The formula, one sequence at a time by the plain forward pass: the gradient."""
-    again, A = chat.tokenizer.bridge(chat.task.again), []
-    for group in rewards.view(-1, c.group):
+    again, A = agent.tokenizer.bridge(agent.task.retry_instruction), []
+    for group in rewards.view(-1, c.group_size):
         A += [(r - group.mean()) / (group.std() + 1e-4) for r in group]
-    kept = [(t, a, turn) for t, a in zip(tries, A, strict=True) for turn in turns]
+    kept = [(t, a, turn) for t, a in zip(conversations, A, strict=True) for turn in turns]
     tokens = sum(len(getattr(t, turn)) for t, _, turn in kept)
     total = 0.0
     for t, a, turn in kept:
-        before = {"attempt": t.prompt, "reflection": t.context}
-        before["retry"] = t.context + chat.tokenizer.next_turn(t.reflection, again)
+        before = {"attempt": t.attempt_prompt, "reflection": t.reflection_prompt}
+        before["retry"] = t.reflection_prompt + agent.tokenizer.next_turn(t.reflection, again)
         own, start = getattr(t, turn), len(before[turn])
         ids = torch.tensor([before[turn] + own])
         new, ref = (
             (m(ids)[0].log_softmax(-1)[range(start - 1, start - 1 + len(own)), own])
-            for m in (chat.model, reference)
+            for m in (agent.model, reference)
         )
-        old = torch.tensor(t.logprobs) if turn == "reflection" else new.detach()
+        old = torch.tensor(t.reflection_logprobs) if turn == "reflection" else new.detach()
         ratio = (new - old).exp()
         surrogate = torch.minimum(ratio * a, ratio.clamp(1 - c.clip, 1 + c.clip) * a)
         d = ref.detach() - new
         per_token = surrogate - c.beta * (d.exp() - d - 1)
         weigh = {"dapo": tokens, "grpo": len(kept) * len(own)}
-        weigh["dr_grpo"] = len(kept) * chat.max_new_tokens
-        total = total - per_token.sum() / weigh[c.loss]
-    chat.model.zero_grad()
+        weigh["dr_grpo"] = len(kept) * agent.max_new_tokens
+        total = total - per_token.sum() / weigh[c.loss_type]
+    agent.model.zero_grad()
     total.backward()
-    return torch.cat([p.grad.flatten() for p in chat.model.parameters()])
+    return torch.cat([p.grad.flatten() for p in agent.model.parameters()])
 
 
 @pytest.mark.parametrize(
@@ -136,41 +139,41 @@ def textbook(chat, reference, tries, rewards, c, turns) -> torch.Tensor:
     [("attempt", "dapo"), ("attempt", "grpo"), ("attempt", "dr_grpo"), ("retry", "dapo"),
      ("both", "dapo")],
 )  # fmt: skip
-def test_the_gradient_of_other_turns_is_the_textbooks(chat, failures, train, loss):
-    turns, c = experiments.TURNS[train], settings(beta=0.3, loss=loss)
-    reference = copy.deepcopy(chat.model)
+def test_the_gradient_of_other_turns_is_the_textbooks(agent, failures, train, loss):
+    turns, c = experiments.TURNS[train], settings(beta=0.3, loss_type=loss)
+    reference = copy.deepcopy(agent.model)
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.7)
     if train == "attempt":
         problems = [f.problem for f in failures[:4]]
-        tries = grpo.first_tries(chat, problems, c.group, (grpo.TRAIN, 0))
+        conversations = grpo.attempt_all(agent, problems, c.group_size, (grpo.TRAIN, 0))
     else:
-        tries = grpo.rollout(chat, failures[:4], c.group, (grpo.TRAIN, 0))
+        conversations = grpo.rollout(agent, failures[:4], c.group_size, (grpo.TRAIN, 0))
     rng = torch.Generator().manual_seed(0)
-    for t in tries:  # so that some ratios of reflections are clipped
+    for t in conversations:  # so that some ratios of reflections are clipped
         noise = 0.3 * torch.randn(len(t.reflection), generator=rng)
-        t.logprobs = (torch.tensor(t.logprobs) + noise).tolist()
-    rewards = torch.tensor([float(i % 3 == 0 or i > 9) for i in range(len(tries))])
-    theirs = textbook(chat, reference, tries, rewards, c, turns)
-    optimizer = grpo.MasterAdamW(chat.model, c.lr)
+        t.reflection_logprobs = (torch.tensor(t.reflection_logprobs) + noise).tolist()
+    rewards = torch.tensor([float(i % 3 == 0 or i > 9) for i in range(len(conversations))])
+    theirs = textbook(agent, reference, conversations, rewards, c, turns)
+    optimizer = grpo.MasterAdamW(agent.model, c.lr)
     optimizer.zero_grad()
-    experiments.add_gradient(chat, reference, tries, rewards, c, turns, optimizer)
-    ours = torch.cat([p.grad.flatten() for p in chat.model.parameters()])
+    experiments.add_gradient(agent, reference, conversations, rewards, c, turns, optimizer)
+    ours = torch.cat([p.grad.flatten() for p in agent.model.parameters()])
     assert theirs.norm() > 0.01
     assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
-def test_trained_on_reflections_it_is_r3(chat, failures, tmp_path):
-    c, one, other = settings(), *(replace(chat, model=copy.deepcopy(chat.model)) for _ in "12")
-    for _ in grpo.train(one, chat.model, failures, c, tmp_path / "r3"):
+def test_trained_on_reflections_it_is_r3(agent, failures, tmp_path):
+    c, one, other = settings(), *(replace(agent, model=copy.deepcopy(agent.model)) for _ in "12")
+    for _ in grpo.train(one, agent.model, failures, c, tmp_path / "r3"):
         pass
     turns = experiments.TURNS["reflection"]
-    experiments.train_turns(other, chat.model, failures, c, tmp_path / "loop", turns)
-    assert not torch.equal(weights(one.model), weights(chat.model))
+    experiments.train_turns(other, agent.model, failures, c, tmp_path / "loop", turns)
+    assert not torch.equal(weights(one.model), weights(agent.model))
     assert torch.equal(weights(one.model), weights(other.model))
 
 
-def test_a_stopped_loop_goes_on_to_the_same_weights(chat, failures, tmp_path, monkeypatch):
+def test_a_stopped_loop_goes_on_to_the_same_weights(agent, failures, tmp_path, monkeypatch):
     """Its checkpoint after the first step is put back, as if the second had never been."""
     c, turns, found = settings(beta=0.0, save_every=1), experiments.TURNS["attempt"], []
     save = grpo.save_checkpoint
@@ -182,50 +185,58 @@ def test_a_stopped_loop_goes_on_to_the_same_weights(chat, failures, tmp_path, mo
 
     monkeypatch.setattr(grpo, "save_checkpoint", keep)
     for _ in range(2):
-        trained = replace(chat, model=copy.deepcopy(chat.model))
+        trained = replace(agent, model=copy.deepcopy(agent.model))
         experiments.train_turns(trained, None, failures, c, tmp_path, turns)
         lines = r3.read_lines(tmp_path / "metrics.jsonl", "step")
         found.append((weights(trained.model), lines))
         if len(found) == 1:
             shutil.move(tmp_path / "at step 1", tmp_path / "checkpoint.safetensors")
     assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
-    assert [line["step"] for line in lines] == [1, 2] and lines[0]["sampled"] > 0
+    assert [line["step"] for line in lines] == [1, 2] and lines[0]["sampled_tokens"] > 0
 
 
-def test_shuffled_rewards_are_the_same_rewards_elsewhere(chat, failures, tmp_path, monkeypatch):
+def test_shuffled_rewards_are_the_same_rewards_elsewhere(agent, failures, tmp_path, monkeypatch):
     given = []
 
-    def keep(chat, reference, tries, rewards, *rest):
-        given.append((rewards, [experiments.reward(chat, t, ("reflection",)) for t in tries]))
+    def keep(agent, reference, conversations, rewards, *rest):
+        given.append(
+            (rewards, [experiments.reward(agent, t, ("reflection",)) for t in conversations])
+        )
 
     monkeypatch.setattr(experiments, "add_gradient", keep)
     turns, c = experiments.TURNS["reflection"], settings(steps=1)
-    experiments.train_turns(chat, None, failures, c, tmp_path, turns, shuffle=True)
+    experiments.train_turns(agent, None, failures, c, tmp_path, turns, shuffle=True)
     [(rewards, earned)] = given
     assert sorted(rewards.tolist()) == sorted(earned) and rewards.tolist() != earned
 
 
-def test_a_reward_needs_a_right_answer_and_ended_turns(chat):
-    end, right, wrong = chat.tokenizer.stop_ids[0], *(SimpleNamespace(right=r) for r in (1, 0))
-    t = SimpleNamespace(reflection=[99], retry=[99, end], first=wrong, second=right)
-    rewards = {name: experiments.reward(chat, t, experiments.TURNS[name]) for name in TWO_TURNS}
+def test_a_reward_needs_a_right_answer_and_ended_turns(agent):
+    end, right, wrong = agent.tokenizer.stop_ids[0], *(SimpleNamespace(correct=r) for r in (1, 0))
+    t = SimpleNamespace(
+        reflection=[99], retry=[99, end], attempt_verdict=wrong, retry_verdict=right
+    )
+    rewards = {name: experiments.reward(agent, t, experiments.TURNS[name]) for name in TWO_TURNS}
     assert rewards == {"reflection": 0, "retry": 1, "both": 0}
-    t.second = wrong
-    assert experiments.reward(chat, t, ("retry",)) == 0
-    answers = [SimpleNamespace(attempt=[end], first=v, second=None) for v in (right, wrong)]
-    assert [experiments.reward(chat, t, ("attempt",)) for t in answers] == [1, 0]
+    t.retry_verdict = wrong
+    assert experiments.reward(agent, t, ("retry",)) == 0
+    answers = [
+        SimpleNamespace(attempt=[end], attempt_verdict=v, retry_verdict=None)
+        for v in (right, wrong)
+    ]
+    assert [experiments.reward(agent, t, ("attempt",)) for t in answers] == [1, 0]
 
 
 @pytest.mark.parametrize("model", ["tiny", "letters"])
 def test_a_runs_controls_and_its_other_turns(model, folder, monkeypatch, tmp_path, capsys):
     """The whole of it in seconds, for the tiny model and for a folder; done twice, nothing is
     sampled again."""
-    monkeypatch.setitem(r3.COLD, "steps", 8)
+    monkeypatch.setitem(r3.COLD_START, "steps", 8)
     monkeypatch.setattr(r3, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(r3, "HELD_OUT", (2, 1))
-    monkeypatch.setattr(grpo.Chat, "verify", Lenient.verify)
+    monkeypatch.setattr(r3, "CURVE_SIZE", (2, 1))
+    monkeypatch.setattr(grpo.Agent, "verify", Lenient.verify)
     monkeypatch.chdir(tmp_path)
-    few = "--steps 2 --batch 3 --group 3 --limit 5 --samples 2 --responses 1 --problems 8"
+    few = "--steps 2 --batch-size 3 --group-size 3 --limit 5 --num-samples 2"
+    few += " --max-attempts 1 --num-problems 8"
     data = countdown_file(tmp_path / "countdown.jsonl")
     given = ["--model", str(folder), "--data", data] if model == "letters" else []
     r3.main(["train", *few.split(), "--max-new-tokens", "12", "--name", "run", *given])

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 import model as models
 import tasks
-from tasks import APIGen, Countdown, Numbers, TinyCountdown
+from tasks import APIGen, Countdown, CountdownProblem, TinyCountdown
 
 AMOUNTS = [200, pytest.param(5_000, marks=pytest.mark.slow)]
 
 
-COUNTDOWN_REASONS = {"right", "wrong_value", "wrong_numbers", "malformed", "no_answer"}
+COUNTDOWN_REASONS = {"correct", "wrong_value", "wrong_numbers", "malformed", "no_answer"}
 APIGEN_REASONS = COUNTDOWN_REASONS - {"wrong_value", "wrong_numbers"}
 APIGEN_REASONS |= {"wrong_arguments", "wrong_tool", "wrong_count"}
 
@@ -65,15 +65,15 @@ def computed(text: str) -> Fraction:
 
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_countdown_rewards_solutions_alone(amount):
-    problem, rewarded = Numbers(0, (6, 10, 2), 32), []
+    problem, rewarded = CountdownProblem(0, (6, 10, 2), 32), []
 
     def check(before, inside, after):
         completion = f"{before}<answer>{inside}</answer>{after}"
         for kind in (Countdown, TinyCountdown):
             verdict = kind().verify(problem, completion)
             assert verdict.reason in COUNTDOWN_REASONS
-            assert verdict.right == (verdict.reason == "right")
-        if verdict.right:
+            assert verdict.correct == (verdict.reason == "correct")
+        if verdict.correct:
             answer = completion.rpartition("</answer>")[0].rpartition("<answer>")[2].strip()
             answer = re.sub(r"=\s*32$", "", answer).strip()
             assert set(answer) <= set(string.digits + "+-*/() \n\t")
@@ -131,7 +131,7 @@ def strict(value) -> str:
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_apigen_rewards_the_labelled_calls_alone(amount):
     wanted = [{"name": "add", "arguments": {"a": 1, "b": [True, "x"]}}]
-    problem = tasks.Request(0, "?", json.dumps(wanted), "[]")
+    problem = tasks.APIGenProblem(0, "?", json.dumps(wanted), "[]")
     rewarded = []
 
     def check(before, arguments, wrap, after):
@@ -139,7 +139,7 @@ def test_apigen_rewards_the_labelled_calls_alone(amount):
         completion = before + wrap.replace("@", json.dumps(calls)) + after
         verdict = APIGen().verify(problem, completion)
         assert verdict.reason in APIGEN_REASONS
-        if verdict.right:
+        if verdict.correct:
             if before == after == "":
                 assert strict(calls) == strict(wanted)
             found = re.findall(r'\{"name": "add", "arguments": (.*?\})\}', completion)
@@ -185,7 +185,7 @@ def test_data_files_are_read_or_refused_by_record(amount, tmp_path):
                 continue
             for problem in problems:  # what the model reads is Unicode
                 json.dumps(kind().messages(problem), ensure_ascii=False).encode()
-                assert not kind().verify(problem, "").right or problem.answers == "[]"
+                assert not kind().verify(problem, "").correct or problem.answers == "[]"
 
     fuzz(amount, check, words, st.integers(0, 100))
 

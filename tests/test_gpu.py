@@ -187,9 +187,9 @@ def test_sampling_waits_twice_in_four_tokens(layers):
         model = on_device(layers)
         for new, checks in ((9, 2), (17, 4)):  # none after the last token
             with Pretended() as counts:
-                drawn = generate(model, PROMPTS, samples=4, max_new_tokens=new)
-            assert counts.waits == {"unfinished": 2 * checks, "read": 1, "generate": 4}
-            assert counts.copies == {"generate": 2, "read": 2}
+                drawn = generate(model, PROMPTS, num_samples=4, max_new_tokens=new)
+            assert counts.waits == {"rows_to_keep": 2 * checks, "prefill": 1, "generate": 4}
+            assert counts.copies == {"generate": 2, "prefill": 2}
     assert drawn.tokens == expected.tokens
 
 
@@ -199,27 +199,28 @@ def test_a_training_step_waits_by_the_failure(task, tiny, tmp_path):
     the reference reads it too), three more to the loss, the sums that a step reports, and one wait
     in the backward pass. For a step: the norm of the gradient."""
     model, tokenizer = tiny
-    chat = grpo.Chat(model, tokenizer, task, max_new_tokens=8)
-    tries = grpo.first_tries(chat, task.load(split="train", limit=6), 1, (grpo.COLLECT, 0))
-    failures = [t for t in tries if not t.first.right]
+    agent = grpo.Agent(model, tokenizer, task, max_new_tokens=8)
+    conversations = grpo.attempt_all(agent, task.load(split="train", limit=6), 1, (grpo.COLLECT, 0))
+    failures = [t for t in conversations if not t.attempt_verdict.correct]
     counts = {}
     with Lists(), Pretended():
         model.to("pretended:0")
         for failed in (1, 3):
-            c = grpo.Config(steps=1, batch=failed, group=2, beta=0.1, lr=1e-5)
+            c = grpo.Config(steps=1, batch_size=failed, group_size=2, beta=0.1, lr=1e-5)
             with Pretended() as counts[failed]:
-                assert len(list(grpo.train(chat, model, failures, c, tmp_path / str(failed)))) == 2
+                assert len(list(grpo.train(agent, model, failures, c, tmp_path / str(failed)))) == 2
     for failed, counted in counts.items():
         waits, copies = counted.waits, counted.copies
-        assert waits["token_sums"] == failed
+        assert waits["loss_metrics"] == failed
         assert waits["backward"] == failed
         assert waits["update"] == 1
         assert copies["token_logprobs"] == 2 * 5 * failed
         assert copies["train"] == 3 * failed
         assert set(waits) == {
-            "token_sums", "backward", "update", "save_checkpoint", "read", "unfinished", "generate",
+            "loss_metrics", "backward", "update", "save_checkpoint", "prefill", "rows_to_keep",
+            "generate",
         }  # fmt: skip
-        assert set(copies) <= {"token_logprobs", "train", "read", "generate", "rope", "backward"}
+        assert set(copies) <= {"token_logprobs", "train", "prefill", "generate", "rope", "backward"}
 
 
 # -- Operators -------------------------------------------------------------------------------------
@@ -235,8 +236,8 @@ def test_a_decode_step_launches_few_kernels(monkeypatch, dtype, most):
         for layers in (1, 2):
             model = on_device(layers, dtype)
             assert model.lm_head.weight.held.dtype == dtype
-            cache = generate(model, PROMPTS, samples=3, max_new_tokens=2).cache
-            cache = cache.select(torch.arange(6).view(2, 3).to("pretended:0"), room=4)
+            cache = generate(model, PROMPTS, num_samples=3, max_new_tokens=2).cache
+            cache = cache.select_rows(torch.arange(6).view(2, 3).to("pretended:0"), room=4)
             new = torch.ones(6, 1, dtype=torch.bool, device="pretended:0")
             token = torch.zeros(6, 1, dtype=torch.long, device="pretended:0")
             positions, mask = cache.append(new)

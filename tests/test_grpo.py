@@ -19,7 +19,7 @@ from torch import Tensor
 
 import grpo
 import model as models
-from grpo import Chat, Config, MasterAdamW, group_advantages, grpo_loss, token_logprobs
+from grpo import Agent, Config, MasterAdamW, group_advantages, grpo_loss, token_logprobs
 from tasks import Verdict
 
 LONGEST = 24  # the longest turn of prepared conversations
@@ -80,12 +80,12 @@ def draw_groups(
 
 def converse(groups: list[list[Row]], rewards: list[list[float]], scale: bool = True):
     """Conversations with these rewards; the rows get the textbook's advantages."""
-    tries = []
+    conversations = []
     for number, (group, values) in enumerate(zip(groups, rewards, strict=True)):
         for row, A, r in zip(group, textbook.advantages(values, scale), values, strict=True):
             row.advantage = A
-            tries.append(conversation(number, row, right=r == 1))
-    return tries
+            conversations.append(conversation(number, row, correct=r == 1))
+    return conversations
 
 
 def mixed(P: int, G: int, seed: int = 0) -> list[list[float]]:
@@ -147,7 +147,7 @@ def test_the_loss_equals_the_textbook_in_float64(loss, beta, clip):
     for row, length in enumerate(LENGTHS):
         values = (x[row][mask[row]].tolist() for x in (old, ref))
         rows.append(Row([], [0] * length, *values, A[row].item()))
-    c = Config(loss=loss, beta=beta, clip=clip)
+    c = Config(loss_type=loss, beta=beta, clip=clip)
     now = [free[row][mask[row]] for row in range(4)]
     assert 0.35 < textbook.clipped(rows, now, clip) < 0.65
     wanted = textbook.textbook_loss(rows, now, c, max_new_tokens=8)
@@ -166,10 +166,16 @@ def test_the_papers_values_are_the_defaults():
     new, old, ref = torch.randn(3, 4, 8, generator=rng)
     A, mask = torch.randn(4, generator=rng), torch.ones(4, 8, dtype=torch.bool)
     plain = grpo_loss(new, old, ref, A, mask)
-    assert plain == grpo_loss(new, old, ref, A, mask, clip=0.2, beta=0.001, loss="dapo")
+    assert plain == grpo_loss(new, old, ref, A, mask, clip=0.2, beta=0.001, loss_type="dapo")
     c = Config()
-    assert (c.clip, c.beta, c.loss, c.lr, c.warmup) == (0.2, 0.001, "dapo", 5e-7, 0.03)
-    assert (c.steps, c.batch, c.group, c.max_grad_norm, c.scale) == (1750, 256, 8, 1.0, True)
+    assert (c.clip, c.beta, c.loss_type, c.lr, c.warmup) == (0.2, 0.001, "dapo", 5e-7, 0.03)
+    assert (c.steps, c.batch_size, c.group_size, c.max_grad_norm, c.scale_advantages) == (
+        1750,
+        256,
+        8,
+        1.0,
+        True,
+    )
 
 
 def test_clip_takes_the_worse_of_both_for_both_signs():
@@ -202,12 +208,12 @@ def test_nothing_outside_the_mask_is_trained():
     A = torch.randn(3, generator=rng)
     for loss in LOSSES:
         free = logprobs.clone().requires_grad_(True)
-        value = grpo_loss(free, old, ref, A, mask, loss=loss)
+        value = grpo_loss(free, old, ref, A, mask, loss_type=loss)
         value.backward()
         assert (free.grad[~mask] == 0).all() and (free.grad[mask] != 0).any()
         wild = torch.where(mask, logprobs, torch.randn(3, 7, generator=rng) * 500)
         wild.requires_grad_(True)
-        again = grpo_loss(wild, old, ref, A, mask, loss=loss)
+        again = grpo_loss(wild, old, ref, A, mask, loss_type=loss)
         again.backward()
         assert again.item() == value.item() and torch.equal(wild.grad, free.grad)
     inside = logprobs.clone()
@@ -222,7 +228,7 @@ def test_the_mask_is_by_position():
     """The end of turn, 0, is trained where the model wrote it; padding, also 0, is not."""
     context, turns = [5, 0, 7], ([8, 9, 0], [8, 0], [0])
     rows = [Row(context, turn, [-1.0 - t for t in range(len(turn))], None, 0.0) for turn in turns]
-    ids, mask, old = grpo.reflection_rows([conversation(0, row, right=False) for row in rows])
+    ids, mask, old = grpo.reflection_rows([conversation(0, row, correct=False) for row in rows])
     assert ids.tolist() == [[5, 0, 7, 8, 9, 0], [5, 0, 7, 8, 0, 0], [5, 0, 7, 0, 0, 0]]
     assert mask.int().tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0]]
     assert old.tolist() == [[0, 0, 0, -1, -2, -3], [0, 0, 0, -1, -2, 0], [0, 0, 0, -1, 0, 0]]
@@ -247,8 +253,8 @@ def test_the_packed_row_is_one_row_per_reflection(
     (torch.cat(plain) * weigh[mask]).sum().backward()
     wanted = torch.cat([p.grad.flatten() for p in exact.parameters()])
     for checkpointing, logits in ((False, 2**25), (True, 2**25), (False, 1), (True, 400)):
-        monkeypatch.setattr(grpo, "LOGITS", logits)
-        exact.checkpointing = checkpointing
+        monkeypatch.setattr(grpo, "MAX_LOGITS", logits)
+        exact.gradient_checkpointing = checkpointing
         exact.zero_grad(set_to_none=True)
         new = token_logprobs(exact, ids, mask, temperature)
         assert new.shape == mask.shape and (new[~mask] == 0).all()
@@ -277,13 +283,13 @@ def test_any_mask_after_the_context_is_scored(exact):
 
 
 def test_the_head_is_never_whole_where_it_is_in_parts(tiny, monkeypatch):
-    """The logits that exist at once are no more than LOGITS, for each part of the tokens."""
+    """The logits that exist at once are no more than MAX_LOGITS, for each part of the tokens."""
     model, sizes = tiny[0], []
     [group] = draw_groups(model, [(5, 12)], 4)
     ids, mask, _ = grpo.reflection_rows(converse([group], mixed(1, 4)))
     head = model.head
     model.head = lambda hidden: sizes.append(len(hidden)) or head(hidden)
-    monkeypatch.setattr(grpo, "LOGITS", 10 * model.vocab_size + 5)
+    monkeypatch.setattr(grpo, "MAX_LOGITS", 10 * model.vocab_size + 5)
     new = token_logprobs(model, ids, mask)
     assert sum(sizes) == mask.sum() and max(sizes) == 10
     new.sum().backward()
@@ -313,8 +319,8 @@ GROUPS = [(40, 12), (3, 20), (17, 1), (25, 6), (9, 9)]
 KINDS = [(0.0, 1.0, True), (0.3, 1.0, True), (0.3, 0.7, False)]
 
 
-def chat_of(tiny, task, temperature: float = 1.0) -> Chat:
-    return Chat(*tiny, task, max_new_tokens=LONGEST, temperature=temperature, seed=3)
+def chat_of(tiny, task, temperature: float = 1.0) -> Agent:
+    return Agent(*tiny, task, max_new_tokens=LONGEST, temperature=temperature, seed=3)
 
 
 def some_rewards(P: int, G: int, seed: int = 0) -> list[list[float]]:
@@ -334,17 +340,26 @@ def test_a_step_equals_the_textbook(
     The masters' gradients are float32; the rest is float64.
     """
     reference = moved(exact) if beta else None
-    c = Config(steps=2, batch=5, group=4, loss=loss, beta=beta, scale=scale, lr=1e-3, clip=0.1)
+    c = Config(
+        steps=2,
+        batch_size=5,
+        group_size=4,
+        loss_type=loss,
+        beta=beta,
+        scale_advantages=scale,
+        lr=1e-3,
+        clip=0.1,
+    )
     c.checkpointing = temperature != 1.0
-    chat, drawn = chat_of((exact, tiny[1]), task, temperature), []
+    agent, drawn = chat_of((exact, tiny[1]), task, temperature), []
     for step in range(2):
         groups = draw_groups(exact, GROUPS, 4, step, temperature, reference)
         drawn.append((rows_of(groups), converse(groups, some_rewards(5, 4, step), scale)))
-    gradients = prepare(monkeypatch, [tries for _, tries in drawn])
-    steps = grpo.train(chat, reference, drawn[0][1][::4], c, tmp_path)
+    gradients = prepare(monkeypatch, [conversations for _, conversations in drawn])
+    steps = grpo.train(agent, reference, drawn[0][1][::4], c, tmp_path)
     assert next(steps) == (0, {})
     before = weights(exact)
-    assert exact.checkpointing == c.checkpointing
+    assert exact.gradient_checkpointing == c.checkpointing
     for step, (rows, _) in enumerate(drawn):
         value, wanted = textbook.textbook(exact, rows, c, LONGEST, temperature)
         done, metrics = next(steps)
@@ -360,16 +375,16 @@ def test_a_step_equals_the_textbook(
 def test_groups_of_equal_rewards_cost_nothing_without_kl(tiny, task, tmp_path, monkeypatch):
     model, computed = tiny[0], []
     groups = draw_groups(model, GROUPS, 4, reference=model)
-    tries = converse(groups, some_rewards(5, 4))
+    conversations = converse(groups, some_rewards(5, 4))
     packed = grpo.token_logprobs
     monkeypatch.setattr(grpo, "token_logprobs", lambda *a: computed.append(a[0]) or packed(*a))
-    prepare(monkeypatch, [tries])
+    prepare(monkeypatch, [conversations])
     reference = copy.deepcopy(model)
     for beta, times in ((0.0, {model: 3}), (0.3, {model: 5, reference: 5})):
         computed.clear()
-        c, folder = Config(steps=1, batch=5, group=4, beta=beta), tmp_path / str(beta)
+        c, folder = Config(steps=1, batch_size=5, group_size=4, beta=beta), tmp_path / str(beta)
         for _ in grpo.train(
-            chat_of(tiny, task), reference if beta else None, tries[::4], c, folder
+            chat_of(tiny, task), reference if beta else None, conversations[::4], c, folder
         ):
             pass
         assert {m: computed.count(m) for m in computed} == times
@@ -378,11 +393,11 @@ def test_groups_of_equal_rewards_cost_nothing_without_kl(tiny, task, tmp_path, m
 
 def test_a_step_of_equal_rewards_alone_changes_nothing(tiny, task, tmp_path, monkeypatch):
     groups = draw_groups(tiny[0], GROUPS[:2], 3)
-    tries = converse(groups, [[1.0] * 3, [0.0] * 3])
-    gradients = prepare(monkeypatch, [tries])
+    conversations = converse(groups, [[1.0] * 3, [0.0] * 3])
+    gradients = prepare(monkeypatch, [conversations])
     before = weights(tiny[0])
-    c = Config(steps=1, batch=2, group=3, beta=0.0)
-    _, (_, metrics) = grpo.train(chat_of(tiny, task), None, tries[::3], c, tmp_path)
+    c = Config(steps=1, batch_size=2, group_size=3, beta=0.0)
+    _, (_, metrics) = grpo.train(chat_of(tiny, task), None, conversations[::3], c, tmp_path)
     assert (gradients[0] == 0).all() and torch.equal(weights(tiny[0]), before)
     assert (metrics["grad_norm"], metrics["loss"], metrics["mixed_groups"]) == (0, 0, 0)
 
@@ -390,9 +405,9 @@ def test_a_step_of_equal_rewards_alone_changes_nothing(tiny, task, tmp_path, mon
 def test_metrics_are_means_over_the_trained_tokens(tiny, task, tmp_path, monkeypatch):
     model, reference = tiny[0], moved(tiny[0])
     groups = draw_groups(model, GROUPS, 4, temperature=0.8, reference=reference)
-    tries = converse(groups, mixed(5, 4))
-    tries[1].cut = tries[2].cut = True
-    rewards = [float(t.second.right and not t.cut) for t in tries]
+    conversations = converse(groups, mixed(5, 4))
+    conversations[1].truncated = conversations[2].truncated = True
+    rewards = [float(t.retry_verdict.correct and not t.truncated) for t in conversations]
     for p, group in enumerate(groups):
         for row, A in zip(group, textbook.advantages(rewards[4 * p : 4 * p + 4]), strict=True):
             row.advantage = A
@@ -405,31 +420,31 @@ def test_metrics_are_means_over_the_trained_tokens(tiny, task, tmp_path, monkeyp
             kl.append(math.exp(ref - value) - (ref - value) - 1)
             apart_.append(abs(value - old))
     share = textbook.clipped(rows_of(groups), now, 0.2)
-    prepare(monkeypatch, [tries])
-    c = Config(steps=1, batch=5, group=4, beta=0.01)
-    steps = grpo.train(chat_of(tiny, task, 0.8), reference, tries[::4], c, tmp_path)
+    prepare(monkeypatch, [conversations])
+    c = Config(steps=1, batch_size=5, group_size=4, beta=0.01)
+    steps = grpo.train(chat_of(tiny, task, 0.8), reference, conversations[::4], c, tmp_path)
     _, (_, metrics) = steps
     for name, values in (("nll", nll), ("kl", kl)):
         assert metrics[name] == pytest.approx(statistics.fmean(values), rel=1e-4), name
     assert metrics["mismatch"] == pytest.approx(max(apart_), rel=1e-4)
     assert metrics["clipped"] == pytest.approx(share, rel=1e-6)
     assert metrics["reward"] == pytest.approx(statistics.fmean(rewards))
-    assert metrics["length"] == pytest.approx(len(nll) / 20)
-    assert metrics["sampled"] == len(nll) + 2 * 20
-    assert metrics["cut"] == 0.1
+    assert metrics["reflection_tokens"] == pytest.approx(len(nll) / 20)
+    assert metrics["sampled_tokens"] == len(nll) + 2 * 20
+    assert metrics["truncated"] == 0.1
     assert metrics["mixed_groups"] == sum(0 < sum(rewards[4 * p :][:4]) < 4 for p in range(5)) / 5
 
 
 def test_a_step_is_the_same_bits_each_time(tiny, task, tmp_path, monkeypatch):
     """Invariant 6: no sum whose order is left to the threads."""
     groups = draw_groups(tiny[0], [(90, 40)] * 3, G=8, noise=0.1)
-    tries = converse(groups, mixed(3, 8))
-    gradients, found = prepare(monkeypatch, [tries]), []
+    conversations = converse(groups, mixed(3, 8))
+    gradients, found = prepare(monkeypatch, [conversations]), []
     for number in range(4):
         model = copy.deepcopy(tiny[0])
-        c = Config(steps=1, batch=3, group=8, beta=0.2, lr=1e-3)
-        chat = chat_of((model, tiny[1]), task)
-        for _ in grpo.train(chat, tiny[0], tries[::8], c, tmp_path / str(number)):
+        c = Config(steps=1, batch_size=3, group_size=8, beta=0.2, lr=1e-3)
+        agent = chat_of((model, tiny[1]), task)
+        for _ in grpo.train(agent, tiny[0], conversations[::8], c, tmp_path / str(number)):
             pass
         found.append(weights(model))
     for gradient, other in zip(gradients[1:], found[1:], strict=True):
@@ -439,7 +454,9 @@ def test_a_step_is_the_same_bits_each_time(tiny, task, tmp_path, monkeypatch):
 def test_the_update_is_adamw_clipped_and_scheduled(tiny, task, tmp_path, monkeypatch):
     """Three steps: torch's plain AdamW with the same gradients, which start each step from zero."""
     model = tiny[0]
-    c = Config(steps=3, batch=5, group=4, beta=0.0, lr=1e-2, warmup=0.5, max_grad_norm=0.01)
+    c = Config(
+        steps=3, batch_size=5, group_size=4, beta=0.0, lr=1e-2, warmup=0.5, max_grad_norm=0.01
+    )
     drawn = [draw_groups(model, GROUPS, 4, step) for step in range(3)]
     steps = [converse(groups, mixed(5, 4, step)) for step, groups in enumerate(drawn)]
     gradients, expected = prepare(monkeypatch, steps), copy.deepcopy(model)
@@ -460,12 +477,17 @@ def test_the_update_is_adamw_clipped_and_scheduled(tiny, task, tmp_path, monkeyp
 
 
 def test_learning_rate_rises_then_falls_to_nearly_nothing():
-    shares = [grpo.lr_share(step, 100, 0.03) for step in range(100)]
+    shares = [grpo.lr_multiplier(step, 100, 0.03) for step in range(100)]
     assert shares[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert shares[3] == 1.0 and all(a > b for a, b in zip(shares[3:], shares[4:], strict=False))
     assert shares[3 + 97 // 2] == pytest.approx(0.5, abs=0.01)
     assert 0 < shares[-1] < 0.001
-    assert grpo.lr_share(0, 1, 0.0) == grpo.lr_share(0, 1, 0.03) == grpo.lr_share(0, 1, 1.0) == 1
+    assert (
+        grpo.lr_multiplier(0, 1, 0.0)
+        == grpo.lr_multiplier(0, 1, 0.03)
+        == grpo.lr_multiplier(0, 1, 1.0)
+        == 1
+    )
 
 
 # -- The optimizer ---------------------------------------------------------------------------------
@@ -481,7 +503,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tiny, task, tmp_path, monkey
     groups[1][2].old[7] = bad  # of a wrong retry
     broken, found = converse(groups, mixed(2, 3)), []
     prepare(monkeypatch, [good, good, broken])
-    c = Config(steps=4, batch=2, group=3, beta=0.0, lr=1e-3, save_every=1)
+    c = Config(steps=4, batch_size=2, group_size=3, beta=0.0, lr=1e-3, save_every=1)
     with pytest.raises(ValueError, match="the gradient is not finite: take a lower --lr"):
         for _ in grpo.train(chat_of(tiny, task), None, good[::3], c, tmp_path):
             found.append(weights(model))
@@ -526,7 +548,7 @@ def test_gradients_add_up_in_float32(tiny):
     for number in range(257):
         for p in model.parameters():
             p.grad = torch.full_like(p, 2**-9 if number else 1.0)
-        optimizer.collect()
+        optimizer.accumulate_gradients()
         assert all(p.grad is None for p in model.parameters())
     for master in optimizer.masters:
         assert master.dtype == master.grad.dtype == torch.float32
@@ -537,30 +559,33 @@ def test_a_steps_gradients_add_up_in_float32(tiny, task, tmp_path, monkeypatch):
     """Of a bfloat16 model: what the backward pass of each failure gives is added in float32."""
     model = copy.deepcopy(tiny[0]).bfloat16()
     groups = draw_groups(tiny[0], GROUPS, 4)
-    tries, wanted = converse(groups, mixed(5, 4)), 0.0
-    for group in (tries[i : i + 4] for i in range(0, 20, 4)):
+    conversations, wanted = converse(groups, mixed(5, 4)), 0.0
+    for group in (conversations[i : i + 4] for i in range(0, 20, 4)):
         ids, mask, old = grpo.reflection_rows(group)
-        A = group_advantages(torch.tensor([[float(t.second.right) for t in group]]))[0]
+        A = group_advantages(torch.tensor([[float(t.retry_verdict.correct) for t in group]]))[0]
         new = token_logprobs(model, ids, mask)
-        tokens = sum(len(t.reflection) for t in tries)
+        tokens = sum(len(t.reflection) for t in conversations)
         grpo_loss(new, old, None, A, mask, beta=0.0, normalizer=tokens).backward()
         wanted = wanted + torch.cat([p.grad.flatten().float() for p in model.parameters()])
         model.zero_grad(set_to_none=True)
-    gradients, c = prepare(monkeypatch, [tries]), Config(steps=1, batch=5, group=4, beta=0.0)
-    for _ in grpo.train(chat_of((model, tiny[1]), task), None, tries[::4], c, tmp_path):
+    gradients, c = (
+        prepare(monkeypatch, [conversations]),
+        Config(steps=1, batch_size=5, group_size=4, beta=0.0),
+    )
+    for _ in grpo.train(chat_of((model, tiny[1]), task), None, conversations[::4], c, tmp_path):
         pass
     assert torch.equal(gradients[0], wanted)
 
 
 def test_bfloat16_moves_with_masters_and_hardly_without(task, tmp_path, monkeypatch):
     """At the paper's learning rate: four steps from the same bfloat16 weights, on the same data."""
-    low, tokenizer = models.tiny(task.words(), seed=1)
+    low, tokenizer = models.tiny_model(task.words(), seed=1)
     low = low.bfloat16()
     start = copy.deepcopy(low).float()
     drawn = [draw_groups(start, [(9, 8)] * 3, 8, step, noise=0.02) for step in range(4)]
     steps = [converse(groups, mixed(3, 8, step)) for step, groups in enumerate(drawn)]
     prepare(monkeypatch, steps)
-    c = Config(steps=4, batch=3, group=8, beta=0.0, warmup=0.0)
+    c = Config(steps=4, batch_size=3, group_size=8, beta=0.0, warmup=0.0)
     runs = iter(range(9))
 
     def trained(model, **changes):
@@ -573,9 +598,9 @@ def test_bfloat16_moves_with_masters_and_hardly_without(task, tmp_path, monkeypa
             optimizers.append((optimizer, [m.detach().clone() for m in optimizer.masters]))
 
         monkeypatch.setattr(MasterAdamW, "__init__", keep)
-        chat = chat_of((model, tokenizer), task)
+        agent = chat_of((model, tokenizer), task)
         folder = tmp_path / str(next(runs))
-        for _ in grpo.train(chat, None, steps[0][::8], replace(c, **changes), folder):
+        for _ in grpo.train(agent, None, steps[0][::8], replace(c, **changes), folder):
             pass
         monkeypatch.setattr(MasterAdamW, "__init__", made)
         [(optimizer, before)] = optimizers
@@ -599,7 +624,7 @@ def test_bfloat16_moves_with_masters_and_hardly_without(task, tmp_path, monkeypa
     for step in range(4):
         for group in [steps[step][i : i + 8] for i in range(0, 24, 8)]:
             ids, mask, old = grpo.reflection_rows(group)
-            A = group_advantages(torch.tensor([[float(t.second.right) for t in group]]))[0]
+            A = group_advantages(torch.tensor([[float(t.retry_verdict.correct) for t in group]]))[0]
             new = token_logprobs(plain, ids, mask)
             grpo_loss(new, old, None, A, mask, beta=0.0).backward()
         adamw.step()
@@ -610,13 +635,13 @@ def test_bfloat16_moves_with_masters_and_hardly_without(task, tmp_path, monkeypa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_offload_changes_no_bit(tiny, task, tmp_path, monkeypatch, dtype):
     groups = draw_groups(tiny[0], GROUPS, 4, noise=0.1)
-    tries, found = converse(groups, mixed(5, 4)), []
-    prepare(monkeypatch, [tries] * 3)
+    conversations, found = converse(groups, mixed(5, 4)), []
+    prepare(monkeypatch, [conversations] * 3)
     for offload in (False, True):
         model = copy.deepcopy(tiny[0]).to(dtype)
-        c = Config(steps=3, batch=5, group=4, beta=0.0, lr=1e-3, offload=offload)
-        chat = chat_of((model, tiny[1]), task)
-        for _ in grpo.train(chat, None, tries[::4], c, tmp_path / str(offload)):
+        c = Config(steps=3, batch_size=5, group_size=4, beta=0.0, lr=1e-3, offload=offload)
+        agent = chat_of((model, tiny[1]), task)
+        for _ in grpo.train(agent, None, conversations[::4], c, tmp_path / str(offload)):
             pass
         found.append(weights(model))
         assert not torch.equal(found[-1], weights(tiny[0]).to(dtype))
@@ -636,100 +661,106 @@ def test_offloaded_masters_are_copies_in_main_memory(tiny):
 # -- The rollout -----------------------------------------------------------------------------------
 
 
-class Lenient(Chat):
+class Lenient(Agent):
     """A verifier that an untrained model satisfies now and then."""
 
     def verify(self, problem, turn):
         right = sum(turn) % 3 == 0
-        return Verdict(right, "right" if right else "wrong_value")
+        return Verdict(right, "correct" if right else "wrong_value")
 
 
 @pytest.fixture
-def chat(tiny, task):
+def agent(tiny, task):
     model, tokenizer = tiny
     tokenizer.stop_ids = list(range(40))  # so that turns end at different times
     return Lenient(model, tokenizer, task, max_new_tokens=10, seed=3)
 
 
 @pytest.fixture
-def failures(chat, task):
+def failures(agent, task):
     """Wrong first tries at a few problems, of unequal lengths."""
-    tries = grpo.first_tries(chat, task.load(split="dev", limit=40), 1, (grpo.COLLECT, 0))
-    wrong = [t for t in tries if not t.first.right][:7]
+    conversations = grpo.attempt_all(agent, task.load(split="dev", limit=40), 1, (grpo.COLLECT, 0))
+    wrong = [t for t in conversations if not t.attempt_verdict.correct][:7]
     assert len(wrong) == 7
     return wrong
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_what_the_sampler_recorded_the_trainer_computes(chat, failures, tmp_path, temperature):
+def test_what_the_sampler_recorded_the_trainer_computes(agent, failures, tmp_path, temperature):
     """Invariant 2: for each trained token of a rollout, and in a step's `mismatch`."""
-    chat.temperature = temperature
-    tries = grpo.rollout(chat, failures, 4, (grpo.TRAIN, 0))
+    agent.temperature = temperature
+    conversations = grpo.rollout(agent, failures, 4, (grpo.TRAIN, 0))
     for p in range(len(failures)):
-        ids, mask, old = grpo.reflection_rows(tries[4 * p : 4 * p + 4])
+        ids, mask, old = grpo.reflection_rows(conversations[4 * p : 4 * p + 4])
         with torch.no_grad():
-            new = token_logprobs(chat.model, ids, mask, temperature)
+            new = token_logprobs(agent.model, ids, mask, temperature)
         assert (new - old).abs().max() < 1e-4 and (old[mask] < -0.1).any()
-    for t in tries:
-        ended = t.attempt[-1] in chat.tokenizer.stop_ids
+    for t in conversations:
+        ended = t.attempt[-1] in agent.tokenizer.stop_ids
         said = t.attempt[:-1] if ended else t.attempt  # the template ends the turn
-        assert t.context == t.prompt + said + chat.tokenizer.bridge(chat.task.reflect)
-    c = Config(steps=2, batch=5, group=4, lr=1e-3, beta=0.01)
-    reference = copy.deepcopy(chat.model)
-    for step, metrics in grpo.train(chat, reference, failures, c, tmp_path):
+        assert t.reflection_prompt == t.attempt_prompt + said + agent.tokenizer.bridge(
+            agent.task.reflection_instruction
+        )
+    c = Config(steps=2, batch_size=5, group_size=4, lr=1e-3, beta=0.01)
+    reference = copy.deepcopy(agent.model)
+    for step, metrics in grpo.train(agent, reference, failures, c, tmp_path):
         if step:
             assert 0 < metrics["mismatch"] < 1e-4 and metrics["clipped"] == 0
             assert (metrics["kl"] > 1e-6) == (step == 2)  # policy and reference begin as one
 
 
-def test_the_reward_is_for_a_right_retry_after_a_reflection_that_ended(chat, failures, tmp_path):
+def test_the_reward_is_for_a_right_retry_after_a_reflection_that_ended(agent, failures, tmp_path):
     """And samples.jsonl says what was drawn, what it was worth, and which tokens were trained."""
-    chat.tokenizer.stop_ids = [0, *range(20, 30)]  # some reflections end, and some are cut
-    c = Config(steps=3, batch=3, group=6, beta=0.0, lr=1e-3)
-    rewards, model = [], copy.deepcopy(chat.model)
-    for step, metrics in grpo.train(chat, None, failures, c, tmp_path):
+    agent.tokenizer.stop_ids = [0, *range(20, 30)]  # some reflections end, and some are cut
+    c = Config(steps=3, batch_size=3, group_size=6, beta=0.0, lr=1e-3)
+    rewards, model = [], copy.deepcopy(agent.model)
+    for step, metrics in grpo.train(agent, None, failures, c, tmp_path):
         if step:
             rewards.append(metrics["reward"])
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * 3 * 6
     for step in range(3):
         of_step = [line for line in lines if line["step"] == step + 1]
-        drawn = grpo.draw_failures(failures, step, 3, chat.seed)
-        found = [(line["problem"]["id"], line["sample"]) for line in of_step]
-        assert found[::6] == sorted((f.problem.id, f.sample) for f in drawn)
+        drawn = grpo.draw_failures(failures, step, 3, agent.seed)
+        found = [(line["problem"]["id"], line["attempt_index"]) for line in of_step]
+        assert found[::6] == sorted((f.problem.id, f.attempt_index) for f in drawn)
         assert found == [each for each in found[::6] for _ in range(6)]
         values = [line["reward"] for line in of_step]
         assert statistics.fmean(values) == pytest.approx(rewards[step])
         A = group_advantages(torch.tensor(values).view(3, 6)).flatten()
         assert [line["advantage"] for line in of_step] == pytest.approx(A.tolist())
-    first = grpo.draw_failures(failures, 0, 3, chat.seed)
-    tries = grpo.rollout(replace(chat, model=model), first, 6, (grpo.TRAIN, 0))
-    outcomes, decode = set(), chat.tokenizer.tokenizer.decode
-    for t, line in zip(tries, lines, strict=False):
-        ended = t.reflection[-1] in chat.tokenizer.stop_ids
+    first = grpo.draw_failures(failures, 0, 3, agent.seed)
+    conversations = grpo.rollout(replace(agent, model=model), first, 6, (grpo.TRAIN, 0))
+    outcomes, decode = set(), agent.tokenizer.tokenizer.decode
+    for t, line in zip(conversations, lines, strict=False):
+        ended = t.reflection[-1] in agent.tokenizer.stop_ids
         outcomes.add((ended, sum(t.retry) % 3 == 0))
-        assert t.cut != ended and line["reward"] == (ended and sum(t.retry) % 3 == 0)
+        assert t.truncated != ended and line["reward"] == (ended and sum(t.retry) % 3 == 0)
         said = {"attempt": t.attempt, "reflection": t.reflection, "retry": t.retry}
         assert line["ids"] == said  # the reflection's are the trained tokens
-        for name in ("context", "attempt", "reflection", "retry"):
-            assert line[name] == decode(getattr(t, name), skip_special_tokens=False)
-        assert line["second"] == {"right": t.second.right, "reason": t.second.reason}
-        assert line["first"] == {"right": False, "reason": "wrong_value"}
+        said["context"] = t.reflection_prompt
+        for name, turn in said.items():
+            assert line[name] == decode(turn, skip_special_tokens=False)
+        assert line["retry_verdict"] == {
+            "correct": t.retry_verdict.correct,
+            "reason": t.retry_verdict.reason,
+        }
+        assert line["attempt_verdict"] == {"correct": False, "reason": "wrong_value"}
     assert len(outcomes) == 4  # ended or cut, right or wrong
 
 
-def test_every_step_samples_anew_and_every_sample_is_its_own(chat, failures):
-    one, two = (grpo.rollout(chat, failures, 3, (grpo.TRAIN, step)) for step in (0, 1))
+def test_every_step_samples_anew_and_every_sample_is_its_own(agent, failures):
+    one, two = (grpo.rollout(agent, failures, 3, (grpo.TRAIN, step)) for step in (0, 1))
     assert [t.reflection for t in one] != [t.reflection for t in two]
-    for tries in (one, two):
-        assert len({tuple(t.reflection) for t in tries}) > 1.5 * len(failures)
-        assert len({tuple(t.retry) for t in tries}) > 1.5 * len(failures)
+    for conversations in (one, two):
+        assert len({tuple(t.reflection) for t in conversations}) > 1.5 * len(failures)
+        assert len({tuple(t.retry) for t in conversations}) > 1.5 * len(failures)
     problems, key = [f.problem for f in failures], (grpo.EVALUATE, 0)
-    five = grpo.first_tries(chat, problems, 5, key)
-    three = grpo.first_tries(chat, problems, 3, key, start=2)
-    said = {(t.problem.id, t.sample): t.attempt for t in five if t.sample > 1}
-    assert {(t.problem.id, t.sample): t.attempt for t in three} == said
-    other = grpo.rollout(replace(chat, seed=4), failures, 3, (grpo.TRAIN, 0))
+    five = grpo.attempt_all(agent, problems, 5, key)
+    three = grpo.attempt_all(agent, problems, 3, key, start=2)
+    said = {(t.problem.id, t.attempt_index): t.attempt for t in five if t.attempt_index > 1}
+    assert {(t.problem.id, t.attempt_index): t.attempt for t in three} == said
+    other = grpo.rollout(replace(agent, seed=4), failures, 3, (grpo.TRAIN, 0))
     assert [t.reflection for t in one] != [t.reflection for t in other]
 
 
@@ -748,57 +779,63 @@ def remember(model, rows: int, only: range = range(10**6)) -> list[int]:
     return calls
 
 
-def test_out_of_memory_halves_the_batch_and_changes_nothing(chat, task, failures):
+def test_out_of_memory_halves_the_batch_and_changes_nothing(agent, task, failures):
     problems = task.load(split="dev", limit=7)
 
     def sampled():
-        first = grpo.first_tries(chat, problems, 3, (grpo.EVALUATE, 0), start=2)
-        return first, grpo.rollout(chat, failures, 3, (grpo.TRAIN, 0))
+        first = grpo.attempt_all(agent, problems, 3, (grpo.EVALUATE, 0), start=2)
+        return first, grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))
 
-    wanted = [[replace(t, logprobs=[]) for t in tries] for tries in sampled()]
-    assert [(t.problem.id, t.sample) for t in wanted[0]] == [
+    wanted = [
+        [replace(t, reflection_logprobs=[]) for t in conversations] for conversations in sampled()
+    ]
+    assert [(t.problem.id, t.attempt_index) for t in wanted[0]] == [
         (p, s) for p in sorted(p.id for p in problems) for s in (2, 3, 4)
     ]
-    chat.cache_tokens = 10_000
-    calls = remember(chat.model, 12)  # a batch of 7, with 3 samples each, is too large
-    found = [[replace(t, logprobs=[]) for t in tries] for tries in sampled()]
+    agent.cache_tokens = 10_000
+    calls = remember(agent.model, 12)  # a batch of 7, with 3 samples each, is too large
+    found = [
+        [replace(t, reflection_logprobs=[]) for t in conversations] for conversations in sampled()
+    ]
     assert found == wanted and max(calls) == 21
-    assert chat.cache_tokens < 7 * grpo.cached(chat, problems[0], 3, turns=1)
+    assert agent.cache_tokens < 7 * grpo.cache_tokens_needed(agent, problems[0], 3, turns=1)
     calls.clear()
-    chat.cache_tokens = 500  # this fits
-    assert [[replace(t, logprobs=[]) for t in tries] for tries in sampled()] == wanted
-    assert max(calls) <= 12 and chat.cache_tokens == 500
-    del chat.model.hidden
-    calls = remember(chat.model, 2)  # the samples of one item are too many
+    agent.cache_tokens = 500  # this fits
+    assert [
+        [replace(t, reflection_logprobs=[]) for t in conversations] for conversations in sampled()
+    ] == wanted
+    assert max(calls) <= 12 and agent.cache_tokens == 500
+    del agent.model.hidden
+    calls = remember(agent.model, 2)  # the samples of one item are too many
     for work in (
-        lambda: grpo.first_tries(chat, problems, 3, (grpo.EVALUATE, 0)),
-        lambda: grpo.rollout(chat, failures, 3, (grpo.TRAIN, 0)),
+        lambda: grpo.attempt_all(agent, problems, 3, (grpo.EVALUATE, 0)),
+        lambda: grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0)),
     ):
         with pytest.raises(torch.OutOfMemoryError):
             work()
 
 
-def test_one_halving_of_the_cache_is_for_all_batches_that_are_left(chat, failures):
+def test_one_halving_of_the_cache_is_for_all_batches_that_are_left(agent, failures):
     """Several batches of a step are each too large: the cache is halved once and not for each."""
-    wanted = [t.retry for t in grpo.rollout(chat, failures, 3, (grpo.TRAIN, 0))]
-    sizes = [len(t.prompt + t.attempt) + 3 * 2 * 60 for t in failures]
-    chat.cache_tokens = 2 * max(sizes)
-    assert len(grpo.batches(chat, failures, 3, turns=2)) == 4
-    remember(chat.model, 3)
-    found = [t.retry for t in grpo.rollout(chat, failures, 3, (grpo.TRAIN, 0))]
-    assert found == wanted and chat.cache_tokens == max(sizes)
+    wanted = [t.retry for t in grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))]
+    sizes = [len(t.attempt_prompt + t.attempt) + 3 * 2 * 60 for t in failures]
+    agent.cache_tokens = 2 * max(sizes)
+    assert len(grpo.batches(agent, failures, 3, turns=2)) == 4
+    remember(agent.model, 3)
+    found = [t.retry for t in grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))]
+    assert found == wanted and agent.cache_tokens == max(sizes)
 
 
 @pytest.mark.parametrize("call", [0, 5, 11, 14])
-def test_out_of_memory_at_any_moment_changes_nothing(chat, failures, call):
+def test_out_of_memory_at_any_moment_changes_nothing(agent, failures, call):
     """In reading, reflecting or retrying: no conversation is lost, and none comes twice."""
-    wanted = [(t.reflection, t.retry) for t in grpo.rollout(chat, failures, 3, (grpo.TRAIN, 0))]
-    calls = remember(chat.model, 0, only=range(call, call + 1))
-    tries = grpo.rollout(chat, failures, 3, (grpo.TRAIN, 0))
-    assert [(t.reflection, t.retry) for t in tries] == wanted and len(calls) > call + 10
+    wanted = [(t.reflection, t.retry) for t in grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))]
+    calls = remember(agent.model, 0, only=range(call, call + 1))
+    conversations = grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))
+    assert [(t.reflection, t.retry) for t in conversations] == wanted and len(calls) > call + 10
 
 
-def test_batches_hold_what_the_budget_allows_the_longest_first(chat, task, failures):
+def test_batches_hold_what_the_budget_allows_the_longest_first(agent, task, failures):
     problems = task.load(split="dev", limit=9)
     longer = {
         f.problem.id: replace(f, attempt=f.attempt * (1 + 40 * i)) for i, f in enumerate(failures)
@@ -807,11 +844,11 @@ def test_batches_hold_what_the_budget_allows_the_longest_first(chat, task, failu
     for items, turns in ((problems, 1), (failures, 2)):
         lengths = {}
         for item in items:
-            read = chat.question(item) if turns == 1 else item.prompt + item.attempt
+            read = agent.attempt_prompt(item) if turns == 1 else item.attempt_prompt + item.attempt
             lengths[id(item)] = len(read) + 4 * turns * (10 + 50)
         for budget in (1, 700, 1_500, 2_500, 3_000, 3_500, 10**6):
-            chat.cache_tokens = budget
-            found = grpo.batches(chat, items, 4, turns)
+            agent.cache_tokens = budget
+            found = grpo.batches(agent, items, 4, turns)
             flat = [lengths[id(item)] for batch in found for item in batch]
             assert flat == sorted(lengths.values(), reverse=True)
             assert len({id(item) for batch in found for item in batch}) == len(items)
@@ -822,26 +859,26 @@ def test_batches_hold_what_the_budget_allows_the_longest_first(chat, task, failu
 
 
 def test_every_failure_comes_once_an_epoch_and_never_twice_a_step(failures):
-    many = [replace(failures[0], sample=s, problem=replace(failures[0].problem, id=p))
+    many = [replace(failures[0], attempt_index=s, problem=replace(failures[0].problem, id=p))
             for p in range(5) for s in range(2)]  # fmt: skip
 
-    def drawn(step, size, **more):
+    def draw(step, size, **more):
         found = grpo.draw_failures(many, step, size, 0, **more)
         assert all(any(f is known for known in many) for f in found)
-        return [(f.problem.id, f.sample) for f in found]
+        return [(f.problem.id, f.attempt_index) for f in found]
 
     everything = [(p, s) for p in range(5) for s in range(2)]
-    steps = [drawn(step, 5) for step in range(4)]
+    steps = [draw(step, 5) for step in range(4)]
     assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) == everything
     assert steps[:2] != steps[2:] and steps[0] + steps[1] != everything
     for step in range(9):  # across the epochs' borders
-        found = drawn(step, 7)
+        found = draw(step, 7)
         assert 4 <= len(found) == len(set(found)) <= 7
-    assert sorted(drawn(3, 25)) == everything
-    left = [drawn(step, 3, leave_out=(1, 4)) for step in range(2)]
+    assert sorted(draw(3, 25)) == everything
+    left = [draw(step, 3, leave_out=(1, 4)) for step in range(2)]
     assert sorted(left[0] + left[1]) == [(p, s) for p in (0, 2, 3) for s in range(2)]
-    assert drawn(0, 5) == steps[0]
-    other = [(f.problem.id, f.sample) for f in grpo.draw_failures(many, 0, 5, seed=1)]
+    assert draw(0, 5) == steps[0]
+    other = [(f.problem.id, f.attempt_index) for f in grpo.draw_failures(many, 0, 5, seed=1)]
     assert other != steps[0]
     for none, out in (([], ()), (many, range(5))):
         with pytest.raises(ValueError, match="there is no failure to train on"):
@@ -853,12 +890,20 @@ def test_every_failure_comes_once_an_epoch_and_never_twice_a_step(failures):
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
-def run(chat, failures, folder, model, until: int = 10**6, **changes) -> Tensor:
+def run(agent, failures, folder, model, until: int = 10**6, **changes) -> Tensor:
     """Train a copy of a model, writing its metrics, and leave after `until` steps as if killed.
     Returns its weights."""
-    own = replace(chat, model=copy.deepcopy(model))
+    own = replace(agent, model=copy.deepcopy(model))
     c = Config(
-        **{"steps": 4, "batch": 2, "group": 3, "lr": 1e-3, "beta": 0.1, "save_every": 2, **changes}
+        **{
+            "steps": 4,
+            "batch_size": 2,
+            "group_size": 3,
+            "lr": 1e-3,
+            "beta": 0.1,
+            "save_every": 2,
+            **changes,
+        }
     )
     reference = model if c.beta else None
     for step, metrics in grpo.train(own, reference, failures, c, folder):
@@ -877,17 +922,19 @@ def run(chat, failures, folder, model, until: int = 10**6, **changes) -> Tensor:
     ],
     ids=str,
 )
-def test_a_resumed_run_is_one_that_never_stopped(chat, failures, tmp_path, dtype, changes, moments):
+def test_a_resumed_run_is_one_that_never_stopped(
+    agent, failures, tmp_path, dtype, changes, moments
+):
     """Invariant 6, bit for bit: weights, moments, logs; killed after each of the steps."""
-    model = chat.model.to(dtype)
-    whole = run(chat, failures, tmp_path / "whole", model, **changes)
+    model = agent.model.to(dtype)
+    whole = run(agent, failures, tmp_path / "whole", model, **changes)
     for until in moments:
         folder = tmp_path / str(until)
-        run(chat, failures, folder, model, until, **changes)
+        run(agent, failures, folder, model, until, **changes)
         with open(folder / "samples.jsonl", "a") as file:
             file.write('{"step": 4, "prob')
         assert (folder / "checkpoint.safetensors").exists() == (until == 3)
-        assert torch.equal(run(chat, failures, folder, model, **changes), whole)
+        assert torch.equal(run(agent, failures, folder, model, **changes), whole)
         names = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
         assert Path("checkpoint.safetensors") in names
         for name in names:
@@ -895,7 +942,7 @@ def test_a_resumed_run_is_one_that_never_stopped(chat, failures, tmp_path, dtype
             assert same, name
     lines = (tmp_path / "3" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]
-    finished = run(chat, failures, tmp_path / "whole", model, **changes)
+    finished = run(agent, failures, tmp_path / "whole", model, **changes)
     assert torch.equal(finished, whole)  # nothing is left to do
 
 
@@ -955,11 +1002,11 @@ def test_a_checkpoint_before_the_first_update(tiny, tmp_path):
     saved(other, tmp_path, (3,))  # and training goes on from it
 
 
-def test_train_hands_the_state_on(chat, failures, tmp_path):
+def test_train_hands_the_state_on(agent, failures, tmp_path):
     state = {"left out": [7]}
-    grpo.save_checkpoint(tmp_path, 1, MasterAdamW(chat.model, 1e-3), state)
-    run(chat, failures, tmp_path, chat.model, steps=3)
-    assert grpo.load_checkpoint(tmp_path, MasterAdamW(chat.model, 1e-3)) == (3, state)
+    grpo.save_checkpoint(tmp_path, 1, MasterAdamW(agent.model, 1e-3), state)
+    run(agent, failures, tmp_path, agent.model, steps=3)
+    assert grpo.load_checkpoint(tmp_path, MasterAdamW(agent.model, 1e-3)) == (3, state)
 
 
 def test_a_damaged_checkpoint_is_named(tiny, tmp_path):
@@ -996,7 +1043,7 @@ def test_a_record_with_an_entry_missing_is_damaged(tiny, tmp_path, missing):
 def test_another_models_checkpoint_is_refused(tiny, folder, tmp_path):
     """Of another vocabulary or architecture; or the same with more layers, or fewer."""
     saved(tiny[0], tmp_path / "a")
-    others = [models.tiny(["1", "2"])[0], models.Model.from_pretrained(folder)]
+    others = [models.tiny_model(["1", "2"])[0], models.Model.from_pretrained(folder)]
     for layers in (3, 5):
         others.append(models.Model({**tiny[0].config_dict, "num_hidden_layers": layers}))
     for other in others:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import model as models
-from model import KVCache, Model, Tokenizer, draw, generate
+from model import KVCache, Model, Tokenizer, generate, sample_tokens
 
 SHAPES = {
     "tied, grouped": dict(num_key_value_heads=2, tie_word_embeddings=True),
@@ -37,16 +37,18 @@ def close(ours, theirs):
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
 
 
-def in_pieces(model, ids, ends, attention_mask=None, samples=1):
+def in_pieces(model, ids, ends, attention_mask=None, num_samples=1):
     """Logits of rows (R, T) read in several pieces: the first are contexts, each of which the next
-    `samples` rows share; the others go through the cache. `ends` are the pieces' last columns."""
+    `num_samples` rows share; the others go through the cache. `ends`: the pieces' last columns."""
     mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask
-    contexts, first = [], mask[::samples, : ends[0]]
-    hidden = model.hidden(ids[::samples, : ends[0]], *models.causal(first, ends[0]), keep=contexts)
+    contexts, first = [], mask[::num_samples, : ends[0]]
+    hidden = model.hidden(
+        ids[::num_samples, : ends[0]], *models.causal_mask(first, ends[0]), keep=contexts
+    )
     _, _, K, _, D = contexts[0].shape
     suffixes = [torch.zeros(2, len(ids), K, ids.shape[1] - ends[0], D) for _ in contexts]
     cache = KVCache(contexts, suffixes, mask[:, : ends[0]])
-    parts = [hidden.repeat_interleave(samples, dim=0)]
+    parts = [hidden.repeat_interleave(num_samples, dim=0)]
     for start, end in zip(ends, ends[1:], strict=False):
         seen = cache.append(mask[:, start:end])
         parts.append(model.hidden(ids[:, start:end], *seen, cache))
@@ -60,13 +62,13 @@ def test_logits_equal_transformers(tmp_path, shape):
     ids = torch.randint(0, 61, (3, 20))
     want = theirs(ids).logits
     close(ours(ids), want)
-    for side in ("left", "right"):  # padding, on either side
+    for side in ("left", "correct"):  # padding, on either side
         mask = torch.ones(3, 20, dtype=torch.bool)
         for row, pads in enumerate((0, 4, 9)):
             mask[row, slice(pads) if side == "left" else slice(20 - pads, 20)] = False
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         padded = theirs(ids, attention_mask=mask.long(), position_ids=positions).logits
-        ours_padded = ours.head(ours.hidden(ids, *models.causal(mask, 20)))
+        ours_padded = ours.head(ours.hidden(ids, *models.causal_mask(mask, 20)))
         close(ours_padded[mask], padded[mask])
     close(in_pieces(ours, ids, range(7, 21)), want)  # a block, then token by token
     close(in_pieces(ours, ids, (7, 11, 12, 20)), want)
@@ -81,7 +83,7 @@ def test_a_cache_with_padding_is_as_if_there_were_none(tmp_path, shape):
     mask = torch.ones(4, 14, dtype=torch.bool)
     ids[1, :5], ids[3, :5] = ids[0, :5], ids[2, :5]
     mask[2:, :2] = mask[0, 5] = mask[1, 6:9] = mask[3, 7:13] = mask[2, 13] = False
-    got = in_pieces(ours, ids, (5, 6, 9, 13, 14), mask, samples=2)
+    got = in_pieces(ours, ids, (5, 6, 9, 13, 14), mask, num_samples=2)
     for row in range(4):
         close(got[row][mask[row]], ours(ids[row][mask[row]][None])[0])
 
@@ -107,20 +109,20 @@ def test_the_tiny_folder_is_an_ordinary_one(tiny, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    chat = [
+    agent = [
         {"role": "user", "content": "Make 32 from 6 10 2 ."},
         {"role": "assistant", "content": "Start with 10 / 2 = 5 ."},
         {"role": "user", "content": "Wrong. Reflect."},
     ]
-    ids = tokenizer.prompt(chat)
-    assert tokenizer.render(chat) == tokens.apply_chat_template(
-        chat, tokenize=False, add_generation_prompt=True
+    ids = tokenizer.prompt(agent)
+    assert tokenizer.render(agent) == tokens.apply_chat_template(
+        agent, tokenize=False, add_generation_prompt=True
     )
-    assert ids == tokens(tokenizer.render(chat), add_special_tokens=False).input_ids
+    assert ids == tokens(tokenizer.render(agent), add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == tokens.decode(ids, skip_special_tokens=True)
     close(model(torch.tensor([ids])), theirs(torch.tensor([ids])).logits)
     again = Tokenizer.from_pretrained(tmp_path)
-    assert again.prompt(chat) == ids and again.stop_ids == tokenizer.stop_ids == [0]
+    assert again.prompt(agent) == ids and again.stop_ids == tokenizer.stop_ids == [0]
 
 
 def prompts_of(tiny, task, n=5):
@@ -137,7 +139,7 @@ def test_what_the_sampler_records_the_trainer_computes(tiny, task, temperature):
     options = dict(max_new_tokens=12, temperature=temperature, stop=range(40))
     for turn in range(3):
         drawn = generate(
-            model, prompts, samples=1 if turn else 3, seed=turn, cache=cache, **options
+            model, prompts, num_samples=1 if turn else 3, seed=turn, cache=cache, **options
         )
         cache, prompts = drawn.cache, []
         turns = [tokens for group in drawn.tokens for tokens in group]
@@ -164,36 +166,43 @@ def test_a_sample_does_not_depend_on_its_batch(tiny, task):
     model, _ = tiny
     prompts = prompts_of(tiny, task, 8)
     options = dict(max_new_tokens=20, stop=range(25), seed=3)
-    together = generate(model, prompts, samples=4, **options).tokens
+    together = generate(model, prompts, num_samples=4, **options).tokens
     for p, prompt in enumerate(prompts):
         keys = [(p, s) for s in range(4)]
-        assert generate(model, [prompt], samples=4, keys=keys, **options).tokens[0] == together[p]
-        one = generate(model, [prompt], keys=keys[2:3], **options)
+        assert (
+            generate(model, [prompt], num_samples=4, rng_keys=keys, **options).tokens[0]
+            == together[p]
+        )
+        one = generate(model, [prompt], rng_keys=keys[2:3], **options)
         assert one.tokens == [together[p][2:3]]
-    assert generate(model, prompts, samples=2, **options).tokens == [
+    assert generate(model, prompts, num_samples=2, **options).tokens == [
         group[:2] for group in together
     ]
-    assert generate(model, prompts, samples=4, **{**options, "seed": 4}).tokens != together
+    assert generate(model, prompts, num_samples=4, **{**options, "seed": 4}).tokens != together
     assert len({tuple(turn) for group in together for turn in group}) > 24
 
 
 def test_the_next_turn_on_a_cache_is_the_conversation_read_anew(tiny, task):
     model, tokenizer = tiny
     prompts = prompts_of(tiny, task, 4)
-    first = generate(model, prompts, samples=2, max_new_tokens=9, stop=range(30))
+    first = generate(model, prompts, num_samples=2, max_new_tokens=9, stop=range(30))
     bridge = tokenizer.bridge("Again.")
     turns = [turn for group in first.tokens for turn in group]
     keys = [(7, i) for i in range(8)]
     told = [tokenizer.next_turn(turn, bridge)[len(turn) - 1 :] for turn in turns]
     assert first.cache.contexts[0].shape[1] == 4  # each prompt's keys are stored once
-    onward = generate(model, told, max_new_tokens=9, stop=range(30), keys=keys, cache=first.cache)
+    onward = generate(
+        model, told, max_new_tokens=9, stop=range(30), rng_keys=keys, cache=first.cache
+    )
     whole = [prompts[i // 2] + tokenizer.next_turn(turns[i], bridge) for i in range(8)]
-    anew = generate(model, whole, max_new_tokens=9, stop=range(30), keys=keys)
+    anew = generate(model, whole, max_new_tokens=9, stop=range(30), rng_keys=keys)
     assert onward.tokens == anew.tokens
     for one, other in zip(onward.logprobs, anew.logprobs, strict=True):
         assert one[0] == pytest.approx(other[0], abs=1e-5)
     # The cache of the first turn is as it was: the next turn may be drawn from it twice.
-    again = generate(model, told, max_new_tokens=9, stop=range(30), keys=keys, cache=first.cache)
+    again = generate(
+        model, told, max_new_tokens=9, stop=range(30), rng_keys=keys, cache=first.cache
+    )
     assert again.tokens == onward.tokens
 
 
@@ -206,13 +215,13 @@ def test_finished_rows_leave_and_are_found_again(tiny, task):
         Model.hidden = lambda self, ids, *a, **k: (
             sizes.append(len(ids)) or hidden(self, ids, *a, **k)
         )
-        first = generate(model, prompts, samples=5, max_new_tokens=40, stop=range(12))
+        first = generate(model, prompts, num_samples=5, max_new_tokens=40, stop=range(12))
     finally:
         Model.hidden = hidden
     assert sizes[:2] == [6, 30] and sizes[1:] == sorted(sizes[1:], reverse=True)
     assert 0 < sizes[-1] < 10
     turns = [turn for group in first.tokens for turn in group]
-    options = dict(max_new_tokens=5, keys=[(1, i) for i in range(30)])
+    options = dict(max_new_tokens=5, rng_keys=[(1, i) for i in range(30)])
     onward = generate(model, [turn[-1:] + [7] for turn in turns], cache=first.cache, **options)
     whole = [prompts[i // 5] + turn + [7] for i, turn in enumerate(turns)]
     assert onward.tokens == generate(model, whole, **options).tokens
@@ -222,10 +231,10 @@ def test_the_table_of_rows_that_go_on():
     """Contexts without an unfinished row go, and the columns that no context needs."""
     o, x = False, True
     done = torch.tensor([[o, o, x, x], [x, x, x, x], [o, x, x, o]])
-    assert models.unfinished(done).tolist() == [[0, 1], [8, 11]]
+    assert models.rows_to_keep(done).tolist() == [[0, 1], [8, 11]]
     done = torch.tensor([[o, o, x], [x, x, o]])  # a line may have to take a finished row along
-    assert models.unfinished(done).tolist() == [[0, 1], [5, 3]]
-    assert models.unfinished(torch.ones(2, 3, dtype=torch.bool)).numel() == 0
+    assert models.rows_to_keep(done).tolist() == [[0, 1], [5, 3]]
+    assert models.rows_to_keep(torch.ones(2, 3, dtype=torch.bool)).numel() == 0
 
 
 def test_padding_stands_on_the_left(tiny):
@@ -240,10 +249,10 @@ def test_padding_stands_on_the_left(tiny):
     assert read[1] == ([turn[:1] for [turn] in drawn.tokens], [[2], [3]])
     mask = torch.tensor([[False, True, True], [True, True, True]])
     assert drawn.cache.attention_mask[:, :3].tolist() == mask.tolist()
-    positions, seen = models.causal(mask, 2)
+    positions, seen = models.causal_mask(mask, 2)
     assert positions.tolist() == [[0, 1], [1, 2]]
     assert seen.int().tolist() == [[[0, 1, 0], [0, 1, 1]], [[1, 1, 0], [1, 1, 1]]]
-    positions, seen = models.causal(mask, 3)
+    positions, seen = models.causal_mask(mask, 3)
     assert positions.tolist() == [[0, 0, 1], [0, 1, 2]]
     assert seen[0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]  # padding sees itself
 
@@ -254,7 +263,7 @@ def test_draws_follow_the_textbook_distribution(temperature):
     p = (logits / temperature).softmax(-1).double().numpy()
     n = 200_000
     uniform = torch.from_numpy(np.random.default_rng(0).random(n, dtype=np.float32))
-    tokens, logprobs = draw(logits.expand(n, -1), uniform, temperature)
+    tokens, logprobs = sample_tokens(logits.expand(n, -1), uniform, temperature)
     count = np.bincount(tokens.numpy(), minlength=7)
     spread = np.sqrt(p * (1 - p) / n)
     assert (np.abs(count / n - p) <= 4.5 * spread).all()
@@ -264,7 +273,7 @@ def test_draws_follow_the_textbook_distribution(temperature):
 
 def test_the_inverse_cdf_stays_in_the_vocabulary():
     uniform = torch.tensor([0.0, 1 - 2**-24])
-    tokens, _ = draw(torch.tensor([[-60.0, 0.0, 1.0, -60.0]] * 2), uniform, 1.0)
+    tokens, _ = sample_tokens(torch.tensor([[-60.0, 0.0, 1.0, -60.0]] * 2), uniform, 1.0)
     assert tokens.tolist() == [1, 2] or tokens.tolist() == [0, 2]
     for prompts in ([], [[1], []]):
         with pytest.raises(ValueError, match="at least one prompt"):

@@ -22,19 +22,30 @@ import grpo
 import model as models
 import r3
 import tasks
-from grpo import Chat, Conversation
+from grpo import Agent, Conversation
 from tasks import Verdict
 
 SHORT = [
-    *("--steps", "3", "--batch", "4", "--group", "3", "--limit", "4", "--problems", "30"),
-    *("--samples", "2", "--responses", "1", "--max-new-tokens", "12"),
+    *(
+        "--steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--group-size",
+        "3",
+        "--limit",
+        "4",
+        "--num-problems",
+        "30",
+    ),
+    *("--num-samples", "2", "--max-attempts", "1", "--max-new-tokens", "12"),
 ]
 COMMANDS = ("train", "failures", "eval", "play")
 
 
 def in_steps(patch, steps: int) -> None:
     """A cold start of a few steps, whose model finds its way to right answers by chance alone."""
-    patch.setitem(r3.COLD, "steps", steps)
+    patch.setitem(r3.COLD_START, "steps", steps)
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +62,15 @@ def small(monkeypatch, tmp_path, base):
     """The main job in an empty folder, but for the tiny model of seed 0."""
     in_steps(monkeypatch, 8)
     monkeypatch.setattr(r3, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(r3, "HELD_OUT", (3, 2))
+    monkeypatch.setattr(r3, "CURVE_SIZE", (3, 2))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(base, tmp_path / "runs" / base.name)
     return tmp_path / "runs"
 
 
 @pytest.fixture
-def chat(tiny, task):
-    return Chat(*tiny, task, max_new_tokens=12, seed=5)
+def agent(tiny, task):
+    return Agent(*tiny, task, max_new_tokens=12, seed=5)
 
 
 @pytest.fixture
@@ -72,23 +83,23 @@ def countdown(tmp_path) -> str:
 def lenient(monkeypatch):
     """A verifier that an untrained model satisfies now and then: a third of what can be said."""
 
-    def verify(chat, problem, turn):
+    def verify(agent, problem, turn):
         right = sum(turn) % 3 == 0
-        return Verdict(right, "right" if right else "wrong_value")
+        return Verdict(right, "correct" if right else "wrong_value")
 
-    monkeypatch.setattr(Chat, "verify", verify)
+    monkeypatch.setattr(Agent, "verify", verify)
 
 
 @pytest.fixture
 def asked(monkeypatch):
     """The problems that are attempted, in a list."""
-    found, attempt = [], grpo.attempt
+    found, attempt = [], grpo.sample_attempts
 
-    def heard(chat, problems, *rest):
+    def heard(agent, problems, *rest):
         found.extend(problems)
-        return attempt(chat, problems, *rest)
+        return attempt(agent, problems, *rest)
 
-    monkeypatch.setattr(grpo, "attempt", heard)
+    monkeypatch.setattr(grpo, "sample_attempts", heard)
     return found
 
 
@@ -96,139 +107,149 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def turns(tries):
+def turns(conversations):
     """What was said, without the log-probabilities."""
-    return [replace(c, logprobs=[]) for c in tries]
+    return [replace(c, reflection_logprobs=[]) for c in conversations]
 
 
 # -- The conversation ------------------------------------------------------------------------------
 
 
-def test_a_conversation_is_its_turns_in_a_row(chat, task):
+def test_a_conversation_is_its_turns_in_a_row(agent, task):
     problems = task.load(split="dev", limit=5)
-    tries = grpo.attempt(chat, problems, 2, (0, 0))
-    assert [c.problem for c in tries] == [p for p in problems for _ in range(2)]
-    done = grpo.rollout(chat, tries, 3, (0, 0))
+    conversations = grpo.sample_attempts(agent, problems, 2, (0, 0))
+    assert [c.problem for c in conversations] == [p for p in problems for _ in range(2)]
+    done = grpo.rollout(agent, conversations, 3, (0, 0))
     assert len(done) == 30
-    end, encode = chat.tokenizer.stop_ids[0], chat.tokenizer.encode
+    end, encode = agent.tokenizer.stop_ids[0], agent.tokenizer.encode
     for number, c in enumerate(done):
-        first = tries[number // 3]
-        assert (c.problem, c.attempt, c.sample) == (first.problem, first.attempt, first.sample)
-        ended = c.attempt if c.attempt[-1] == end else [*c.attempt, end]
-        assert c.context == c.prompt + ended + encode(
-            f"<|user|> {task.reflect} <|end|> <|assistant|>"
+        first = conversations[number // 3]
+        assert (c.problem, c.attempt, c.attempt_index) == (
+            first.problem,
+            first.attempt,
+            first.attempt_index,
         )
-        assert c.number == number % 3 and len(c.logprobs) == len(c.reflection)
-        assert len(c.reflection) <= 12 and c.cut == (c.reflection[-1] != end)
-        assert c.second == chat.verify(c.problem, c.retry)
+        ended = c.attempt if c.attempt[-1] == end else [*c.attempt, end]
+        assert c.reflection_prompt == c.attempt_prompt + ended + encode(
+            f"<|user|> {task.reflection_instruction} <|end|> <|assistant|>"
+        )
+        assert c.reflection_index == number % 3 and len(c.reflection_logprobs) == len(c.reflection)
+        assert len(c.reflection) <= 12 and c.truncated == (c.reflection[-1] != end)
+        assert c.retry_verdict == agent.verify(c.problem, c.retry)
     assert len({tuple(c.reflection) for c in done[:3]}) > 1  # samples of one failure differ
 
 
-def test_a_retry_from_the_cache_is_the_retry_from_the_beginning(chat, task):
-    tries = grpo.attempt(chat, task.load(split="dev", limit=6), 1, (0, 0))
-    reflected, cache = grpo.reflect(chat, tries, 2, (0, 0))
-    again, anew = (grpo.retry(chat, reflected, (0, 0), each) for each in (cache, None))
+def test_a_retry_from_the_cache_is_the_retry_from_the_beginning(agent, task):
+    conversations = grpo.sample_attempts(agent, task.load(split="dev", limit=6), 1, (0, 0))
+    reflected, cache = grpo.sample_reflections(agent, conversations, 2, (0, 0))
+    again, anew = (grpo.sample_retries(agent, reflected, (0, 0), each) for each in (cache, None))
     assert turns(again) == turns(anew) and len({tuple(c.retry) for c in again}) > 6
 
 
-def test_how_the_work_is_split_changes_nothing(chat, task, lenient, tmp_path, monkeypatch):
+def test_how_the_work_is_split_changes_nothing(agent, task, lenient, tmp_path, monkeypatch):
     """By a small cache, or by a device whose memory holds two conversations."""
     problems = task.load(split="dev", limit=7)
-    sample, calls = Chat.sample, []
+    sample, calls = Agent.generate, []
 
-    def memory_of_two(chat, prompts, samples, *rest):
+    def memory_of_two(agent, prompts, samples, *rest):
         if len(prompts) * samples > 2:
             raise torch.OutOfMemoryError
-        return sample(chat, prompts, samples, *rest)
+        return sample(agent, prompts, samples, *rest)
 
-    def counted(chat, prompts, *rest):
+    def counted(agent, prompts, *rest):
         calls.append(len(prompts))
-        return sample(chat, prompts, *rest)
+        return sample(agent, prompts, *rest)
 
     def said(name):
         calls.clear()
-        found = r3.find_failures(chat, problems, 3, tmp_path / name)
-        tries = r3.evaluate(chat, problems, 2, "")
-        return turns(found), turns(tries), turns(grpo.rollout(chat, tries[:3], 2, (0, 0)))
+        found = r3.find_failures(agent, problems, 3, tmp_path / name)
+        conversations = r3.evaluate(agent, problems, 2, "")
+        return (
+            turns(found),
+            turns(conversations),
+            turns(grpo.rollout(agent, conversations[:3], 2, (0, 0))),
+        )
 
-    monkeypatch.setattr(Chat, "sample", counted)
+    monkeypatch.setattr(Agent, "generate", counted)
     together = said("one")
     assert max(calls) >= 7 and all(together)
-    chat.cache_tokens = 300
+    agent.cache_tokens = 300
     assert said("two") == together and max(calls) < 5
-    chat.cache_tokens = 100_000
-    monkeypatch.setattr(Chat, "sample", memory_of_two)
-    assert said("three") == together and chat.cache_tokens < 100_000
-    monkeypatch.setattr(Chat, "sample", lambda *_: memory_of_two(chat, [0] * 3, 1))
+    agent.cache_tokens = 100_000
+    monkeypatch.setattr(Agent, "generate", memory_of_two)
+    assert said("three") == together and agent.cache_tokens < 100_000
+    monkeypatch.setattr(Agent, "generate", lambda *_: memory_of_two(agent, [0] * 3, 1))
     with pytest.raises(torch.OutOfMemoryError):  # there is nothing left to halve
         said("four")
 
 
-def test_batches_are_as_large_as_the_cache(chat, task):
+def test_batches_are_as_large_as_the_cache(agent, task):
     problems = task.load(split="dev", limit=40)
 
     def width(problem, samples, count):
-        return len(chat.question(problem)) + samples * count * (12 + 50)
+        return len(agent.attempt_prompt(problem)) + samples * count * (12 + 50)
 
     for room, samples, count in ((2_000, 2, 1), (3_000, 3, 2), (1, 1, 1)):
-        chat.cache_tokens = room
-        found = grpo.batches(chat, problems, samples, count)
+        agent.cache_tokens = room
+        found = grpo.batches(agent, problems, samples, count)
         assert sorted(p.id for some in found for p in some) == list(range(40))
         widths = [[width(p, samples, count) for p in some] for some in found]
         assert sum(widths, []) == sorted(sum(widths, []), reverse=True)  # longest first
         for some, after in zip(widths, widths[1:] + [[]], strict=True):
             assert len(some) == 1 or len(some) * some[0] <= room
             assert not after or (len(some) + 1) * some[0] > room  # one more does not fit
-    assert len(found) == 40 and grpo.batches(chat, [], 1, 1) == []
+    assert len(found) == 40 and grpo.batches(agent, [], 1, 1) == []
 
 
 # -- Failures and evaluation -----------------------------------------------------------------------
 
 
-def test_a_dataset_of_failures_holds_first_wrong_tries(chat, task, monkeypatch, tmp_path):
-    def verify(chat, problem, turn):  # some problems are solved at every try
+def test_a_dataset_of_failures_holds_first_wrong_tries(agent, task, monkeypatch, tmp_path):
+    def verify(agent, problem, turn):  # some problems are solved at every try
         return Verdict(problem.id % 5 == 0 or sum(turn) % 2 == 0, "x")
 
-    monkeypatch.setattr(Chat, "verify", verify)
+    monkeypatch.setattr(Agent, "verify", verify)
     problems = task.load(split="train", limit=20)
-    tries = grpo.attempt(chat, problems, 4, (grpo.COLLECT, 0))
-    chat.cache_tokens = 500  # the work is split, the samples are the same
-    failures = r3.find_failures(chat, problems, 4, tmp_path / "tries.jsonl")
+    conversations = grpo.sample_attempts(agent, problems, 4, (grpo.COLLECT, 0))
+    agent.cache_tokens = 500  # the work is split, the samples are the same
+    failures = r3.find_failures(agent, problems, 4, tmp_path / "tries.jsonl")
     wanted = []
     for problem in problems:
-        wanted += [c for c in tries if c.problem == problem and not c.first.right][:1]
+        wanted += [
+            c for c in conversations if c.problem == problem and not c.attempt_verdict.correct
+        ][:1]
     assert turns(failures) == turns(wanted)
-    assert {c.sample for c in wanted} > {0, 1} and 8 < len(wanted) <= 16
+    assert {c.attempt_index for c in wanted} > {0, 1} and 8 < len(wanted) <= 16
 
 
-def test_what_was_evaluated_is_not_evaluated_again(chat, task, lenient, tmp_path, asked):
+def test_what_was_evaluated_is_not_evaluated_again(agent, task, lenient, tmp_path, asked):
     """A file is complete or absent, and a complete one is read."""
     problems, path = task.load(split="dev", limit=12), tmp_path / "kept" / "conversations.jsonl"
-    chat.cache_tokens = 400  # several batches
-    whole = turns(r3.evaluate(chat, problems, 2, "m", path))
-    assert asked and whole == turns(r3.evaluate(chat, problems, 2, "m"))
+    agent.cache_tokens = 400  # several batches
+    whole = turns(r3.evaluate(agent, problems, 2, "m", path))
+    assert asked and whole == turns(r3.evaluate(agent, problems, 2, "m"))
     ids = sorted(p.id for p in problems)
-    assert [(c.problem.id, c.sample) for c in whole] == [(i, s) for i in ids for s in (0, 1)]
+    assert [(c.problem.id, c.attempt_index) for c in whole] == [(i, s) for i in ids for s in (0, 1)]
     assert len(lines(path)) == 24
     asked.clear()
-    again = r3.evaluate(chat, problems, 2, "m", path)
-    assert [replace(c, cut=False) for c in whole] == again and not asked
+    again = r3.evaluate(agent, problems, 2, "m", path)
+    assert [replace(c, truncated=False) for c in whole] == again and not asked
 
 
-def test_a_dataset_of_failures_is_not_found_again(chat, task, lenient, tmp_path, asked):
+def test_a_dataset_of_failures_is_not_found_again(agent, task, lenient, tmp_path, asked):
     """Killed after any line, within a line, and with another budget: the same failures."""
     problems, path = task.load(split="train", limit=12), tmp_path / "tries.jsonl"
-    chat.cache_tokens = 400
-    whole = turns(r3.find_failures(chat, problems, 3, path))
+    agent.cache_tokens = 400
+    whole = turns(r3.find_failures(agent, problems, 3, path))
     written = path.read_text().splitlines(keepends=True)
     assert len(written) == len(whole) > 5
-    order = [p.id for some in grpo.batches(chat, problems, 1, turns=1) for p in some]
+    order = [p.id for some in grpo.batches(agent, problems, 1, turns=1) for p in some]
     for count, budget in ((0, 99_999), (5, 400), (len(written), 800)):
         path.write_text("".join(written[:count]) + written[0][:-1])
-        chat.cache_tokens = budget
+        agent.cache_tokens = budget
         asked.clear()
-        again = turns(r3.find_failures(chat, problems, 3, path))
-        assert [replace(c, cut=False) for c in again] == whole
+        again = turns(r3.find_failures(agent, problems, 3, path))
+        assert [replace(c, truncated=False) for c in again] == whole
         assert path.read_text() == "".join(written)  # each line is whole, and in its place
         last = json.loads(written[count - 1])["problem"]["id"] if count else None
         left = order[order.index(last) + 1 :] if count else order
@@ -251,57 +272,63 @@ DAMAGE = [
     lambda r: json.dumps({**r, "retry": "something else"}),
     lambda r: json.dumps({**r, "problem": {"id": 1}}),
     lambda r: json.dumps({**r, "problem": {**r["problem"], "target": 61}}),
-    lambda r: json.dumps({**r, "sample": "a"}),
-    lambda r: json.dumps({**r, "sample": 1e999}),
-    lambda r: json.dumps({**r, "first": {"right": True, "reason": "right"}}),
+    lambda r: json.dumps({**r, "attempt_index": "a"}),
+    lambda r: json.dumps({**r, "attempt_index": 1e999}),
+    lambda r: json.dumps({**r, "attempt_verdict": {"correct": True, "reason": "correct"}}),
 ]
 
 
 @pytest.mark.parametrize("change", DAMAGE)
-def test_a_damaged_conversation_is_named_by_its_line(chat, task, tmp_path, change):
+def test_a_damaged_conversation_is_named_by_its_line(agent, task, tmp_path, change):
     path = tmp_path / "failures.jsonl"
-    tries = r3.evaluate(chat, task.load(limit=3), 1, "m", path)
-    assert r3.load_conversations(path, chat) == [replace(c, logprobs=[], cut=False) for c in tries]
+    conversations = r3.evaluate(agent, task.load(limit=3), 1, "m", path)
+    assert r3.load_conversations(path, agent) == [
+        replace(c, reflection_logprobs=[], truncated=False) for c in conversations
+    ]
     text = path.read_text().splitlines(keepends=True)
     changed = change(json.loads(text[1])) + "\n"
     path.write_bytes("".join([text[0], changed, text[2]]).encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match="failures.jsonl, line 2 "):
-        r3.load_conversations(path, chat)
+        r3.load_conversations(path, agent)
 
 
-def test_failures_are_judged_again(chat, task, tmp_path, monkeypatch):
+def test_failures_are_judged_again(agent, task, tmp_path, monkeypatch):
     path = tmp_path / "failures.jsonl"
-    r3.evaluate(chat, task.load(limit=1), 1, "m", path)
-    assert len(r3.load_conversations(path, chat)) == 1
-    monkeypatch.setattr(tasks.Countdown, "verify", lambda *_: Verdict(True, "right"))
+    r3.evaluate(agent, task.load(limit=1), 1, "m", path)
+    assert len(r3.load_conversations(path, agent)) == 1
+    monkeypatch.setattr(tasks.Countdown, "verify", lambda *_: Verdict(True, "correct"))
     with pytest.raises(ValueError, match="failures.jsonl, line 1 "):
-        r3.load_conversations(path, chat)
+        r3.load_conversations(path, agent)
 
 
-def test_the_numbers_are_those_of_the_conversations(chat, task, lenient, tmp_path):
-    tries = r3.evaluate(chat, task.load(split="dev", limit=30), 2, "")
-    first = [c.first.right for c in tries]
-    two = [c.first.right or c.second.right for c in tries]
+def test_the_numbers_are_those_of_the_conversations(agent, task, lenient, tmp_path):
+    conversations = r3.evaluate(agent, task.load(split="dev", limit=30), 2, "")
+    first = [c.attempt_verdict.correct for c in conversations]
+    two = [c.attempt_verdict.correct or c.retry_verdict.correct for c in conversations]
     assert 0 < sum(first) < sum(two) < 60
-    rows = r3.accuracy(model=tries)
+    rows = r3.accuracy(model=conversations)
     assert list(rows) == ["model"]
     assert rows["model"]["1st try"][0] == pytest.approx(np.mean(first))
     assert rows["model"]["within two"][0] == pytest.approx(np.mean(two))
-    assert rows["model"]["1st try"] == r3.interval(np.array(first, float), tries)
-    none = [replace(c, first=Verdict(False, "x")) for c in tries]  # the rule of three, from 0 on
+    assert rows["model"]["1st try"] == r3.interval(np.array(first, float), conversations)
+    none = [
+        replace(c, attempt_verdict=Verdict(False, "x")) for c in conversations
+    ]  # the rule of three, from 0 on
     assert r3.accuracy(model=none)["model"]["1st try"] == pytest.approx([0, 0, 3 / 30])
 
-    worse = [replace(c, second=Verdict(False, "x")) for c in tries]  # all retries are wrong
-    rows = r3.accuracy(before=worse, after=tries)
+    worse = [
+        replace(c, retry_verdict=Verdict(False, "x")) for c in conversations
+    ]  # all retries are wrong
+    rows = r3.accuracy(before=worse, after=conversations)
     assert list(rows) == ["before", "after", "gain"]
     assert rows["before"]["within two"][0] == 0  # of those with first tries right, too
-    assert rows["gain"]["within two"] == r3.interval(np.array(two, float), tries)
+    assert rows["gain"]["within two"] == r3.interval(np.array(two, float), conversations)
     assert rows["gain"]["1st try"] == pytest.approx([0, -0.1, 0.1])
-    r3.report(r3.TINY, tmp_path, model=tries)
+    r3.report(r3.TINY, tmp_path, model=conversations)
     tables = json.loads((tmp_path / "report.json").read_text())["tables"]
     assert tables["The verifier's reasons"] == {
-        "model, 1st try": {"right": sum(first), "wrong_value": 60 - sum(first)},
-        "model, retry": {"right": sum(two) - sum(first), "wrong_value": 60 - sum(two)},
+        "model, 1st try": {"correct": sum(first), "wrong_value": 60 - sum(first)},
+        "model, retry": {"correct": sum(two) - sum(first), "wrong_value": 60 - sum(two)},
     }
 
 
@@ -324,43 +351,49 @@ def test_tables_are_markdown():
 # -- Training --------------------------------------------------------------------------------------
 
 
-def failures_of(chat, task, count):
-    return grpo.attempt(chat, task.load(split="dev", limit=count), 1, (0, 0))
+def failures_of(agent, task, count):
+    return grpo.sample_attempts(agent, task.load(split="dev", limit=count), 1, (0, 0))
 
 
-def trained(chat, failures, folder, **settings):
+def trained(agent, failures, folder, **settings):
     """The lines of samples.jsonl after training without the KL term, and the metrics."""
     c = grpo.Config(beta=0.0, lr=0.0, **settings)
-    found = [metrics for _, metrics in grpo.train(chat, None, failures, c, folder)]
+    found = [metrics for _, metrics in grpo.train(agent, None, failures, c, folder)]
     return lines(folder / "samples.jsonl"), found[1:]
 
 
-def test_rewards_go_to_reflections_and_cut_ones_earn_nothing(chat, task, lenient, tmp_path):
-    chat.tokenizer.stop_ids = [0, *range(20, 30)]  # so that some turns end and some are cut
-    failures = failures_of(chat, task, 3)
-    order = grpo.draw_failures(failures, 0, 3, chat.seed)
-    tries = grpo.rollout(chat, order, 8, (grpo.TRAIN, 0))
-    ended = [c.reflection[-1] in chat.tokenizer.stop_ids for c in tries]
-    right = [sum(c.retry) % 3 == 0 for c in tries]
+def test_rewards_go_to_reflections_and_cut_ones_earn_nothing(agent, task, lenient, tmp_path):
+    agent.tokenizer.stop_ids = [0, *range(20, 30)]  # so that some turns end and some are cut
+    failures = failures_of(agent, task, 3)
+    order = grpo.draw_failures(failures, 0, 3, agent.seed)
+    conversations = grpo.rollout(agent, order, 8, (grpo.TRAIN, 0))
+    ended = [c.reflection[-1] in agent.tokenizer.stop_ids for c in conversations]
+    right = [sum(c.retry) % 3 == 0 for c in conversations]
     assert len(set(zip(ended, right, strict=True))) == 4  # ended or cut, right or wrong: all four
-    samples, [metrics] = trained(chat, failures, tmp_path, steps=1, batch=3, group=8)
+    samples, [metrics] = trained(agent, failures, tmp_path, steps=1, batch_size=3, group_size=8)
     wanted = torch.tensor([float(e and r) for e, r in zip(ended, right, strict=True)])
     assert [line["reward"] for line in samples] == wanted.tolist()
     advantages = grpo.group_advantages(wanted.view(3, 8)).flatten()
     assert [line["advantage"] for line in samples] == advantages.tolist()
-    for c, line in zip(tries, samples, strict=True):
+    for c, line in zip(conversations, samples, strict=True):
         assert line["ids"]["reflection"] == c.reflection  # the trained tokens
         assert line["step"] == 1 and line["problem"] == json.loads(json.dumps(asdict(c.problem)))
-        for name in ("context", "attempt", "reflection", "retry"):
-            assert line[name] == chat.tokenizer.tokenizer.decode(getattr(c, name), False)
-        assert (line["first"], line["second"]) == (asdict(c.first), asdict(c.second))
+        turns = {name: getattr(c, name) for name in ("attempt", "reflection", "retry")}
+        for name, turn in {"context": c.reflection_prompt, **turns}.items():
+            assert line[name] == agent.tokenizer.tokenizer.decode(turn, False)
+        assert (line["attempt_verdict"], line["retry_verdict"]) == (
+            asdict(c.attempt_verdict),
+            asdict(c.retry_verdict),
+        )
     assert metrics["reward"] == pytest.approx(wanted.mean().item())
-    assert metrics["cut"] == pytest.approx(1 - np.mean(ended))
+    assert metrics["truncated"] == pytest.approx(1 - np.mean(ended))
 
 
-def test_every_step_samples_anew(chat, task, lenient, tmp_path):
+def test_every_step_samples_anew(agent, task, lenient, tmp_path):
     """The same failures, the same weights: other reflections."""
-    samples, _ = trained(chat, failures_of(chat, task, 2), tmp_path, steps=3, batch=2, group=3)
+    samples, _ = trained(
+        agent, failures_of(agent, task, 2), tmp_path, steps=3, batch_size=2, group_size=3
+    )
     by_step = [[line for line in samples if line["step"] == step] for step in (1, 2, 3)]
     said = [[(line["context"], line["reflection"]) for line in some] for some in by_step]
     assert {context for context, _ in said[0]} == {context for context, _ in said[1]}
@@ -381,10 +414,10 @@ def test_every_failure_comes_once_an_epoch_and_never_twice_a_step():
 
 
 def test_dialogues_of_the_cold_start_train_the_assistants_turns(task, tiny, monkeypatch):
-    monkeypatch.setitem(r3.COLD, "dialogues", 4)
+    monkeypatch.setitem(r3.COLD_START, "dialogues", 4)
     tokenizer, problems = tiny[1], task.load(split="cold")
     drawn = r3.dialogues(task, tokenizer, problems, "key", diligent=False)
-    assert len(drawn) == r3.WINDOW and {len(ids) for ids, _ in drawn} == {4}
+    assert len(drawn) == r3.STEPS_PER_DRAW and {len(ids) for ids, _ in drawn} == {4}
     retries = 0
     for ids, mask in drawn:
         for row, trained in zip(ids.tolist(), mask.tolist(), strict=True):
@@ -396,8 +429,8 @@ def test_dialogues_of_the_cold_start_train_the_assistants_turns(task, tiny, monk
                 own = "<|assistant|>" not in part and "<|user|>" not in part
                 wanted += [own] * len(tokenizer.encode(part))
             assert trained[:size] == wanted and text.endswith("<|end|>")
-            if task.again in text:
-                assert text.index(task.reflect) < text.index(task.again)
+            if task.retry_instruction in text:
+                assert text.index(task.reflection_instruction) < text.index(task.retry_instruction)
                 retries += 1
     assert retries
     again = r3.dialogues(task, tokenizer, problems, "key", diligent=False)
@@ -415,7 +448,7 @@ def test_a_recipe_that_changes_makes_another_base(small, task, base, monkeypatch
     (small / base.name / "model.safetensors").unlink()  # it was killed before it was complete
     assert (r3.base_model(task, 0) / "model.safetensors").read_bytes() == weights
     assert (small / base.name / "model.safetensors").stat().st_mtime > made - 1
-    monkeypatch.setitem(r3.COLD, "steps", 2)
+    monkeypatch.setitem(r3.COLD_START, "steps", 2)
     two = r3.base_model(task, 0)
     assert two.name != base.name and (two / "model.safetensors").read_bytes() != weights
     assert r3.base_model(task, 1).name not in (two.name, base.name)
@@ -423,7 +456,7 @@ def test_a_recipe_that_changes_makes_another_base(small, task, base, monkeypatch
 
 def test_the_cold_start_learns(task, monkeypatch, tmp_path):
     """The loss falls well below that of random words, which is log 150 = 5."""
-    monkeypatch.setitem(r3.COLD, "steps", 16)
+    monkeypatch.setitem(r3.COLD_START, "steps", 16)
     monkeypatch.setattr(r3, "RUNS", tmp_path)
     path, problems = r3.base_model(task, 0), task.load(split="cold")
     model, tokenizer = models.Model.from_pretrained(path), models.Tokenizer.from_pretrained(path)
@@ -437,10 +470,10 @@ def test_an_interrupted_run_says_how_to_go_on(small, lenient, monkeypatch):
     """With Ctrl-C during an evaluation: the steps before it are kept."""
     evaluate = r3.evaluate
 
-    def stops(chat, problems, samples, title, path=None):
+    def stops(agent, problems, samples, title, path=None):
         if title == "step 4":
             raise KeyboardInterrupt
-        return evaluate(chat, problems, samples, title, path)
+        return evaluate(agent, problems, samples, title, path)
 
     flags = ["train", *SHORT, "--steps", "8", "--save-every", "3", "--name"]
     r3.main([*flags, "whole"])
@@ -485,8 +518,8 @@ def test_the_main_job_and_the_files_it_leaves(small, base, lenient, capsys):
     # The reference is the model as it was, not as it is: no divergence at first, and then some.
     assert abs(steps[1]["kl"]) < 1e-6 < steps[2]["kl"] < steps[3]["kl"]
     for record in lines(run / "failures.jsonl"):
-        assert record["first"] == {"right": False, "reason": "wrong_value"}
-        assert record["ids"]["attempt"] and record["second"] is None
+        assert record["attempt_verdict"] == {"correct": False, "reason": "wrong_value"}
+        assert record["ids"]["attempt"] and record["retry_verdict"] is None
 
     tokenizer = models.Tokenizer.from_pretrained(run / "model")
     samples = lines(run / "samples.jsonl")
@@ -536,7 +569,7 @@ def test_seeds_differ(small, lenient, monkeypatch):
 def test_a_dataset_of_failures_goes_on_where_it_was_killed(
     small, lenient, monkeypatch, capsys, asked
 ):
-    command = ["failures", "--model", "tiny", "--problems", "30", "--responses", "3"]
+    command = ["failures", "--model", "tiny", "--num-problems", "30", "--max-attempts", "3"]
     command += ["--cache-tokens", "600", "--max-new-tokens", "12", "--name"]
     r3.main([*command, "whole"])
     append = r3.append_jsonl
@@ -666,28 +699,34 @@ def test_what_is_given_stands_over_the_defaults(folder, monkeypatch, small):
 
     tiny, paper = settings_of("train"), settings_of(f"train --model {folder}")
     assert tiny == r3.TINY and paper == replace(r3.PAPER, model=str(folder))
-    assert (tiny.steps, tiny.batch, tiny.lr, tiny.samples) == (18, 32, 3e-4, 4)
+    assert (tiny.steps, tiny.batch_size, tiny.lr, tiny.num_samples) == (18, 32, 3e-4, 4)
     # The paper's values; and those of the method.
-    assert (paper.steps, paper.batch, paper.lr, paper.beta) == (1_750, 256, 5e-7, 0.001)
-    assert (paper.warmup, paper.temperature, paper.responses, paper.samples) == (0.03, 1.0, 64, 1)
-    assert paper.loss == "dapo" and paper.scale and paper.clip == 0.2
-    assert paper.group == tiny.group == 8
-    given = {"steps": 3, "scale": False, "limit": 7, "model": str(folder)}
-    flags = f"train --steps 3 --no-scale --limit 7 --model {folder}"
+    assert (paper.steps, paper.batch_size, paper.lr, paper.beta) == (1_750, 256, 5e-7, 0.001)
+    assert (paper.warmup, paper.temperature, paper.max_attempts, paper.num_samples) == (
+        0.03,
+        1.0,
+        64,
+        1,
+    )
+    assert paper.loss_type == "dapo" and paper.scale_advantages and paper.clip == 0.2
+    assert paper.group_size == tiny.group_size == 8
+    given = {"steps": 3, "scale_advantages": False, "limit": 7, "model": str(folder)}
+    flags = f"train --steps 3 --no-scale-advantages --limit 7 --model {folder}"
     assert settings_of(flags) == replace(r3.PAPER, **given)
-    model, tokenizer = models.tiny(tasks.TinyCountdown().words(), 0)
+    model, tokenizer = models.tiny_model(tasks.TinyCountdown().words(), 0)
     tokenizer.save_pretrained(Path("a/model"))  # a tiny model's folder has the tiny's defaults
     assert settings_of("eval --model a/model") == replace(r3.TINY, model="a/model")
     model.save_pretrained(small / "x" / "model")
     tokenizer.save_pretrained(small / "x" / "model")
     newest = replace(r3.TINY, model=str(small / "x" / "model"), seed=7)
     assert settings_of("play --seed 7") == newest
-    assert settings_of("eval --temperature 0").samples == 1  # greedy tries are all alike
+    assert settings_of("eval --temperature 0").num_samples == 1  # greedy tries are all alike
     read = r3.read_command_line
-    flags = "--no-scale --steps 5 --lr 1e-5 --data d.json --loss grpo --offload --seed 3"
+    flags = "--no-scale-advantages --steps 5 --lr 1e-5 --data d.json --loss-type grpo"
+    flags += " --offload --seed 3"
     assert read(["train", *flags.split()]) == {
-        "command": "train", "scale": False, "steps": 5, "lr": 1e-5, "data": "d.json",
-        "loss": "grpo", "offload": True, "seed": 3,
+        "command": "train", "scale_advantages": False, "steps": 5, "lr": 1e-5, "data": "d.json",
+        "loss_type": "grpo", "offload": True, "seed": 3,
     }  # fmt: skip
 
 
@@ -710,8 +749,8 @@ def test_every_flag_refuses_what_it_cannot_be(small, capsys):
         model = ["--model", "tiny"] if command == "play" else []
         said = refused([command, *model, f"--{name.replace('_', '-')}={value}"], capsys)
         assert f"--{name.replace('_', '-')}" in said and value in said, (command, name, said)
-    with pytest.raises(ValueError, match="--group 1: give a number from 2 on"):
-        r3.Config(group=1)
+    with pytest.raises(ValueError, match="--group-size 1: give a number from 2 on"):
+        r3.Config(group_size=1)
     assert {path.name[:5] for path in small.iterdir()} == {"base-"}
 
 
@@ -780,7 +819,7 @@ def test_a_damaged_config_ends_in_one_line(small, capsys, config, message):
 
 def test_a_run_without_failures_says_so(small, capsys, monkeypatch):
     """Also where --failures holds right attempts alone."""
-    monkeypatch.setattr(Chat, "verify", lambda *_: Verdict(True, "right"))
+    monkeypatch.setattr(Agent, "verify", lambda *_: Verdict(True, "correct"))
     nothing = "there are no failures to learn from"
     assert nothing in refused(["train", *SHORT, "--name", "a"], capsys)
     assert lines(small / "a" / "failures.jsonl") == []
@@ -795,7 +834,7 @@ def test_right_attempts_are_not_trained_on(small, lenient, capsys):
     """Of a file with right and wrong ones, as `eval` leaves it, the wrong ones are taken."""
     r3.main(["eval", "--limit", "5", "--max-new-tokens", "12", "--name", "e"])
     path = small / "e" / "conversations.jsonl"
-    wrong = [line for line in lines(path) if not line["first"]["right"]]
+    wrong = [line for line in lines(path) if not line["attempt_verdict"]["correct"]]
     assert 0 < len(wrong) < len(lines(path))
     r3.main(["train", *SHORT, "--steps", "1", "--name", "t", "--failures", str(path)])
     assert lines(small / "t" / "failures.jsonl") == wrong
@@ -811,7 +850,7 @@ def test_out_of_memory_ends_in_one_line(small, capsys, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 MiB")
 
-    monkeypatch.setattr(Chat, "sample", full)
+    monkeypatch.setattr(Agent, "generate", full)
     said = refused(["eval", "--limit", "2", "--name", "x"], capsys)
     assert "out of GPU memory; lower --cache-tokens" in said
 
@@ -825,10 +864,13 @@ def samples():
 
     def line(step, number, context, reward, advantage, **more):
         turns = {"context": context, "attempt": "7", "reflection": "Hm", "retry": "8"}
-        second = {"right": reward > 0, "reason": "right" if reward else "wrong_value"}
-        verdicts = {"first": {"right": False, "reason": "wrong_value"}, "second": second}
+        second = {"correct": reward > 0, "reason": "correct" if reward else "wrong_value"}
+        verdicts = {
+            "attempt_verdict": {"correct": False, "reason": "wrong_value"},
+            "retry_verdict": second,
+        }
         worth = {"reward": reward, "advantage": advantage}
-        known = {"step": step, "problem": {"id": number}, "sample": 0}
+        known = {"step": step, "problem": {"id": number}, "attempt_index": 0}
         return {**known, **turns, **verdicts, **worth, **more}
 
     return [
@@ -854,11 +896,11 @@ def test_show_groups_the_tries_of_a_step(run, samples, capsys):
         """(context, reasons of its tries) of each group."""
         r3.main(["show", str(run), *flags])
         groups = re.split(r" +context  ", capsys.readouterr().out)[1:]
-        tries = [re.findall("<- (right|wrong_value)", group) for group in groups]
-        return list(zip((group.split()[0] for group in groups), tries, strict=True))
+        conversations = [re.findall("<- (correct|wrong_value)", group) for group in groups]
+        return list(zip((group.split()[0] for group in groups), conversations, strict=True))
 
-    assert found() == [("five", ["wrong_value"]), ("six", ["right"])]  # of the last step
-    assert found("--step", "1") == [("five", ["right", "wrong_value"])]
+    assert found() == [("five", ["wrong_value"]), ("six", ["correct"])]  # of the last step
+    assert found("--step", "1") == [("five", ["correct", "wrong_value"])]
     assert found("--limit", "1") == [("five", ["wrong_value"])]
     assert "has no step 7" in refused(["show", "--step", "7"], capsys)
     six = {**samples[3], "context": "seven"}
@@ -870,7 +912,7 @@ def test_show_prints_what_was_said(run, samples, capsys):
     r3.main(["show", str(run), "--step", "1"])
     plain = capsys.readouterr().out
     assert "+0.70 reflection  Hm" in plain and "-0.70 reflection  Hm" in plain
-    assert "retry  8   <- right" in plain and "retry  8   <- wrong_value" in plain
+    assert "retry  8   <- correct" in plain and "retry  8   <- wrong_value" in plain
     assert "             context  five" in plain
     long = {**samples[3], "reflection": "\033[2Jgone\a\n\tTab " + "word " * 100}
     write(run / "samples.jsonl", [long])
@@ -880,13 +922,19 @@ def test_show_prints_what_was_said(run, samples, capsys):
     assert all(c.isprintable() or c == "\n" for c in printed)
     assert printed.count("word") == 100 and max(map(len, printed.splitlines())) <= 100
 
-    right = {"problem": {"id": 1}, "sample": 0, "context": "a", "attempt": "b", "second": None}
-    right["first"] = {"right": True, "reason": "right"}
+    right = {
+        "problem": {"id": 1},
+        "attempt_index": 0,
+        "context": "a",
+        "attempt": "b",
+        "retry_verdict": None,
+    }
+    right["attempt_verdict"] = {"correct": True, "reason": "correct"}
     write(run / "conversations.jsonl", [right])  # what eval leaves
     (run / "samples.jsonl").unlink()
     r3.main(["show", str(run)])
     printed = capsys.readouterr().out
-    assert "attempt  b   <- right" in printed
+    assert "attempt  b   <- correct" in printed
     assert "reflection" not in printed and "retry" not in printed
 
 
@@ -907,7 +955,7 @@ def test_plot(small, monkeypatch, capsys):
         (small / name).mkdir(parents=True)
         rows = [
             {"step": 0, "within two": [0.1, 0.05, 0.2]},
-            {"step": 1, "reward": 0.2, "length": 7},
+            {"step": 1, "reward": 0.2, "reflection_tokens": 7},
         ]
         rows += [{"step": 2, "within two": [0.2, 0.1, 0.4], "reward": 0.4, "kl": math.nan}]
         write(small / name / "metrics.jsonl", rows)
@@ -926,9 +974,12 @@ def test_plot(small, monkeypatch, capsys):
     axes = dict(zip(r3.PANELS, drawn[0].axes, strict=True))
     for name, axis in axes.items():
         assert axis.get_title() == r3.PANELS[name]
-        assert len(axis.containers) == {"within two": 2, "reward": 2, "length": 2, "kl": 2}.get(
-            name, 0
-        )
+        assert len(axis.containers) == {
+            "within two": 2,
+            "reward": 2,
+            "reflection_tokens": 2,
+            "kl": 2,
+        }.get(name, 0)
     line, _, [bars] = axes["within two"].containers[0]
     assert line.get_xydata().tolist() == [[0, 0.1], [2, 0.2]]
     ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
@@ -969,7 +1020,7 @@ def test_a_folder_with_apigen_from_a_file(small, folder, data, capsys):
     for c in told:
         # The template has no place for tools: they are in the text.
         assert c["problem"]["tools"].split('"name": "')[1].split('"')[0] in c["context"]
-        assert not c["first"]["right"] and c["retry"] and c["second"]
+        assert not c["attempt_verdict"]["correct"] and c["retry"] and c["retry_verdict"]
     rows = json.loads((small / "e" / "report.json").read_text())["tables"]
     assert next(iter(rows.values()))["model"]["within two"][0] == 0
     r3.main([*flags, "--max-new-tokens", "9", "--name", "dev"])
@@ -977,15 +1028,35 @@ def test_a_folder_with_apigen_from_a_file(small, folder, data, capsys):
 
 
 def test_a_folder_is_trained(small, folder, lenient, countdown):
-    few = ["--problems", "4", "--steps", "2", "--batch", "2", "--name", "f", "--responses", "1"]
+    few = [
+        "--num-problems",
+        "4",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--name",
+        "f",
+        "--max-attempts",
+        "1",
+    ]
     few += ["--max-new-tokens", "8", "--limit", "2", "--lr", "0.01", "--data", countdown]
     r3.main(["train", "--model", str(folder), *few])
     config = json.loads((small / "f" / "config.json").read_text())
-    given = {"max_new_tokens", "limit", "problems", "steps", "batch", "name", "responses", "lr"}
+    given = {
+        "max_new_tokens",
+        "limit",
+        "num_problems",
+        "steps",
+        "batch_size",
+        "name",
+        "max_attempts",
+        "lr",
+    }
     given |= {"model", "data"}
     for f in fields(r3.Config):  # what is not given is the paper's
         assert f.name in given or config[f.name] == getattr(r3.PAPER, f.name)
-    assert config["group"] == 8 and config["beta"] == 0.001 and config["lr"] == 0.01
+    assert config["group_size"] == 8 and config["beta"] == 0.001 and config["lr"] == 0.01
     trained = transformers.AutoModelForCausalLM.from_pretrained(small / "f" / "model")
     before = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.randint(0, 257, (1, 9))
@@ -1023,42 +1094,48 @@ def test_the_papers_experiment_finds_its_splits(small, folder, data, monkeypatch
 
 
 def open_folder(folder, **more):
-    return r3.open_chat(replace(r3.PAPER, model=str(folder), device="cpu", dtype="float32", **more))
+    return r3.load_agent(
+        replace(r3.PAPER, model=str(folder), device="cpu", dtype="float32", **more)
+    )
 
 
 def test_problems_that_might_outgrow_the_context_are_dropped_and_counted(
-    chat, task, capsys, monkeypatch
+    agent, task, capsys, monkeypatch
 ):
     problems = task.load(split="dev", limit=8)
-    chat.max_new_tokens = 160
+    agent.max_new_tokens = 160
     c = replace(r3.TINY, max_new_tokens=160)
-    assert r3.load_problems(c, chat, "dev", 8) == problems and capsys.readouterr().out == ""
-    question = Chat.question
-    bridges = chat.tokenizer.bridge(task.reflect) + chat.tokenizer.bridge(task.again)
+    assert r3.load_problems(c, agent, "dev", 8) == problems and capsys.readouterr().out == ""
+    question = Agent.attempt_prompt
+    bridges = agent.tokenizer.bridge(task.reflection_instruction) + agent.tokenizer.bridge(
+        task.retry_instruction
+    )
     room = 512 - 3 * 160 - len(bridges)
-    monkeypatch.setattr(Chat, "question", lambda s, p: question(s, p) + [9] * (3 * p.id))
-    longest = max(p.id for p in problems if len(question(chat, p)) + 3 * p.id <= room)
+    monkeypatch.setattr(Agent, "attempt_prompt", lambda s, p: question(s, p) + [9] * (3 * p.id))
+    longest = max(p.id for p in problems if len(question(agent, p)) + 3 * p.id <= room)
     assert 0 < longest < 7
-    kept = r3.load_problems(c, chat, "dev", 8)
+    kept = r3.load_problems(c, agent, "dev", 8)
     assert kept == problems[: longest + 1]
     assert f"{7 - longest} problems dropped" in capsys.readouterr().out
-    [last] = grpo.rollout(chat, grpo.attempt(chat, kept[-1:], 1, (0, 0)), 1, (0, 0))
-    assert len(last.context) + len(last.reflection) + len(last.retry) < 512
+    [last] = grpo.rollout(agent, grpo.sample_attempts(agent, kept[-1:], 1, (0, 0)), 1, (0, 0))
+    assert len(last.reflection_prompt) + len(last.reflection) + len(last.retry) < 512
     with pytest.raises(ValueError, match="lower --max-new-tokens"):
-        r3.load_problems(replace(c, max_new_tokens=200), chat, "dev", 8)
+        r3.load_problems(replace(c, max_new_tokens=200), agent, "dev", 8)
 
 
 def test_padded_rows_of_the_head_are_neither_sampled_nor_trained(folder):
-    chat = open_folder(folder, max_new_tokens=40, seed=0)
-    assert chat.model.vocab_size == 258 < chat.model.config.vocab_size == 300
+    agent = open_folder(folder, max_new_tokens=40, seed=0)
+    assert agent.model.vocab_size == 258 < agent.model.config.vocab_size == 300
     with torch.no_grad():
-        chat.model.model.embed_tokens.weight[258:] = chat.model.model.embed_tokens.weight[65]
-    problem = tasks.Numbers(0, (6, 10, 2), 32)
-    tries = grpo.rollout(chat, grpo.attempt(chat, [problem], 16, (0, 0)), 1, (0, 0))
-    said = [token for c in tries for token in c.attempt + c.reflection]
+        agent.model.model.embed_tokens.weight[258:] = agent.model.model.embed_tokens.weight[65]
+    problem = tasks.CountdownProblem(0, (6, 10, 2), 32)
+    conversations = grpo.rollout(
+        agent, grpo.sample_attempts(agent, [problem], 16, (0, 0)), 1, (0, 0)
+    )
+    said = [token for c in conversations for token in c.attempt + c.reflection]
     assert len(said) > 100 and max(said) < 258
-    ids, mask, old = grpo.reflection_rows(tries[:1])
-    logprobs = grpo.token_logprobs(chat.model, ids, mask)
+    ids, mask, old = grpo.reflection_rows(conversations[:1])
+    logprobs = grpo.token_logprobs(agent.model, ids, mask)
     assert torch.allclose(logprobs.detach(), old, atol=1e-4)
 
 
@@ -1080,7 +1157,7 @@ class Loader:
 
 @pytest.fixture
 def memory(tiny, monkeypatch, capsys):
-    """open_chat on a GPU that has so many free bytes: the keys' and values' tokens, and what was
+    """load_agent on a GPU that has so many free bytes: the keys' and values' tokens, and what was
     said to be needed, in GB by name."""
 
     def load(free: float, training=False, **settings):
@@ -1095,16 +1172,16 @@ def memory(tiny, monkeypatch, capsys):
             patch.setattr(r3.Tokenizer, "from_pretrained", lambda path: tiny[1])
             given = {"model": "x", "device": "cuda:1", "dtype": "bfloat16", **settings}
             c = replace(r3.PAPER, **given)
-            chat = r3.open_chat(c, training)
+            agent = r3.load_agent(c, training)
         dtype = getattr(torch, c.dtype)
         assert Loader.loaded == [("x", dtype, "meta"), ("x", dtype, c.device)]
         Loader.loaded.clear()
-        assert chat.model.vocab_size == tiny[1].vocab_size
+        assert agent.model.vocab_size == tiny[1].vocab_size
         assert asked == (["cuda:1"] if c.cache_tokens is None and c.device != "cpu" else [])
         said = capsys.readouterr().out
         needs = re.findall(r"[:,] ([a-z][\w ',]*?|[\d,]+ tokens[\w ']*) (\d[\d.]*)(?=,|\n)", said)
         assert len(needs) == 2 + 3 * training, said  # and none is 1.3e+02
-        return chat.cache_tokens, {name: float(need) for name, need in needs}
+        return agent.cache_tokens, {name: float(need) for name, need in needs}
 
     return load
 
@@ -1123,7 +1200,7 @@ def test_keys_and_values_get_what_is_left_of_a_gpu(memory):
     assert needs["gradients, masters, moments"] == pytest.approx(18 * n / 1e9, rel=0.01)
     for saving in ({"offload": True}, {"beta": 0.0}, {"checkpointing": True}):
         assert memory(300e9, training=True, **saving)[0] > more
-    fewer, _ = memory(300e9, training=True, group=16)
+    fewer, _ = memory(300e9, training=True, group_size=16)
     assert fewer < more
     assert memory(1e9) == (4_096, memory(1e9)[1])  # never less than this
     assert memory(40e9, cache_tokens=7_000)[0] == 7_000  # given

@@ -96,16 +96,16 @@ def lenient(self, problem, completion):
 @pytest.fixture
 def seconds(monkeypatch, tmp_path):
     """An experiment that takes seconds."""
-    monkeypatch.setitem(r3.COLD, "steps", 8)
+    monkeypatch.setitem(r3.COLD_START, "steps", 8)
     monkeypatch.setattr(r3, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(r3, "HELD_OUT", (5, 2))
+    monkeypatch.setattr(r3, "CURVE_SIZE", (5, 2))
     for task in (tasks.Countdown, tasks.APIGen):
         monkeypatch.setattr(task, "verify", lenient)
     monkeypatch.chdir(tmp_path)
 
 
-FEW = "--steps 2 --batch 6 --group 4 --limit 4 --samples 2 --responses 2 --max-new-tokens 12"
-FEW = [*FEW.split(), "--problems", "12"]
+FEW = "--steps 2 --batch-size 6 --group-size 4 --limit 4 --num-samples 2 --max-attempts 2"
+FEW = [*FEW.split(), "--max-new-tokens", "12", "--num-problems", "12"]
 
 
 def test_the_commands_for_a_laptop_run(seconds, capsys):
@@ -124,7 +124,7 @@ def test_the_commands_for_a_checkpoint_run(seconds, problems, folder, words, cap
     """As README has them, but for model, data and sizes."""
     task = words[words.index("--task") + 1] if "--task" in words else "countdown"
     words = [*words, "--model", str(folder), "--data", str(problems / f"{task}.jsonl")]
-    few = FEW if words[0] == "train" else FEW[FEW.index("--limit") : FEW.index("--responses")]
+    few = FEW if words[0] == "train" else FEW[FEW.index("--limit") : FEW.index("--max-attempts")]
     few = [*few, "--max-new-tokens", "12", "--device", "cpu", "--dtype", "float32"]
     r3.main([*words, *few, "--name", "real"])
     assert "% right" in capsys.readouterr().out
@@ -143,9 +143,10 @@ def test_the_task_of_ones_own_is_shown_whole_and_runs(seconds, folder, monkeypat
 def two_steps(where: Path, title: str | None, model: Path, monkeypatch) -> bytes:
     """The weights after two steps of the code with a diff of README applied, or as it is."""
     experiments.code(where, title)
-    flags = "--no-scale" if title and "--no-scale" in title else ""
-    few = f"train --model {model} --steps 2 --batch 6 --group 4 --limit 2 --problems 12 --name r"
-    few += f" --responses 3 --max-new-tokens 12 --lr 1e-3 --samples 1 {flags}"
+    flags = "--no-scale-advantages" if title and "--no-scale-advantages" in title else ""
+    few = f"train --model {model} --steps 2 --batch-size 6 --group-size 4 --limit 2 --name r"
+    few += " --num-problems 12"
+    few += f" --max-attempts 3 --max-new-tokens 12 --lr 1e-3 --num-samples 1 {flags}"
     few += f" --data {countdown_file(where / 'countdown.jsonl')}"
     with monkeypatch.context() as patch:
         for name in ("r3", "grpo", "model", "tasks"):
@@ -154,7 +155,7 @@ def two_steps(where: Path, title: str | None, model: Path, monkeypatch) -> bytes
         patch.chdir(where)
         code = importlib.import_module("r3")
         assert code.__file__ == str(where / "r3.py")
-        patch.setattr(code, "HELD_OUT", (2, 1))
+        patch.setattr(code, "CURVE_SIZE", (2, 1))
         patch.setattr(sys.modules["tasks"].Countdown, "verify", lenient)
         code.main(few.split())
         for name in ("r3", "grpo", "model", "tasks"):
@@ -165,7 +166,7 @@ def two_steps(where: Path, title: str | None, model: Path, monkeypatch) -> bytes
     return (where / "runs" / "r" / "model" / "model.safetensors").read_bytes()
 
 
-PLAIN: dict[bool, bytes] = {}  # with --no-scale or without
+PLAIN: dict[bool, bytes] = {}  # with --no-scale-advantages or without
 
 
 @pytest.mark.parametrize("title", DIFFS)
@@ -175,9 +176,9 @@ def test_the_diffs_apply_and_run(title, tmp_path, folder, monkeypatch):
     _, hunks = DIFFS[title]
     assert sum(len(set(new.splitlines()) ^ set(old.splitlines())) for old, new in hunks) <= 15
     varied = two_steps(tmp_path / "varied", title, folder, monkeypatch)
-    scaled = "--no-scale" not in title
+    scaled = "--no-scale-advantages" not in title
     if scaled not in PLAIN:
-        plain = None if scaled else "plain (with --no-scale)"
+        plain = None if scaled else "plain (with --no-scale-advantages)"
         monkeypatch.setattr(experiments, "diffs", lambda _: {**DIFFS, plain: ("grpo.py", [])})
         PLAIN[scaled] = two_steps(tmp_path / "plain", plain, folder, monkeypatch)
     assert varied != PLAIN[scaled]

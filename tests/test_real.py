@@ -84,16 +84,16 @@ def theirs(folder):
 def test_the_chat_is_encoded_and_decoded_as_by_transformers(ours, theirs):
     (_, our), (_, their) = ours, theirs
     replies = ["“Wien”, of course.\n\n```json\n[{}]\n```", "東京  🙂\t12,000 \n", "Fine."]
-    chat = []
+    agent = []
     for question, reply in zip(QUESTIONS[3:6], replies, strict=True):
-        chat.append({"role": "user", "content": question})
-        ids = their.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        assert our.prompt(chat) == ids
+        agent.append({"role": "user", "content": question})
+        ids = their.apply_chat_template(agent, add_generation_prompt=True, return_dict=False)
+        assert our.prompt(agent) == ids
         assert our.decode(ids) == their.decode(ids, skip_special_tokens=True)
-        chat.append({"role": "assistant", "content": reply})
+        agent.append({"role": "assistant", "content": reply})
         said = our.encode(reply)
         assert our.decode(said + our.stop_ids) == reply == their.decode(said)
-    turn_by_turn = our.prompt(chat[:1])
+    turn_by_turn = our.prompt(agent[:1])
     for said, told in zip(replies, QUESTIONS[4:6], strict=False):
         turn_by_turn += our.next_turn(our.encode(said) + our.stop_ids, our.bridge(told))
     assert turn_by_turn == ids

@@ -28,7 +28,7 @@ TASK = sentence.Sentence()
     ],
 )
 def test_a_sentence_is_right(text):
-    assert TASK.verify(PROBLEM, text) == sentence.Verdict(True, "right")
+    assert TASK.verify(PROBLEM, text) == sentence.Verdict(True, "correct")
 
 
 ATTACKS = {
@@ -83,7 +83,7 @@ def test_an_attack_is_wrong_and_the_reason_is_told(reason):
     begun = time.process_time()
     for text in ATTACKS[reason]:
         verdict = TASK.verify(PROBLEM, text)
-        assert not verdict.right and verdict.reason == reason, text[:80]
+        assert not verdict.correct and verdict.reason == reason, text[:80]
     assert time.process_time() - begun < 1
 
 
@@ -93,7 +93,7 @@ def test_no_text_of_the_question_is_an_answer():
     texts += [part for text in texts for part in text.split(". ")]
     texts += [" ".join(words.split()) for words in sentence.WORDS.values()]
     for problem in (PROBLEM, *TASK.load(split="train", limit=5)):
-        assert not any(TASK.verify(problem, text).right for text in texts)
+        assert not any(TASK.verify(problem, text).correct for text in texts)
 
 
 def test_no_word_of_a_split_occurs_in_another():
@@ -122,14 +122,15 @@ def test_the_question_names_both_words():
 
 # -- Experiments on a finished run of it -----------------------------------------------------------
 
-FEW = "--steps 1 --batch 2 --group 2 --limit 3 --problems 4 --responses 1 --max-new-tokens 4"
+FEW = "--steps 1 --batch-size 2 --group-size 2 --limit 3 --num-problems 4 --max-attempts 1"
+FEW += " --max-new-tokens 4"
 
 
 @pytest.fixture
 def run(folder, tmp_path, monkeypatch):
     """A run of an untrained model."""
     monkeypatch.chdir(tmp_path)
-    flags = f"--task sentence --samples 2 --beta 0 --lr 0.1 --name ours {FEW}"
+    flags = f"--task sentence --num-samples 2 --beta 0 --lr 0.1 --name ours {FEW}"
     r3.main(["train", "--model", str(folder), *flags.split()])
     return r3.RUNS / "ours"
 
@@ -155,9 +156,9 @@ def test_divergence_and_perplexity_are_what_they_say(run):
     with torch.no_grad():
         other.model.lm_head.weight += 0.3 * torch.randn_like(other.model.lm_head.weight)
     problems = sentence.Sentence().load(limit=8)
-    tries = grpo.rollout(other, grpo.first_tries(other, problems, 1, (0, 0)), 4, (0, 0))
-    assert experiments.divergence(vanilla, vanilla, tries) == 0
-    assert experiments.divergence(other, vanilla, tries) > 0
+    conversations = grpo.rollout(other, grpo.attempt_all(other, problems, 1, (0, 0)), 4, (0, 0))
+    assert experiments.divergence(vanilla, vanilla, conversations) == 0
+    assert experiments.divergence(other, vanilla, conversations) > 0
 
     ids = vanilla.tokenizer.encode("The waves.")
     log_p = vanilla.model(torch.tensor([ids]))[0].log_softmax(-1)

@@ -14,14 +14,14 @@ import pytest
 from conftest import countdown_file
 
 import tasks
-from tasks import Countdown, Numbers, Task, TinyCountdown, Verdict, parse_expression
+from tasks import Countdown, CountdownProblem, Task, TinyCountdown, Verdict, parse_expression
 
-PROBLEM = Numbers(0, (6, 10, 2), 32)
+PROBLEM = CountdownProblem(0, (6, 10, 2), 32)
 
 
-def reason(answer: str, problem: Numbers = PROBLEM) -> str:
+def reason(answer: str, problem: CountdownProblem = PROBLEM) -> str:
     verdict = Countdown().verify(problem, f"<answer>{answer}</answer>")
-    assert verdict.right == (verdict.reason == "right")
+    assert verdict.correct == (verdict.reason == "correct")
     return verdict.reason
 
 
@@ -37,7 +37,7 @@ def reason(answer: str, problem: Numbers = PROBLEM) -> str:
     ],
 )
 def test_right(answer):
-    assert reason(answer) == "right"
+    assert reason(answer) == "correct"
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,11 @@ def test_malformed(answer):
 )
 def test_not_the_given_numbers(answer):
     assert reason(answer) in ("wrong_numbers", "malformed")
-    assert reason("(10+6)*2*1", Numbers(0, (6, 10, 2), 32)) == "wrong_numbers"
-    assert reason("12+10", Numbers(0, (1, 2, 10), 22)) == "wrong_numbers"  # 12 glued from 1 and 2
-    assert reason("1.5*2", Numbers(0, (1, 5, 2), 3)) == "malformed"
+    assert reason("(10+6)*2*1", CountdownProblem(0, (6, 10, 2), 32)) == "wrong_numbers"
+    assert (
+        reason("12+10", CountdownProblem(0, (1, 2, 10), 22)) == "wrong_numbers"
+    )  # 12 glued from 1 and 2
+    assert reason("1.5*2", CountdownProblem(0, (1, 5, 2), 3)) == "malformed"
 
 
 def test_worked_examples_in_docstrings():
@@ -96,10 +98,12 @@ def test_worked_examples_in_docstrings():
 
 def test_wrong_value_is_exact():
     assert reason("10*6/2") == "wrong_value"
-    assert reason("8/3", Numbers(0, (8, 3), 2)) == reason("8/3", Numbers(0, (8, 3), 3))
-    assert reason("8/3", Numbers(0, (8, 3), 2)) == "wrong_value"  # nothing is rounded
-    assert reason("(1/3)*3", Numbers(0, (1, 3, 3), 1)) == "right"  # not 0.999…
-    assert reason("8/(3-8/3)", Numbers(0, (8, 3, 8, 3), 24)) == "right"
+    assert reason("8/3", CountdownProblem(0, (8, 3), 2)) == reason(
+        "8/3", CountdownProblem(0, (8, 3), 3)
+    )
+    assert reason("8/3", CountdownProblem(0, (8, 3), 2)) == "wrong_value"  # nothing is rounded
+    assert reason("(1/3)*3", CountdownProblem(0, (1, 3, 3), 1)) == "correct"  # not 0.999…
+    assert reason("8/(3-8/3)", CountdownProblem(0, (8, 3, 8, 3), 24)) == "correct"
 
 
 @pytest.mark.parametrize(
@@ -111,8 +115,8 @@ def test_what_divides_by_zero_is_never_right(answer, numbers):
     """It has no value, and what comes after it is not read."""
     assert parse_expression(answer) == (None, list(numbers))
     for target in (0, 1, 5, 10):
-        assert reason(answer, Numbers(0, numbers, target)) == "wrong_value"
-        assert reason(answer, Numbers(0, (*numbers, 7), target)) == "wrong_numbers"
+        assert reason(answer, CountdownProblem(0, numbers, target)) == "wrong_value"
+        assert reason(answer, CountdownProblem(0, (*numbers, 7), target)) == "wrong_numbers"
 
 
 def test_no_answer_and_the_last_answer_counts():
@@ -121,8 +125,8 @@ def test_no_answer_and_the_last_answer_counts():
     assert verify(PROBLEM, "(10+6)*2").reason == "no_answer"
     assert verify(PROBLEM, "<answer>(10+6)*2").reason == "no_answer"
     assert verify(PROBLEM, "</answer><answer>(10+6)*2").reason == "no_answer"
-    assert verify(PROBLEM, "<answer>1</answer> <answer>(10+6)*2</answer>").right
-    assert not verify(PROBLEM, "<answer>(10+6)*2</answer> <answer>1</answer>").right
+    assert verify(PROBLEM, "<answer>1</answer> <answer>(10+6)*2</answer>").correct
+    assert not verify(PROBLEM, "<answer>(10+6)*2</answer> <answer>1</answer>").correct
 
 
 @pytest.mark.parametrize(
@@ -164,7 +168,7 @@ def random_expression(rng: random.Random, signs: str = "+-", depth: int = 0):
         sign = rng.choice(signs)
         if sign == "/" and part_value == 0:
             continue
-        text, value = f"{text} {sign}{part}", tasks.SIGNS[sign](value, part_value)
+        text, value = f"{text} {sign}{part}", tasks.OPERATORS[sign](value, part_value)
     return text, value
 
 
@@ -204,7 +208,7 @@ def test_every_problem_can_be_solved(task):
     for problem in task.load(split="dev"):
         plans = tasks.all_plans(problem.numbers).items()
         answers = [tasks.answer((first, last)) for first, lasts in plans for last in lasts]
-        assert any(task.verify(problem, answer).right for answer in answers)
+        assert any(task.verify(problem, answer).correct for answer in answers)
 
 
 def test_the_numbers_of_a_file_are_seeded_and_split_by_their_numbers(tmp_path):
@@ -242,10 +246,10 @@ def test_cold_dialogues_are_consistent(task):
         for result, judged in re.findall(r"= (\d+) (yes|no)", text):
             assert (judged == "yes") == (int(result) == problem.target)
         first = task.verify(problem, turns[0])
-        assert first.reason in ("right", "wrong_value")
-        assert first.right == (len(turns) == 1)
+        assert first.reason in ("correct", "wrong_value")
+        assert first.correct == (len(turns) == 1)
         if len(turns) == 3:
-            outcomes[diligent][task.verify(problem, turns[2]).right] += 1
+            outcomes[diligent][task.verify(problem, turns[2]).correct] += 1
             said = re.search(r"That is (\d+) , not (\d+) \..*Start with (.*) = \d+ \.$", turns[1])
             if said:
                 attempted = turns[0].split("<answer>")[1].split("</answer>")[0]
@@ -266,7 +270,7 @@ def test_bad_input_is_refused(task):
     assert task.parse("6 10 2 32") == PROBLEM
     with pytest.raises(ValueError, match="^type the numbers and then the target, such as 6 10 2"):
         Countdown().parse("6 10")
-    assert Countdown().parse("58 11 19 87 21") == Numbers(0, (58, 11, 19, 87), 21)
+    assert Countdown().parse("58 11 19 87 21") == CountdownProblem(0, (58, 11, 19, 87), 21)
 
 
 def test_draws_stay_what_they_are(tmp_path):
@@ -292,7 +296,7 @@ class Doubling(Task):
 
     Problem = Double
 
-    def drawn(self, split, limit, rng):
+    def draw_problems(self, split, limit, rng):
         first = 10_000 * list(tasks.SPLITS).index(split)
         numbers = rng.sample(range(first, first + 10_000), limit or 1_000)
         return [Double(i, number) for i, number in enumerate(numbers)]
@@ -302,7 +306,7 @@ class Doubling(Task):
 
     def verify(self, problem, completion):
         right = completion == str(2 * problem.number)
-        return Verdict(right, "right" if right else "wrong")
+        return Verdict(right, "correct" if right else "wrong")
 
 
 def test_a_task_of_ones_own(tmp_path):
@@ -313,7 +317,7 @@ def test_a_task_of_ones_own(tmp_path):
     )
     assert len({p.number for part in parts.values() for p in part}) == 400
     assert parts["dev"] == task.load(split="dev", limit=100) != task.load(split="dev", seed=1)[:100]
-    assert task.verify(parts["dev"][0], str(2 * parts["dev"][0].number)).right
+    assert task.verify(parts["dev"][0], str(2 * parts["dev"][0].number)).correct
     assert task.parse("7") == parts["dev"][7]
     with pytest.raises(ValueError, match="type the number of a problem, such as 7"):
         task.parse("seven")

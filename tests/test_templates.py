@@ -18,7 +18,7 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from model import Tokenizer, tools_in_words
-from tasks import APIGen, Countdown, Numbers
+from tasks import APIGen, Countdown, CountdownProblem
 
 RECORDS = Path(__file__).resolve().parents[2] / "shared" / "data" / "apigen_bfcl.json"
 
@@ -72,11 +72,11 @@ ATTEMPT = {
 }
 THOUGHT = {"role": "assistant", "content": "<think>\nhm, “东”\n</think>\n\nIt is <5 °C.\n"}
 TOLD = {"role": "user", "content": "\nThat's wrong.\nWhy?"}
-AGAIN = {"role": "user", "content": "Again 🙂"}
+PLAY = {"role": "user", "content": "Again 🙂"}
 CONVERSATIONS = [
     [*start, USER, *rest]
     for start in ([], [SYSTEM])
-    for rest in ([], [ATTEMPT], [ATTEMPT, TOLD], [THOUGHT, TOLD, ATTEMPT, AGAIN])
+    for rest in ([], [ATTEMPT], [ATTEMPT, TOLD], [THOUGHT, TOLD, ATTEMPT, PLAY])
 ]
 
 
@@ -128,26 +128,26 @@ def test_texts_and_ids_equal_transformers(family):
     """Every shape of R3's conversations, with tools and without; a refusal is one for both."""
     ours, theirs = both(family)
     seen, refused = set(), []
-    for chat, tools, opened in itertools.product(
+    for agent, tools, opened in itertools.product(
         [*CONVERSATIONS, [SYSTEM]], (None, TOOLS), (True, False)
     ):
-        before = copy.deepcopy((chat, tools))
+        before = copy.deepcopy((agent, tools))
         options = dict(tools=tools, add_generation_prompt=opened, **DATE)
         try:
-            want = theirs.apply_chat_template(chat, tokenize=False, **options)
+            want = theirs.apply_chat_template(agent, tokenize=False, **options)
         except jinja2.TemplateError:
-            refused.append(chat)
+            refused.append(agent)
             with pytest.raises(ValueError, match="template refuses"):
-                ours.render(chat, tools, add_generation_prompt=opened)
+                ours.render(agent, tools, add_generation_prompt=opened)
             continue
-        assert ours.render(chat, tools, add_generation_prompt=opened) == want
-        assert (chat, tools) == before
+        assert ours.render(agent, tools, add_generation_prompt=opened) == want
+        assert (agent, tools) == before
         seen.add(want)
         if opened:
-            assert ours.render(chat, tools) == want
-            ids = theirs.apply_chat_template(chat, tokenize=True, return_dict=False, **options)
+            assert ours.render(agent, tools) == want
+            ids = theirs.apply_chat_template(agent, tokenize=True, return_dict=False, **options)
             if tools is None or family in SHOWS_TOOLS:
-                assert ours.prompt(chat, tools) == ids
+                assert ours.prompt(agent, tools) == ids
             assert ours.encode(want) == ids
             assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     # Llama 3.1 on puts tools into the first user's turn: where there is none, it refuses.
@@ -155,21 +155,21 @@ def test_texts_and_ids_equal_transformers(family):
     assert len(seen) == 18 * (2 if family in SHOWS_TOOLS else 1) - len(refused)
 
 
-def asked(theirs, family: str, chat: list[dict], tools: list[dict] | None = None) -> list[int]:
+def asked(theirs, family: str, agent: list[dict], tools: list[dict] | None = None) -> list[int]:
     """A question's tokens by transformers, its tools in words where the template has no place."""
     if tools and family not in SHOWS_TOOLS:
-        chat, tools = tools_in_words(chat, tools), None
+        agent, tools = tools_in_words(agent, tools), None
     options = dict(add_generation_prompt=True, return_dict=False, **DATE)
-    return theirs.apply_chat_template(chat, tools=tools, **options)
+    return theirs.apply_chat_template(agent, tools=tools, **options)
 
 
 @every_family
 def test_the_tools_stand_in_every_prompt(family):
     """By the template, escaped nowhere; or in words, once, where it has no place for them."""
     ours, theirs = both(family)
-    for chat in CONVERSATIONS:
-        if chat[-1]["role"] == "user":
-            assert ours.prompt(chat, TOOLS) == asked(theirs, family, chat, TOOLS)
+    for agent in CONVERSATIONS:
+        if agent[-1]["role"] == "user":
+            assert ours.prompt(agent, TOOLS) == asked(theirs, family, agent, TOOLS)
     text = ours.tokenizer.decode(ours.prompt([USER], TOOLS), skip_special_tokens=False)
     assert text.count("<outside> & in Zürich, 東京 or O'Hare") == 1
     assert text.count(USER["content"]) == 1
@@ -186,8 +186,8 @@ def test_every_real_record_is_asked_with_all_its_tools(family):
     problems = task.load(str(RECORDS), split="all")
     assert len(problems) == 1_000
     for problem in problems:
-        chat, tools = task.messages(problem)
-        ids = ours.prompt(chat, tools)
+        agent, tools = task.messages(problem)
+        ids = ours.prompt(agent, tools)
         text = ours.tokenizer.decode(ids, skip_special_tokens=False)
         assert text.count(problem.query.strip()) == 1  # some templates strip what is said
         dense = re.sub(r"\s", "", text)  # some templates indent the tools
@@ -195,7 +195,7 @@ def test_every_real_record_is_asked_with_all_its_tools(family):
             function = json.dumps(tool["function"], ensure_ascii=False)
             assert re.sub(r"\s", "", function) in dense
         if problem.id % 20 == 0 or not problem.query.isascii():
-            assert ids == asked(theirs, family, chat, tools)
+            assert ids == asked(theirs, family, agent, tools)
             compared += 1
     assert compared >= 60
 
@@ -203,23 +203,23 @@ def test_every_real_record_is_asked_with_all_its_tools(family):
 def test_showing_is_seen_in_the_text_not_guessed():
     """A template may name the tools and not show them, or show them in some conversations only."""
 
-    def in_words(ours, chat):
-        return "You can call these functions" in ours.decode(ours.prompt(chat, TOOLS))
+    def in_words(ours, agent):
+        return "You can call these functions" in ours.decode(ours.prompt(agent, TOOLS))
 
     says = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert in_words(with_template("{% if tools %}{# tools #}{% endif %}tools" + says), [USER])
     ours = with_template("{% if messages[0].role == 'system' %}{{ tools }}{% endif %}" + says)
-    assert [in_words(ours, chat) for chat in ([USER], [SYSTEM, USER])] == [True, False]
+    assert [in_words(ours, agent) for agent in ([USER], [SYSTEM, USER])] == [True, False]
 
 
 def test_tools_in_words_stand_before_the_last_message():
     """All of them, as JSON; and nothing else of the chat changes."""
-    for chat in CONVERSATIONS:
-        before = copy.deepcopy(chat)
-        *others, last = tools_in_words(chat, TOOLS)
-        assert chat == before and others == chat[:-1]
-        assert last["role"] == chat[-1]["role"] and last["content"].endswith(chat[-1]["content"])
-        words = last["content"].removesuffix(chat[-1]["content"])
+    for agent in CONVERSATIONS:
+        before = copy.deepcopy(agent)
+        *others, last = tools_in_words(agent, TOOLS)
+        assert agent == before and others == agent[:-1]
+        assert last["role"] == agent[-1]["role"] and last["content"].endswith(agent[-1]["content"])
+        words = last["content"].removesuffix(agent[-1]["content"])
         assert words.startswith("You can call these functions:\n{")
         listed = [line for line in words.splitlines() if line.startswith("{")]
         assert list(map(json.loads, listed)) == [tool["function"] for tool in TOOLS]
@@ -245,16 +245,16 @@ def test_turn_by_turn_gives_the_ids_of_the_whole(family):
     said, told = ("It rains in Zürich.", "I forgot: 12 °C."), ("Why?", "Once more.\n\n{}")
     endings = [[]] + [[stop] for stop in ours.stop_ids]
     assert len(endings) == 1 + len(FAMILIES[family]["stops"])
-    chat = [{"role": "user", "content": "Wie ist's?"}]
+    agent = [{"role": "user", "content": "Wie ist's?"}]
     for words, instruction in zip(said, told, strict=True):
-        chat.append({"role": "assistant", "content": words})
-        chat.append({"role": "user", "content": instruction})
+        agent.append({"role": "assistant", "content": words})
+        agent.append({"role": "user", "content": instruction})
     for start, tools in itertools.product(([], [SYSTEM]), (None, TOOLS)):
-        question = start + chat[:1]
+        question = start + agent[:1]
         if tools and family not in SHOWS_TOOLS:  # in words they stand in the question
-            whole = ours.prompt(tools_in_words(question, tools) + chat[1:])
+            whole = ours.prompt(tools_in_words(question, tools) + agent[1:])
         else:
-            whole = ours.prompt(question + chat[1:], tools)
+            whole = ours.prompt(question + agent[1:], tools)
         for ends in itertools.product(endings, repeat=2):
             ids = ours.prompt(question, tools)
             for words, end, instruction in zip(said, ends, told, strict=True):
@@ -267,16 +267,18 @@ def test_a_turn_with_thinking(family):
     """Whole conversations are transformers', but where the template drops earlier thinking."""
     ours, theirs = both(family)
     task, end = Countdown(), ours.stop_ids[:1]
-    problem = Numbers(0, (6, 10, 2), 32)
+    problem = CountdownProblem(0, (6, 10, 2), 32)
     thought, plain = "<think>hm, 3?</think>\n\nIt is 3.", "I see."
     for turns in itertools.product((thought, plain), repeat=2):
-        chat = list(task.messages(problem)[0])
-        ids = ours.prompt(chat)
-        for turn, told in zip(turns, (task.reflect, task.again), strict=True):
+        agent = list(task.messages(problem)[0])
+        ids = ours.prompt(agent)
+        for turn, told in zip(
+            turns, (task.reflection_instruction, task.retry_instruction), strict=True
+        ):
             ids = ids + ours.next_turn(ours.encode(turn) + end, ours.bridge(told))
-            chat.append({"role": "assistant", "content": turn})
-            chat.append({"role": "user", "content": told})
-        want = asked(theirs, family, chat)
+            agent.append({"role": "assistant", "content": turn})
+            agent.append({"role": "user", "content": told})
+        want = asked(theirs, family, agent)
         assert (ids == want) is not (family == "qwen3" and thought in turns)
 
 
@@ -349,11 +351,11 @@ def test_a_bridge_is_cut_from_the_whole_not_encoded_by_itself(trainer):
     ours = with_template(INST, tokenizer, eos_token="</s>", bos_token="<s>")
     words = ("Make it rain.", "It rains.", "Why?", "I forgot.", "Make rain.", "It rains in it.")
     roles = ["user", "assistant"] * 3
-    chat = [{"role": role, "content": w} for role, w in zip(roles, words, strict=True)]
-    ids = alone = ours.prompt(chat[:1])
+    agent = [{"role": role, "content": w} for role, w in zip(roles, words, strict=True)]
+    ids = alone = ours.prompt(agent[:1])
     for turn in (1, 3, 5):
-        whole = ours.prompt(chat[: turn + 1])
-        said = whole[len(ours.prompt(chat[:turn])) :]  # as it would be sampled
+        whole = ours.prompt(agent[: turn + 1])
+        said = whole[len(ours.prompt(agent[:turn])) :]  # as it would be sampled
         assert said[-1] == ours.stop_ids[0] and said[:-1] and ids + said == whole
         if turn < 5:
             told = words[turn + 1]
@@ -361,7 +363,7 @@ def test_a_bridge_is_cut_from_the_whole_not_encoded_by_itself(trainer):
                 ids + ours.next_turn(said, ours.bridge(told)),
                 alone + said + ours.encode(f"[INST] {told} [/INST]"),
             )
-            assert alone != ids == ours.prompt(chat[: turn + 2])
+            assert alone != ids == ours.prompt(agent[: turn + 2])
             assert tokenizer.decode(alone, False) != tokenizer.decode(ids, False)
 
 
@@ -446,11 +448,11 @@ def test_special_tokens_and_every_stop_id(tmp_path):
 )  # fmt: skip
 def test_a_template_says_what_transformers_says(template, want):
     """tojson escapes nothing; loops break; a block's line is not in the text."""
-    chat = [{"role": "user", "content": {"é": ["<a> & 'b' \"c\" 東🙂\n", 1.5, True, None]}}]
+    agent = [{"role": "user", "content": {"é": ["<a> & 'b' \"c\" 東🙂\n", 1.5, True, None]}}]
     template = "{% set v = messages[0].content %}" + template
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_tokenizer())
-    text = theirs.apply_chat_template(chat, chat_template=template, tokenize=False)
-    assert with_template(template).render(chat) == text
+    text = theirs.apply_chat_template(agent, chat_template=template, tokenize=False)
+    assert with_template(template).render(agent) == text
     assert want is None or text == want
 
 

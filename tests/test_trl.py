@@ -12,7 +12,7 @@ import transformers
 from textbook import Row, conversation, prepare
 
 import grpo
-from grpo import Chat, Config
+from grpo import Agent, Config
 from model import Model
 
 trl = pytest.importorskip("trl")
@@ -107,19 +107,29 @@ def test_a_step_equals_trl(tiny, task, tmp_path, monkeypatch, loss, seed):
     )
     theirs.backward()
 
-    tries, rewards = [], REWARDS.flatten().tolist()
+    conversations, rewards = [], REWARDS.flatten().tolist()
     for row, (context, said) in enumerate(
         zip(rows["prompt_ids"], rows["completion_ids"], strict=True)
     ):
         values = Row(context, said, old[row][live[row]].tolist(), None, 0.0)
-        tries.append(conversation(row // REWARDS.shape[1], values, right=rewards[row] == 1))
-    gradients = prepare(monkeypatch, [tries])
+        conversations.append(
+            conversation(row // REWARDS.shape[1], values, correct=rewards[row] == 1)
+        )
+    gradients = prepare(monkeypatch, [conversations])
     model = Model.from_pretrained(tmp_path)
-    chat = Chat(model, tiny[1], task, max_new_tokens=LONGEST, temperature=TEMPERATURE)
+    agent = Agent(model, tiny[1], task, max_new_tokens=LONGEST, temperature=TEMPERATURE)
     P, G = REWARDS.shape
-    c = Config(steps=1, batch=P, group=G, loss=loss, scale=scale, beta=BETA, clip=CLIP)
+    c = Config(
+        steps=1,
+        batch_size=P,
+        group_size=G,
+        loss_type=loss,
+        scale_advantages=scale,
+        beta=BETA,
+        clip=CLIP,
+    )
     (tmp_path / "run").mkdir()
-    _, (_, ours) = grpo.train(chat, reference, tries[::G], c, tmp_path / "run")
+    _, (_, ours) = grpo.train(agent, reference, conversations[::G], c, tmp_path / "run")
 
     lines = (tmp_path / "run/samples.jsonl").read_text().splitlines()
     advantages = torch.tensor([json.loads(line)["advantage"] for line in lines])

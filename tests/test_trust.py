@@ -28,13 +28,13 @@ sys.path.insert(0, {str(ROOT)!r})
 import grpo, r3
 from tasks import Verdict
 
-r3.COLD["steps"], r3.HELD_OUT = 4, (3, 2)
+r3.COLD_START["steps"], r3.CURVE_SIZE = 4, (3, 2)
 
 def verify(chat, problem, turn):
     right = sum(turn) % 3 == 0
-    return Verdict(right, "right" if right else "wrong_value")
+    return Verdict(right, "correct" if right else "wrong_value")
 
-grpo.Chat.verify = verify
+grpo.Agent.verify = verify
 r3.plot_command = lambda folders: (folders[0] / "curves.png").write_text("")  # a second each
 """
 # Imports once, also what torch imports late, and forks for each run, of which it is given the
@@ -56,7 +56,7 @@ os.chdir(folder)
 for number, name in ((1, "out"), (2, "err")):
     os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
-r3.COLD["steps"], status = cold, 1
+r3.COLD_START["steps"], status = cold, 1
 try:
     r3.main(flags)
     status = 0
@@ -68,8 +68,20 @@ print(flush=True)
 os._exit(status)  # at once: to tear down a fork of torch takes a second
 """
 FLAGS = [
-    *("train", "--steps", "3", "--batch", "3", "--group", "3", "--limit", "4", "--samples", "2"),
-    *("--responses", "2", "--problems", "16", "--max-new-tokens", "12", "--lr", "1e-4"),
+    *(
+        "train",
+        "--steps",
+        "3",
+        "--batch-size",
+        "3",
+        "--group-size",
+        "3",
+        "--limit",
+        "4",
+        "--num-samples",
+        "2",
+    ),
+    *("--max-attempts", "2", "--num-problems", "16", "--max-new-tokens", "12", "--lr", "1e-4"),
     *("--cache-tokens", "500", "--save-every", "1", "--name", "x"),
 ]
 RESUME = ["train", "--resume", "runs/x"]
@@ -321,7 +333,7 @@ def test_a_file_where_the_folder_should_be(tmp_path, runs):
         ("--data torn.jsonl", "the tiny model plays its own Countdown"),
         ("--task apigen", "the tiny model plays its own Countdown"),
         ("--device banana", "no such device"),
-        ("--group 1", "--group 1: give a number from 2 on"),
+        ("--group-size 1", "--group-size 1: give a number from 2 on"),
     ],
 )
 def test_flags_are_refused_before_any_weight(tmp_path, monkeypatch, flags, message):

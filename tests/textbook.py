@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import grpo
-from tasks import Numbers, Verdict
+from tasks import CountdownProblem, Verdict
 
 
 @dataclass
@@ -66,7 +66,7 @@ def textbook_loss(rows: list[Row], now: list[Tensor], c, max_new_tokens: int) ->
             if c.beta:
                 d = row.ref[t] - values[t]
                 objective = objective - c.beta * (torch.exp(d) - d - 1)
-            loss = loss - objective / weigh[c.loss]
+            loss = loss - objective / weigh[c.loss_type]
     return loss
 
 
@@ -96,12 +96,14 @@ def clipped(rows: list[Row], now: list[Tensor], clip: float) -> float:
 # -- Steps of `train` on conversations that are prepared, not sampled ------------------------------
 
 
-def conversation(number: int, row: Row, right: bool, cut: bool = False) -> grpo.Conversation:
+def conversation(number: int, row: Row, correct: bool, cut: bool = False) -> grpo.Conversation:
     """A failure with its reflection, and a retry that is right or wrong."""
-    problem, wrong = Numbers(number, (1, 2, 3), 7), Verdict(False, "wrong_value")
-    c = grpo.Conversation(problem, 0, row.context, [], wrong, context=row.context, cut=cut)
-    c.reflection, c.logprobs = row.reflection, row.old
-    c.retry, c.second = [5, 0], Verdict(right, "right" if right else "wrong_value")
+    problem, wrong = CountdownProblem(number, (1, 2, 3), 7), Verdict(False, "wrong_value")
+    c = grpo.Conversation(
+        problem, 0, row.context, [], wrong, reflection_prompt=row.context, truncated=cut
+    )
+    c.reflection, c.reflection_logprobs = row.reflection, row.old
+    c.retry, c.retry_verdict = [5, 0], Verdict(correct, "correct" if correct else "wrong_value")
     return c
 
 
@@ -116,8 +118,8 @@ def prepare(monkeypatch, steps: list[list[grpo.Conversation]]) -> list[Tensor]:
         gradients.append(torch.cat([gradient.flatten() for gradient in each]))
         return update(optimizer, lr, max_grad_norm)
 
-    def rollout(chat, drawn, samples, key):
-        purpose, step = key
+    def rollout(agent, drawn, samples, rng_key):
+        purpose, step = rng_key
         assert purpose == grpo.TRAIN
         assert len(drawn) * samples == len(steps[step])
         return steps[step]
