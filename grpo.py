@@ -1,24 +1,26 @@
 """Reflect, Retry, Reward: the method, from a dataset of failures to the update of the weights.
 
-    question -> attempt, wrong -> "reflect" -> reflection_1 … reflection_G       the trained tokens
-                                                   |              |
-                                                "again"        "again"
-                                                   |              |
-                                                retry_1   …    retry_G  ->  rewards r_1 … r_G
+    question -> attempt (wrong) -> "reflect" -> reflection_1  …  reflection_G      trained tokens
+                                                     |                |
+                                                "try again"      "try again"
+                                                     |                |
+                                                  retry_1     …    retry_G  ->  rewards r_1 … r_G
 
-    A_g  = (r_g - mean r) / (std r + epsilon)                               `group_advantages`
-    mask = 1 on the tokens of the reflections, 0 everywhere else            `reflection_rows`
-    loss = - sum mask * (min(ratio A, clip(ratio) A) - beta KL) / sum mask  `grpo_loss`
+    A_g  = (r_g - mean r) / (std r + delta)                                   `group_advantages`
+    mask = 1 on the tokens of the reflections, 0 on all other tokens          `training_rows`
+    w    = the weight of a token: by default, one over their number           `token_weights`
+    loss = - sum of w * mask * (min(ratio * A, clip(ratio) * A) - beta * KL)  `grpo_loss`
 
-The file reads from top to bottom: the loop (`train`), then what it calls: advantages and loss, the
-mask and the log-probabilities, the conversation (`attempt`, `reflect`, `retry`), what a step
-reports, the optimizer, and the checkpoint. A conversation is token ids from end to end: what is
-trained is what was sampled, never text that was decoded and tokenized again.
+The file starts with the training loop, `train`. Then come the parts of the method: advantages and
+loss, the mask and the log-probabilities, the conversation, and how conversations are sampled. The
+rest makes the method practical: metrics, optimizer, checkpoint.
 
-This file knows a task only by `messages`, `verify`, `reflect` and `again`; a problem by its `id`;
-and a verdict by `right` (both are dataclasses).
+A conversation is stored as token ids from beginning to end. The tokens that are trained are exactly
+the tokens that were sampled; text is never decoded and tokenized again.
 
-Shapes: P failures with G reflections each; T tokens of a conversation; V the vocabulary.
+Shapes: P failures per step with G reflections each; C tokens of context; T tokens after the
+context; L tokens of a packed sequence; N tokens whose log-probabilities are computed; E the hidden
+size; V the vocabulary.
 """
 
 import json
@@ -28,163 +30,150 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import safetensors
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from model import Generation, KVCache, Model, Tokenizer, generate, replace_file
+from model import KVCache, Model, Tokenizer, generate, replace_file
+from tasks import Task, Verdict
 
 
-# -- The loop --------------------------------------------------------------------------------------
+# -- The training loop -----------------------------------------------------------------------------
 def train(
     agent: "Agent",
     reference: Model | None,
-    failures: "Conversations",
-    config: "Config",
+    failures: list["Conversation"],
+    config: "TrainConfig",
     folder: Path,
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """R3 on a dataset of failures. Changes agent.model in place; yields (steps done, metrics).
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Train `agent.model` in place with R3; yield (number of steps done, metrics) after each step.
 
-    reference: the model that training started with, for the KL term; None where beta is 0. What
-    was sampled is added to folder/samples.jsonl, and training goes on from folder's checkpoint.
-    Raises ValueError for a gradient that is not finite."""
+    reference: the model as it was before training, for the KL term; None if config.beta is 0.
+    failures: conversations whose attempts are wrong. folder: the run's folder. If it holds a
+    checkpoint, training resumes from it.
+
+    The first pair is (0, {}), before any update. The caller may add entries to the metrics that it
+    receives; they are written to the log when it asks for the next pair. A training step has six
+    parts, which have the same numbers in README. Raises ValueError if the gradient is not finite.
+    """
     policy, G = agent.model, config.group_size
     policy.gradient_checkpointing = config.checkpointing
     optimizer = MasterAdamW(policy, config.lr, config.offload)
-    start, state = load_checkpoint(folder, optimizer)  # state: what a variant wants kept
-    if start == 0:
-        yield 0, {}
-    for step in range(start, config.steps):
-        # 1-2. Draw failures, reflect G times on each, and retry once after each reflection.
-        batch = draw_failures(failures, step, config.batch_size, agent.seed)
-        conversations = rollout(agent, batch, G, rng_key=(TRAIN, step))  # P * G conversations
+    step, state = load_checkpoint(folder, optimizer)
+    stream = FailureStream(failures, agent.seed, position=state.get("position", 0))
+    if step == 0:
+        metrics: dict[str, Any] = {}
+        yield 0, metrics
+        append_jsonl(folder / "metrics.jsonl", {"step": 0, **metrics})
 
-        # 3. The reward of a reflection is 1 if its retry is right, and it was not cut itself.
-        rewards = torch.tensor(
-            [
-                float(conversation.retry_verdict.correct and not conversation.truncated)
-                for conversation in conversations
-            ]
-        ).view(-1, G)
+    while step < config.steps:
+        # 1-2. Draw P failures. Reflect G times on each, and retry once after each reflection.
+        batch = stream.draw(config.batch_size)
+        groups = rollout(agent, batch, G, rng_key=(TRAIN, step))  # P groups of G conversations
 
-        # 4. How much better was each reflection than the others on the same failure?
+        # 3. A reflection earns the reward 1 if its retry is correct, else 0.
+        rewards = torch.tensor([reward(c) for group in groups for c in group]).view(-1, G)
+
+        # 4. The advantage compares each reflection with the others about the same failure.
         advantages = group_advantages(rewards, scale=config.scale_advantages)  # (P, G)
 
-        # 5. The gradient of the step's loss, one failure with its G reflections at a time.
-        num_tokens = sum(len(conversation.reflection) for conversation in conversations)
-        max_tokens = len(conversations) * agent.max_new_tokens  # tokens, if all were the longest
-        normalizer = {"dapo": num_tokens, "grpo": len(conversations), "dr_grpo": max_tokens}[
-            config.loss_type
-        ]
-        loss_sums = []
-        for index, advantage in enumerate(advantages):  # (G,)
-            if not advantage.any() and not config.beta:
-                continue  # all right or all wrong: no gradient comes from it
-            ids, mask, old_logprobs = reflection_rows(
-                conversations[index * G : (index + 1) * G]
-            )  # (G, T) each
-            ref_logprobs = None
-            if config.beta:
-                with torch.no_grad():
-                    ref_logprobs = token_logprobs(reference, ids, mask, agent.temperature)
-            logprobs = token_logprobs(policy, ids, mask, agent.temperature)  # (G, T)
-            advantage, mask, old_logprobs = (
-                advantage.to(policy.device),
-                mask.to(policy.device),
-                old_logprobs.to(policy.device),
-            )
-            loss = grpo_loss(
-                logprobs,
-                old_logprobs,
-                ref_logprobs,
-                advantage,
-                mask,
-                config.clip,
-                config.beta,
-                config.loss_type,
-                normalizer,
-            )
-            loss.backward()
-            optimizer.accumulate_gradients()
-            loss_sums.append(
-                loss_metrics(
-                    loss,
-                    logprobs.detach(),
-                    old_logprobs,
-                    ref_logprobs,
-                    advantage,
-                    mask,
-                    config.clip,
-                )
-            )
-
-        # 6. One update of the weights.
+        # 5-6. Compute the gradient on the reflections' tokens alone, and update the weights.
         lr = config.lr * lr_multiplier(step, config.steps, config.warmup)
-        grad_norm = optimizer.update(lr, config.max_grad_norm)
+        for _ in range(config.updates):
+            metrics = add_gradient(agent, reference, groups, advantages, config, optimizer)
+            metrics["grad_norm"] = optimizer.update(lr, config.max_grad_norm)
 
-        for conversation, reward, advantage in zip(
-            conversations, rewards.flatten(), advantages.flatten(), strict=True
-        ):
-            scores = {"step": step + 1, "reward": reward.item(), "advantage": advantage.item()}
-            append_jsonl(
-                folder / "samples.jsonl", {**scores, **to_json(conversation, agent.tokenizer)}
-            )
-        yield (
-            step + 1,
-            {**step_metrics(conversations, rewards, loss_sums), "grad_norm": grad_norm, "lr": lr},
-        )
-        if step + 1 == config.steps or (step + 1) % config.save_every == 0:  # it is logged by now
-            save_checkpoint(folder, step + 1, optimizer, state)
-
-
-def setting(default, help_text: str, minimum: float | None = None, choices=(), commands="train"):
-    """A field of a Config: its default, its help, its values, and the commands that have it."""
-    metadata = {"help": help_text, "least": minimum, "choices": choices, "commands": commands}
-    return field(default=default, metadata=metadata)
+        # Log the step, then save: a checkpoint must never be ahead of the logs.
+        step += 1
+        metrics = {**rollout_metrics(groups), **metrics, "lr": lr}
+        yield step, metrics
+        append_jsonl(folder / "metrics.jsonl", {"step": step, **metrics})
+        log_samples(folder / "samples.jsonl", step, groups, rewards, advantages, agent.tokenizer)
+        if step % config.save_every == 0 or step == config.steps:
+            check_outputs(agent, groups)
+            state["position"] = stream.position
+            save_checkpoint(folder, step, optimizer, state)
 
 
-@dataclass
-class Config:
-    """The settings of `train`, with the paper's values where it states them."""
+def add_gradient(
+    agent: "Agent",
+    reference: Model | None,
+    groups: list["Group"],
+    advantages: Tensor,
+    config: "TrainConfig",
+    optimizer: "MasterAdamW",
+) -> dict[str, float]:
+    """Backpropagate the loss of a step into the optimizer's gradients, and return its metrics.
 
-    steps: int = setting(1_750, "optimizer steps", minimum=1)
-    batch_size: int = setting(256, "failures in a step", minimum=1)
-    group_size: int = setting(8, "G, reflections on each failure", minimum=2)
-    lr: float = setting(5e-7, "learning rate at its highest", minimum=0)
-    warmup: float = setting(0.03, "share of the steps in which the learning rate rises", minimum=0)
-    beta: float = setting(0.001, "weight of the KL term; 0 needs no reference model", minimum=0)
-    clip: float = setting(0.2, "epsilon: the ratio is clipped to 1 - epsilon … 1 + epsilon", 0)
-    loss_type: str = setting(
-        "dapo", "what a token weighs, see grpo_loss", choices=("dapo", "grpo", "dr_grpo")
-    )
-    scale_advantages: bool = setting(True, "divide advantages by the group's standard deviation")
-    max_grad_norm: float = setting(1.0, "a longer gradient is cut to this norm", minimum=0)
-    offload: bool = setting(False, "keep float32 weights and moments in main memory")
-    checkpointing: bool = setting(False, "compute layers twice in training, to store less")
-    save_every: int = setting(25, "steps between two checkpoints", minimum=1)
+    advantages: (P, G). Groups are processed one at a time, each as one packed sequence, so that
+    only one group's activations are in memory. The weights of the tokens are computed for the whole
+    step, so that this split does not change the gradient.
+    """
+    policy, temperature = agent.model, agent.temperature
+    all_rows = [training_rows(group) for group in groups]
+    lengths = torch.tensor([rows.mask.sum(dim=1).tolist() for rows in all_rows])  # (P, G)
+    max_turns = max((len(c.trained_turns()) for c in sum(groups, [])), default=0)
+    weights = token_weights(lengths, config.loss_type, max_turns * agent.max_new_tokens)  # (P, G)
+    measured = []
+    for rows, A, w in zip(all_rows, advantages, weights, strict=True):  # A and w: (G,)
+        if not A.any() and not config.beta:
+            continue  # The rewards of this group are all equal: its gradient is zero.
+        ref_logprobs = None
+        if config.beta:
+            with torch.no_grad():
+                ref_logprobs = token_logprobs(reference, rows, temperature)  # (G, T)
+        logprobs = token_logprobs(policy, rows, temperature)  # (G, T)
+        old_logprobs, mask, A = (x.to(policy.device) for x in (rows.old_logprobs, rows.mask, A))
+        w = w.to(logprobs.dtype).to(policy.device)  # In this order: MPS has no float64.
+        inputs = logprobs, old_logprobs, ref_logprobs, A, mask
+        loss = grpo_loss(*inputs, weights=w, clip=config.clip, beta=config.beta)
+        loss.backward()
+        optimizer.accumulate_gradients()
+        measured.append(loss_terms(loss, *inputs, clip=config.clip))
+    return loss_metrics(measured)
+
+
+@torch.no_grad()
+def check_outputs(agent: "Agent", groups: list["Group"]) -> None:
+    """Raise ValueError if the model does not compute finite log-probabilities any more, so that
+    such weights are never saved. The last checkpoint has the last good ones."""
+    if groups:
+        logprobs = token_logprobs(agent.model, training_rows(groups[0]), agent.temperature)
+        if not logprobs.isfinite().all():
+            raise ValueError("the updated model's outputs are not finite; try a lower --lr")
 
 
 # -- Advantages and loss ---------------------------------------------------------------------------
-def group_advantages(rewards: Tensor, epsilon: float = 1e-4, scale: bool = True) -> Tensor:
-    """(P, G) rewards -> (P, G) advantages: how far above the group's mean, in standard deviations.
+def reward(conversation: "Conversation") -> float:
+    """1 if the last answer is correct, else 0. A trained turn that was truncated earns 0, so that
+    the model learns to come to an end."""
+    truncated = any(turn.truncated for turn in conversation.trained_turns())
+    return float(conversation.final_verdict.correct and not truncated)
 
-    One success among G = 4: the mean is 0.25, the (sample) standard deviation 0.5, so
+
+def group_advantages(rewards: Tensor, delta: float = 1e-4, scale: bool = True) -> Tensor:
+    """The advantage of each reflection: by how many standard deviations its reward exceeds the mean
+    of its group. (P, G) rewards -> (P, G) advantages; G must be at least 2.
+
+    With one success among G = 4, the mean is 0.25 and the (sample) standard deviation is 0.5:
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
     tensor([[ 1.4997, -0.4999, -0.4999, -0.4999],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
 
-    A group of equal rewards has nothing to compare: its advantages are exactly zero. With
-    scale=False they are not divided by the deviation (Dr. GRPO): 0.75 and -0.25 in the example.
+    If all rewards of a group are equal, there is nothing to compare, and its advantages are exactly
+    zero. With scale=False the division by the standard deviation is left out (as in Dr. GRPO): the
+    example then has 0.75 and -0.25.
     """
     A = rewards - rewards.mean(dim=1, keepdim=True)
     if scale:
-        A = A / (rewards.std(dim=1, keepdim=True) + epsilon)  # needs G >= 2
-    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-    return A.masked_fill(equal, 0.0)
+        A = A / (rewards.std(dim=1, keepdim=True) + delta)
+    all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    return A.masked_fill(all_equal, 0.0)  # The mean of equal rewards may be off by a rounding.
 
 
 def grpo_loss(
@@ -193,435 +182,622 @@ def grpo_loss(
     ref_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
+    weights: Tensor | None = None,
     clip: float = 0.2,
     beta: float = 0.001,
-    loss_type: str = "dapo",
-    normalizer: float | None = None,
 ) -> Tensor:
-    """The clipped surrogate with the k3 KL term, over the tokens where mask is True. A scalar.
+    """The clipped surrogate with a KL penalty, summed over the tokens where `mask` is True. Scalar.
 
-    logprobs, old_logprobs, ref_logprobs, mask: (N, T); advantages: (N,). ref_logprobs may be None
-    when beta = 0. `loss` says what a token weighs:
-
-        dapo      the mean over all tokens of the step: every token weighs the same
-        grpo      the mean over sequences of each sequence's mean: the original
-        dr_grpo   the sum over a constant, N times the longest length allowed: no length bias
-
-    normalizer: what the sum is divided by: tokens, sequences, or sequences times longest length.
-    The caller gives the whole step's, so that splitting a step never changes its gradient; by
-    default it is taken from `mask` (its width being the longest length).
+    logprobs, old_logprobs, ref_logprobs: (G, T), log-probabilities of the same tokens under the
+    model that is trained, at sampling time, and under the reference model (None if beta is 0).
+    mask: (G, T) bool. advantages: (G,). weights: (G,), the weight of each token of a row, from
+    `token_weights`; by default every token has the weight 1 / (number of tokens in the mask).
     """
-    A = advantages[:, None]  # (N, 1)
-    # Untrained positions are 0 first: else exp may overflow there, and 0 * inf is nan.
-    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # (N, T)
+    A = advantages[:, None]  # (G, 1)
+    ratio = log_ratio(logprobs, old_logprobs, mask).exp()  # (G, T)
     per_token = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
     if beta:
-        per_token = per_token + beta * k3(torch.where(mask, ref_logprobs - logprobs, 0.0))
-    per_token = torch.where(mask, per_token, 0.0)
+        per_token = per_token + beta * kl_k3(logprobs, ref_logprobs, mask)
+    if weights is None:
+        weights = torch.ones_like(advantages) / mask.sum()
+    return (torch.where(mask, per_token, 0.0) * weights[:, None]).sum()
+
+
+def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """log(pi / pi_old) of each token, (G, T). It is zeroed outside the mask, where the logarithms
+    mean nothing: their exponential could overflow, and 0 * inf is nan."""
+    return torch.where(mask, logprobs - old_logprobs, 0.0)
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Schulman's k3 estimate of KL(pi || pi_ref) for each token, (G, T): exp(d) - 1 - d, where
+    d = log pi_ref - log pi. It is never negative. As a loss on samples of the current model, its
+    expected gradient is that of the forward KL divergence, KL(pi_ref || pi)."""
+    d = torch.where(mask, ref_logprobs - logprobs, 0.0)
+    return torch.expm1(d) - d
+
+
+def token_weights(lengths: Tensor, loss_type: str, max_length: int) -> Tensor:
+    """The weight of a token in the loss, for each reflection of a step: (P, G) -> (P, G).
+
+    lengths: (P, G), how many trained tokens each reflection has; max_length: the most it can have.
+
+        dapo      one over the number of tokens in the step: the mean over all tokens (as in DAPO)
+        grpo      the mean over reflections of the mean over each one's tokens (the original GRPO)
+        dr_grpo   one over a constant, reflections * max_length: no length bias (Dr. GRPO)
+    """
+    lengths, reflections = lengths.double(), lengths.numel()
+    if loss_type == "dapo":
+        return torch.ones_like(lengths) / lengths.sum()
     if loss_type == "grpo":
-        per_token = per_token / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    if normalizer is None:
-        normalizer = {"dapo": mask.sum(), "grpo": len(mask), "dr_grpo": mask.numel()}[loss_type]
-    return per_token.sum() / normalizer
+        return 1 / (lengths * reflections)
+    return torch.ones_like(lengths) / (reflections * max_length)
 
 
-def k3(difference: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(pi || pi_ref) per token, from d = log pi_ref - log pi: never
-    negative. Used as a loss, its expected gradient is that of KL(pi_ref || pi)."""
-    return torch.expm1(difference) - difference  # exp(d) - 1 - d, exact for small d, too
+@dataclass
+class TrainConfig:
+    """The settings of `train`. The defaults are the paper's values where it states them."""
+
+    steps: Annotated[int, "number of training steps"] = 1_750
+    batch_size: Annotated[int, "number of failures per step"] = 256
+    group_size: Annotated[int, "G, the number of reflections on each failure"] = 8
+    updates: Annotated[int, "number of optimizer updates per step, on the same samples"] = 1
+    lr: Annotated[float, "peak learning rate"] = 5e-7
+    warmup: Annotated[float, "fraction of the steps in which the learning rate rises"] = 0.03
+    beta: Annotated[float, "weight of the KL penalty; 0 needs no reference model"] = 0.001
+    clip: Annotated[float, "epsilon: clip the ratio to the range 1 - epsilon to 1 + epsilon"] = 0.2
+    loss_type: Annotated[
+        Literal["dapo", "grpo", "dr_grpo"], "how tokens are weighted in the loss: dapo takes the "
+        "mean over all tokens of the step (as in DAPO); for the others see `token_weights`"
+    ] = "dapo"  # fmt: skip
+    scale_advantages: Annotated[bool, "divide advantages by the group's standard deviation"] = True
+    max_grad_norm: Annotated[float, "clip the gradient norm to this value"] = 1.0
+    offload: Annotated[bool, "keep float32 master weights and moments in CPU memory"] = False
+    checkpointing: Annotated[bool, "recompute activations in the backward pass (saves memory)"] = (
+        False
+    )
+    save_every: Annotated[int, "number of steps between two checkpoints"] = 25
 
 
 # -- The mask and the log-probabilities ------------------------------------------------------------
-def reflection_rows(group: "Conversations") -> tuple[Tensor, Tensor, Tensor]:
-    """One failure's G conversations up to the end of the reflection, padded on the right.
+class TrainingRows(NamedTuple):
+    """The G conversations of a group, ready for training. All of them begin with the same context;
+    what follows in each is its branch, up to its last trained token. T is the longest branch."""
 
-    Returns (G, T) each: the token ids; the mask, True on the reflection's own tokens (with the
-    end-of-turn token that the model wrote); and their log-probabilities when they were drawn. The
-    mask is made from positions, never from ids: a padding token's id may be a real token elsewhere.
+    context: list[int]  # C token ids
+    branches: list[list[int]]  # G lists of token ids
+    targets: Tensor  # (G, T) the ids of the trained tokens, 0 elsewhere
+    mask: Tensor  # (G, T) True on the trained tokens
+    old_logprobs: Tensor  # (G, T) their log-probabilities at sampling time, 0 elsewhere
+
+
+def training_rows(group: "Group") -> TrainingRows:
+    """The rows of a group; `Conversation.trained_turns` says which tokens are trained.
+
+    The context is the longest common prefix of the prompts of the first trained turns. In R3, that
+    is the whole prompt of the reflections. A trained turn includes the end-of-turn token that the
+    model sampled. The mask is computed from positions, never by comparing ids with a padding id,
+    which may be a real token elsewhere. Raises ValueError if there is no common prefix, or if a
+    turn was not sampled in this run.
     """
-    T = max(
-        len(conversation.reflection_prompt) + len(conversation.reflection) for conversation in group
-    )
-    ids = torch.zeros(len(group), T, dtype=torch.long)
-    mask = torch.zeros(len(group), T, dtype=torch.bool)
-    old_logprobs = torch.zeros(len(group), T)
-    for row, conversation in enumerate(group):
-        start, end = (
-            len(conversation.reflection_prompt),
-            len(conversation.reflection_prompt) + len(conversation.reflection),
-        )
-        ids[row, :end] = torch.tensor(conversation.reflection_prompt + conversation.reflection)
-        mask[row, start:end] = True
-        old_logprobs[row, start:end] = torch.tensor(conversation.reflection_logprobs)
-    return ids, mask, old_logprobs
+    trained = [conversation.trained_turns() for conversation in group]
+    context = os.path.commonprefix([turns[0].prompt for turns in trained])  # of any lists
+    C = len(context)
+    if C == 0:
+        raise ValueError("the conversations of a group must begin with the same context")
+    branches = [(turns[-1].prompt + turns[-1].tokens)[C:] for turns in trained]
+    shape = len(group), max(map(len, branches))
+    targets = torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    old_logprobs = torch.zeros(shape)
+    for g, turns in enumerate(trained):
+        for turn in turns:
+            if len(turn.logprobs) != len(turn.tokens):
+                raise ValueError("a turn without log-probabilities (from a file) cannot be trained")
+            start = len(turn.prompt) - C
+            end = start + len(turn.tokens)
+            targets[g, start:end] = torch.tensor(turn.tokens)
+            mask[g, start:end] = True
+            old_logprobs[g, start:end] = torch.tensor(turn.logprobs)
+    return TrainingRows(context, branches, targets, mask, old_logprobs)
 
 
-def token_logprobs(model: Model, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
-    """The log-probabilities of the tokens where mask is True: (G, T), zero elsewhere.
+def token_logprobs(model: Model, rows: TrainingRows, temperature: float = 1.0) -> Tensor:
+    """The log-probabilities of the tokens where rows.mask is True: (G, T), 0 elsewhere.
 
-    ids, mask: (G, T) on the CPU; the rows begin with the same context, which is computed once for
-    all of them. All rows become one, in which each token keeps its position:
+    The context is computed once for all G branches, because they are packed into one sequence, in
+    which each branch sees the context and itself. With three tokens of context and two branches:
 
-        packed     [ context    | reflection_1 | reflection_2 | … | reflection_G ]
-        positions    0 1 … C-1    C C+1 …        C C+1 …            C C+1 …
-        sees         the context and, up to itself, its own reflection
-
-    Raises ValueError where the rows differ before their first trained token, or have none before.
+        ids        [ 7  8  9 | 10 11 | 12 ]        context | branch_1 | branch_2
+        positions  [ 0  1  2 |  3  4 |  3 ]        each branch continues after the context
+        predicted by index     2  3     2          token 10 by token 9, 11 by 10, and 12 by 9
     """
-    columns = torch.arange(ids.shape[1])
-    C = int(mask.any(dim=0).int().argmax())  # the context: all before the first trained token
-    if C == 0 or (ids[:, :C] != ids[0, :C]).any():
-        raise ValueError("rows need a trained token, and the same context before the first one")
-    last_trained = (mask * columns).amax(dim=1, keepdim=True)  # (G, 1)
-    row, position = ((columns >= C) & (columns <= last_trained)).nonzero(
-        as_tuple=True
-    )  # of each own token
-    packed = torch.cat([ids[0, :C], ids[row, position]])  # (L,)
-    positions = torch.cat([columns[:C], position])
-    lengths = [C, *row.bincount(minlength=len(ids)).tolist()]  # context, then reflections
-
-    # Own token j is at C + j, and predicted at C + j - 1; the first of each row, at C - 1.
-    predictors = torch.where(position == C, C - 1, C - 1 + torch.arange(len(row)))[
-        mask[row, position]
-    ]
-    inputs = packed[None].to(model.device), positions[None].to(model.device)
-    hidden = model.hidden(*inputs, lengths=lengths)[0, predictors.to(model.device)]  # (tokens, E)
-    logprobs = score(model, hidden, ids[mask].to(model.device), temperature)  # (tokens,)
-    return logprobs.new_zeros(ids.shape).masked_scatter(mask.to(model.device), logprobs)
+    lengths = [len(rows.context), *map(len, rows.branches)]
+    ids = torch.tensor([rows.context + sum(rows.branches, [])], device=model.device)  # (1, L)
+    hidden = model.hidden(ids, lengths=lengths)[0]  # (L, E)
+    predictors = predictor_indices(lengths[0], lengths[1:])[rows.mask]  # (N,)
+    targets = rows.targets[rows.mask].to(model.device)  # (N,)
+    logprobs = target_logprobs(model, hidden[predictors.to(model.device)], targets, temperature)
+    mask = rows.mask.to(model.device)
+    return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
 
 
-MAX_LOGITS = 2**25  # at most so many exist at once
+def predictor_indices(context_length: int, branch_lengths: list[int]) -> Tensor:
+    """The index, in the packed sequence, of the token that predicts token t of branch g: (G, T),
+    and 0 for padding.
+
+    A token is predicted by the one before it, and the first token of each branch by the last token
+    of the context. For the example above:
+
+    >>> predictor_indices(3, [2, 1])
+    tensor([[2, 3],
+            [2, 0]])
+    """
+    indices = torch.zeros(len(branch_lengths), max(branch_lengths), dtype=torch.long)
+    start = context_length
+    for g, length in enumerate(branch_lengths):
+        indices[g, :length] = torch.arange(start - 1, start + length - 1)
+        indices[g, 0] = context_length - 1
+        start += length
+    return indices
 
 
-def score(model: Model, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """(tokens, E) hidden states, (tokens,) targets -> their log-probabilities, (tokens,).
+MAX_LOGITS = 2**25  # the largest number of logits in memory at once
 
-    The output head is the widest matrix. It is applied to a part of the tokens at a time. If there
-    are several parts, the backward pass computes each again: all logits never exist at once.
+
+def target_logprobs(model: Model, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """The log-probabilities of target tokens: hidden (N, E), targets (N,) -> (N,).
+
+    The vocabulary is the widest dimension of the model. If the logits of all N tokens would be more
+    than MAX_LOGITS, they are computed in chunks, each by a call of this function. The backward pass
+    computes them again, so that the logits of only one chunk are in memory at a time.
     """
     chunk_size = max(1, MAX_LOGITS // model.vocab_size)
     if len(targets) <= chunk_size:
-        log_probs = F.log_softmax(model.head(hidden) / temperature, dim=-1)  # (tokens, V)
-        return -F.nll_loss(log_probs, targets, reduction="none")
+        log_p = F.log_softmax(model.head(hidden) / temperature, dim=-1)  # (N, V)
+        return -F.nll_loss(log_p, targets, reduction="none")
     chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-    logprobs = [
-        checkpoint(score, model, *chunk, temperature, use_reentrant=False) for chunk in chunks
-    ]
-    return torch.cat(logprobs)
+    return torch.cat(
+        [
+            recompute_in_backward(target_logprobs, model, *chunk, temperature, use_reentrant=False)
+            for chunk in chunks
+        ]
+    )
 
 
 # -- The conversation ------------------------------------------------------------------------------
 @dataclass
-class Agent:
-    """A model with what it needs to talk about a task, and how its turns are sampled."""
+class Turn:
+    """A turn of the assistant, as token ids."""
 
-    model: Model
-    tokenizer: Tokenizer
-    task: object
-    max_new_tokens: int  # the longest turn
-    temperature: float = 1.0
-    seed: int = 0
-    cache_tokens: int = 131_072  # in the KV cache at once: this bounds the memory
-
-    def attempt_prompt(self, problem) -> list[int]:
-        """The prompt of the first try, up to where the assistant's turn begins."""
-        return self.tokenizer.prompt(*self.task.messages(problem))
-
-    def reflection_prompt(self, conversation: "Conversation") -> list[int]:
-        """All that is read before a reflection: question, attempt, and "reflect"."""
-        bridge = self.tokenizer.bridge(self.task.reflection_instruction)
-        return conversation.attempt_prompt + self.tokenizer.next_turn(conversation.attempt, bridge)
-
-    def generate(self, prompts, num_samples, rng_keys, cache=None) -> Generation:
-        options = self.max_new_tokens, self.temperature, self.tokenizer.stop_ids, self.seed
-        return generate(self.model, prompts, num_samples, *options, rng_keys, cache)
-
-    def verify(self, problem, turn: list[int]):
-        return self.task.verify(problem, self.tokenizer.decode(turn))
+    prompt: list[int]  # everything before the turn
+    tokens: list[int]  # the turn; it ends with its end-of-turn token, unless it was truncated
+    truncated: bool  # whether the turn was cut off at max_new_tokens
+    logprobs: list[float] = field(default_factory=list, compare=False)  # when it was sampled
 
 
 @dataclass
 class Conversation:
-    """What was said about a problem, as token ids, and the verifier's two verdicts. Turns end with
-    their end-of-turn token, unless they were cut."""
+    """An attempt at a problem with its verdict; then, perhaps, a reflection and a retry."""
 
-    problem: object
+    problem: Any  # a dataclass with an integer `id`; its other fields depend on the task
     attempt_index: int  # which attempt at the problem this is
-    attempt_prompt: list[int]  # the question, up to where the assistant's turn begins
-    attempt: list[int]
-    attempt_verdict: object  # the verdict on the attempt
-    reflection_prompt: list[int] = field(default_factory=list)  # question, attempt, and "reflect"
+    attempt: Turn
+    attempt_verdict: Verdict
     reflection_index: int = 0  # which reflection on the attempt this is
-    reflection: list[int] = field(default_factory=list)
-    reflection_logprobs: list[float] = field(
-        default_factory=list
-    )  # of the reflection, when it was drawn
-    truncated: bool = False  # whether the reflection reached the longest length
-    retry: list[int] = field(default_factory=list)
-    retry_verdict: object = None  # the verdict on the retry
+    reflection: Turn | None = None
+    retry: Turn | None = None
+    retry_verdict: Verdict | None = None
+
+    def trained_turns(self) -> list[Turn]:
+        """The turns whose tokens are trained. R3 trains the reflection, and nothing else."""
+        return [self.reflection]
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Identifies the attempt within a run."""
+        return self.problem.id, self.attempt_index
+
+    @property
+    def final_verdict(self) -> Verdict:
+        """The verdict on the last answer: the retry's if there is one, else the attempt's."""
+        return self.retry_verdict or self.attempt_verdict
 
 
-Conversations = list[Conversation]
+MAX_TURNS = 3  # turns of the assistant in a conversation: attempt, reflection, retry
+Group = list[Conversation]  # the G conversations about one failure, with different reflections
 
-# The random numbers of a turn are keyed by (seed, purpose, step, turn, problem, attempt, …), so
-# that they do not depend on the batch. A `key` below is its (purpose, step).
+
+@dataclass
+class Agent:
+    """A model with everything that it needs to talk about a task: a tokenizer, the task, and the
+    settings of sampling. A `bridge`, below, is what stands between two turns of the assistant: the
+    end of the first, the user's instruction, and the beginning of the second."""
+
+    model: Model
+    tokenizer: Tokenizer
+    task: Task
+    max_new_tokens: int  # the maximum number of tokens in a turn
+    temperature: float = 1.0
+    seed: int = 0
+    cache_tokens: int = 131_072  # the maximum number of tokens in the KV cache: bounds the memory
+
+    def attempt_prompt(self, problem: Any) -> list[int]:
+        """The question, up to the point where the assistant's turn begins."""
+        return self.tokenizer.prompt(*self.task.messages(problem))
+
+    def reflection_prompt(self, conversation: Conversation) -> list[int]:
+        """The question, the attempt, and the instruction to reflect."""
+        bridge = self.tokenizer.bridge(self.task.reflection_instruction)
+        attempt = conversation.attempt
+        return attempt.prompt + self.tokenizer.next_turn(attempt.tokens, bridge)
+
+    def retry_prompt(self, conversation: Conversation) -> list[int]:
+        """All of the above, the reflection, and the instruction to try again."""
+        bridge = self.tokenizer.bridge(self.task.retry_instruction)
+        reflection = conversation.reflection
+        return reflection.prompt + self.tokenizer.next_turn(reflection.tokens, bridge)
+
+    def sample_turns(
+        self,
+        prompts: list[list[int]],
+        num_samples: int,
+        rng_keys: list[tuple[int, ...]],
+        cache: KVCache | None = None,
+        cached_lengths: list[int] | None = None,
+    ) -> tuple[list[list[Turn]], KVCache]:
+        """Sample `num_samples` turns after each prompt, and return them by prompt, with the cache.
+
+        cache: what `sample_turns` returned for the turn before. Row i holds the first
+        cached_lengths[i] tokens of prompt i, and only the rest goes through the model. num_samples
+        must then be 1.
+        """
+        cached_lengths = cached_lengths or [0] * len(prompts)
+        generation = generate(
+            self.model,
+            [prompt[length:] for prompt, length in zip(prompts, cached_lengths, strict=True)],
+            num_samples=num_samples,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            stop=self.tokenizer.stop_ids,
+            seed=self.seed,
+            rng_keys=rng_keys,
+            cache=cache,
+        )
+        turns = []
+        for p, prompt in enumerate(prompts):
+            sampled = zip(generation.tokens[p], generation.logprobs[p], strict=True)
+            turns.append(
+                [
+                    Turn(prompt, tokens, tokens[-1] not in self.tokenizer.stop_ids, logprobs)
+                    for tokens, logprobs in sampled
+                ]
+            )
+        return turns, generation.cache
+
+    def verify(self, problem: Any, turn: Turn) -> Verdict:
+        """The verifier's verdict on an answer."""
+        return self.task.verify(problem, self.tokenizer.decode(turn.tokens))
+
+
+# -- Sampling conversations ------------------------------------------------------------------------
+# The random numbers of a turn depend on (seed, purpose, step, which turn, problem, attempt,
+# reflection) alone. So they do not depend on the batch in which the turn is sampled.
+RngKey = tuple[int, int]  # the part (purpose, step)
 EVALUATE, COLLECT, TRAIN, PLAY = range(4)  # purposes
-ATTEMPT, REFLECT, RETRY = range(3)  # turns
+ATTEMPT, REFLECTION, RETRY = range(MAX_TURNS)  # turns
 
 
 def sample_attempts(
-    agent: Agent, problems: list, num_samples: int, rng_key: tuple, start: int = 0
-) -> Conversations:
-    """First tries: `num_samples` at each problem, problem by problem, numbered from `start`."""
+    agent: Agent,
+    problems: list,
+    num_samples: int,
+    rng_key: RngKey,
+    first_index: int = 0,
+) -> list[Conversation]:
+    """Attempt each problem `num_samples` times. The attempts are numbered from `first_index`."""
     prompts = [agent.attempt_prompt(problem) for problem in problems]
-    rng_keys = [
-        (*rng_key, ATTEMPT, problem.id, start + attempt_index)
-        for problem in problems
-        for attempt_index in range(num_samples)
+    indices = range(first_index, first_index + num_samples)
+    rng_keys = [(*rng_key, ATTEMPT, problem.id, i) for problem in problems for i in indices]
+    turns, _ = agent.sample_turns(prompts, num_samples, rng_keys)
+    return [
+        Conversation(problem, i, attempt, agent.verify(problem, attempt))
+        for problem, attempts in zip(problems, turns, strict=True)
+        for i, attempt in zip(indices, attempts, strict=True)
     ]
-    generation = agent.generate(prompts, num_samples, rng_keys)
-    conversations = []
-    for problem, prompt, turns in zip(problems, prompts, generation.tokens, strict=True):
-        for attempt_index, turn in enumerate(turns, start):
-            conversations.append(
-                Conversation(problem, attempt_index, prompt, turn, agent.verify(problem, turn))
-            )
-    return conversations
 
 
 def sample_reflections(
-    agent: Agent, failures: Conversations, num_samples: int, rng_key: tuple
-) -> tuple[Conversations, KVCache]:
-    """`samples` reflections on each failure, failure by failure, and the cache to retry from."""
+    agent: Agent, failures: list[Conversation], num_samples: int, rng_key: RngKey
+) -> tuple[list[Conversation], KVCache]:
+    """Reflect `num_samples` times on each failure. The reflections are numbered from the failure's
+    own reflection_index, which is 0 for a new failure. Returns the conversations, failure by
+    failure, and the cache from which the retries can be sampled."""
     prompts = [agent.reflection_prompt(failure) for failure in failures]
     rng_keys = [
-        (*rng_key, REFLECT, failure.problem.id, failure.attempt_index, reflection_index)
+        (*rng_key, REFLECTION, *failure.identity, failure.reflection_index + g)
         for failure in failures
-        for reflection_index in range(num_samples)
+        for g in range(num_samples)
     ]
-    generation = agent.generate(prompts, num_samples, rng_keys)
-    reflected = []
-    for index, failure in enumerate(failures):
-        for reflection_index, turn in enumerate(generation.tokens[index]):
-            fields = {
-                "reflection": turn,
-                "reflection_logprobs": generation.logprobs[index][reflection_index],
-                "reflection_index": reflection_index,
-            }
-            truncated = turn[-1] not in agent.tokenizer.stop_ids
-            reflected.append(
-                replace(failure, reflection_prompt=prompts[index], truncated=truncated, **fields)
-            )
-    return reflected, generation.cache
+    turns, cache = agent.sample_turns(prompts, num_samples, rng_keys)
+    conversations = [
+        replace(failure, reflection_index=failure.reflection_index + g, reflection=reflection)
+        for failure, reflections in zip(failures, turns, strict=True)
+        for g, reflection in enumerate(reflections)
+    ]
+    return conversations, cache
 
 
 def sample_retries(
-    agent: Agent, reflected: Conversations, rng_key: tuple, cache: KVCache | None = None
-) -> Conversations:
-    """A second try after each reflection. With the cache from `reflect`, which it leaves as it is,
-    only what comes after is read. Without (the reflections may be another model's), all is read."""
-    prompts, bridge = [], agent.tokenizer.bridge(agent.task.retry_instruction)
-    for conversation in reflected:
-        ids = conversation.reflection_prompt + agent.tokenizer.next_turn(
-            conversation.reflection, bridge
-        )
-        # The last token that was drawn is not in the cache: the prompt begins in its place.
-        prompts.append(
-            ids[len(conversation.reflection_prompt) + len(conversation.reflection) - 1 :]
-            if cache
-            else ids
-        )
-    rng_keys = [
-        (
-            *rng_key,
-            RETRY,
-            conversation.problem.id,
-            conversation.attempt_index,
-            conversation.reflection_index,
-        )
-        for conversation in reflected
-    ]
-    generation = agent.generate(prompts, 1, rng_keys, cache)
-    conversations = []
-    for conversation, [turn] in zip(reflected, generation.tokens, strict=True):
-        conversations.append(
-            replace(
-                conversation, retry=turn, retry_verdict=agent.verify(conversation.problem, turn)
-            )
-        )
-    return conversations
+    agent: Agent,
+    conversations: list[Conversation],
+    rng_key: RngKey,
+    cache: KVCache | None = None,
+) -> list[Conversation]:
+    """Retry once after each reflection.
+
+    cache: the one from `sample_reflections`, which is not changed. With it, only what is new in the
+    prompts goes through the model. Without it (for example, if another model wrote the
+    reflections), the whole prompts do.
+    """
+    prompts = [agent.retry_prompt(c) for c in conversations]
+    rng_keys = [(*rng_key, RETRY, *c.identity, c.reflection_index) for c in conversations]
+    cached_lengths = None
+    if cache is not None:  # It lacks the last token of each reflection, sampled but not fed back.
+        cached_lengths = [
+            len(c.reflection.prompt) + len(c.reflection.tokens) - 1 for c in conversations
+        ]
+    turns, _ = agent.sample_turns(prompts, 1, rng_keys, cache, cached_lengths)
+    retried = []
+    for conversation, (turn,) in zip(conversations, turns, strict=True):
+        verdict = agent.verify(conversation.problem, turn)
+        retried.append(replace(conversation, retry=turn, retry_verdict=verdict))
+    return retried
 
 
 def attempt_all(
-    agent: Agent, problems: list, num_samples: int, rng_key: tuple, start: int = 0
-) -> Conversations:
-    """`attempt` at any number of problems, in batches that fit the memory. Sorted by their ids."""
-    conversations, remaining = [], batches(agent, problems, num_samples, turns=1)
+    agent: Agent, problems: list, num_samples: int, rng_key: RngKey, first_index: int = 0
+) -> list[Conversation]:
+    """`sample_attempts` for any number of problems, in batches that fit in memory. The result is
+    in the order of the problems."""
+    conversations: list[Conversation] = []
+    remaining = longest_first(agent, problems)
     while remaining:
+        batch = next_batch(agent, remaining, num_samples, turns=1)
         try:
-            conversations += sample_attempts(agent, remaining[0], num_samples, rng_key, start)
-            remaining = remaining[1:]
+            conversations += sample_attempts(agent, batch, num_samples, rng_key, first_index)
+            remaining = remaining[len(batch) :]
         except torch.OutOfMemoryError:
-            remaining = halve_batches(agent, remaining, num_samples, turns=1)
-    return sorted(
-        conversations,
-        key=lambda conversation: (conversation.problem.id, conversation.attempt_index),
-    )
+            if len(batch) == 1:
+                raise
+            halve_cache(agent, batch, num_samples, turns=1)
+    order = {problem.id: place for place, problem in enumerate(problems)}
+    return sorted(conversations, key=lambda c: (order[c.problem.id], c.attempt_index))
 
 
 def rollout(
-    agent: Agent, failures: Conversations, num_samples: int, rng_key: tuple
-) -> Conversations:
-    """Reflect `samples` times on any number of failures, and retry once after each reflection, in
-    batches that fit the memory. Sorted by problem id; the tries on one failure stand together."""
-    conversations, remaining = [], batches(agent, failures, num_samples, turns=2)
+    agent: Agent, failures: list[Conversation], group_size: int, rng_key: RngKey
+) -> list[Group]:
+    """Reflect `group_size` times on each failure and retry once after each reflection, for any
+    number of failures, in batches that fit in memory. Returns a group of conversations for each
+    failure, in the order of the failures."""
+    groups: dict[tuple[int, int], Group] = {failure.identity: [] for failure in failures}
+    remaining = longest_first(agent, failures)
     while remaining:
+        batch = next_batch(agent, remaining, group_size, turns=MAX_TURNS - 1)
+        cache = None  # Free the cache of the previous batch before allocating the next one.
         try:
-            reflected, cache = sample_reflections(agent, remaining[0], num_samples, rng_key)
-            conversations += sample_retries(agent, reflected, rng_key, cache)
-            remaining = remaining[1:]
+            reflected, cache = sample_reflections(agent, batch, group_size, rng_key)
+            for conversation in sample_retries(agent, reflected, rng_key, cache):
+                groups[conversation.identity].append(conversation)
+            remaining = remaining[len(batch) :]
         except torch.OutOfMemoryError:
-            remaining = halve_batches(agent, remaining, num_samples, turns=2)
-        cache = None  # its memory is free for the next batch
-    return sorted(
-        conversations,
-        key=lambda conversation: (conversation.problem.id, conversation.attempt_index),
-    )
+            if len(batch) == 1:
+                raise
+            halve_cache(agent, batch, group_size, turns=MAX_TURNS - 1)
+    return list(groups.values())
 
 
-def batches(agent: Agent, items: list, num_samples: int, turns: int) -> list[list]:
-    """Problems or failures, longest first, in batches whose keys and values fit agent.cache_tokens.
-    All items of a batch count as the longest."""
-    remaining = sorted(
-        items, key=lambda item: -cache_tokens_needed(agent, item, num_samples, turns)
-    )
-    batches_ = []
-    while remaining:
-        batch_size = max(
-            1, agent.cache_tokens // cache_tokens_needed(agent, remaining[0], num_samples, turns)
-        )
-        batches_.append(remaining[:batch_size])
-        remaining = remaining[batch_size:]
-    return batches_
+def longest_first(agent: Agent, items: list) -> list:
+    """Problems or failures, sorted by the length of their prompts: similar ones share a batch."""
+    return sorted(items, key=lambda item: prompt_length(agent, item), reverse=True)
 
 
-def cache_tokens_needed(agent: Agent, item, num_samples: int, turns: int) -> int:
-    """Tokens that a problem or failure takes in the cache: what was said, and samples * turns new
-    turns, with about 50 tokens of the template before each."""
-    tokens = (
-        item.attempt_prompt + item.attempt
-        if isinstance(item, Conversation)
-        else agent.attempt_prompt(item)
-    )
-    return len(tokens) + num_samples * turns * (agent.max_new_tokens + 50)
+def next_batch(agent: Agent, remaining: list, num_samples: int, turns: int) -> list:
+    """The first of the remaining items whose keys and values fit in agent.cache_tokens, at least
+    one. Each item is counted as if it were as long as the first, which is the longest."""
+    tokens = cache_tokens_needed(agent, remaining[0], num_samples, turns)
+    return remaining[: max(1, agent.cache_tokens // tokens)]
 
 
-def halve_batches(agent: Agent, remaining: list[list], num_samples: int, turns: int) -> list[list]:
-    """What is left to do, in batches of half the size: the first one did not fit the memory. If
-    that is a single item, its error goes on."""
-    if len(remaining[0]) == 1:
-        raise  # the error that the caller is handling
-    agent.cache_tokens = (
-        len(remaining[0]) * cache_tokens_needed(agent, remaining[0][0], num_samples, turns) // 2
-    )
-    return batches(agent, sum(remaining, []), num_samples, turns)
+def halve_cache(agent: Agent, batch: list, num_samples: int, turns: int) -> None:
+    """After a batch ran out of memory, lower agent.cache_tokens so that half of it fits."""
+    tokens = cache_tokens_needed(agent, batch[0], num_samples, turns)
+    agent.cache_tokens = len(batch) * tokens // 2
 
 
-def draw_failures(
-    failures: Conversations, step: int, batch_size: int, seed: int, leave_out=()
-) -> Conversations:
-    """The failures of a step. Each comes once an epoch, in a new random order, and at most once a
-    step (which may then be smaller). leave_out: the ids of problems that are not to be drawn.
-    Raises ValueError where none is left."""
-    remaining = [failure for failure in failures if failure.problem.id not in leave_out]
-    if not remaining:
-        raise ValueError("there is no failure to train on")
-    epoch, start = divmod(step * batch_size, len(remaining))
-    order: Conversations = []
-    while len(order) < start + batch_size:
-        order += random.Random(f"{seed} {epoch}").sample(remaining, len(remaining))
-        epoch += 1
-    return list(
-        {
-            (failure.problem.id, failure.attempt_index): failure
-            for failure in order[start : start + batch_size]
-        }.values()
-    )
+def cache_tokens_needed(agent: Agent, item: Any, num_samples: int, turns: int) -> int:
+    """How many tokens of the KV cache a problem or a failure takes: its prompt, which is stored
+    once, and `turns` new turns for each sample, with about 50 tokens of the template for each."""
+    return prompt_length(agent, item) + num_samples * turns * (agent.max_new_tokens + 50)
 
 
-# -- What a step reports ---------------------------------------------------------------------------
-def loss_metrics(
-    loss, logprobs, old_logprobs, ref_logprobs, advantages, mask, clip
-) -> dict[str, float]:
-    """Sums over one failure's trained tokens, for the metrics of the step."""
-    clipped = ((logprobs - old_logprobs).exp() - 1) * advantages[
-        :, None
-    ].sign() > clip  # the clip stops the gradient
-    sums = {"loss": loss, "tokens": mask.sum(), "nll": -logprobs.sum()}
-    sums |= {"clipped": clipped.sum(), "mismatch": (logprobs - old_logprobs).abs().max()}
-    sums |= (
-        {}
-        if ref_logprobs is None
-        else {"kl": k3(torch.where(mask, ref_logprobs - logprobs, 0.0)).sum()}
-    )
-    values = torch.stack([value.float() for value in sums.values()]).tolist()  # waits once
-    return dict(zip(sums, values, strict=True))
+def prompt_length(agent: Agent, item: Any) -> int:
+    """The number of tokens in a problem's question, or in the question and attempt of a failure."""
+    if isinstance(item, Conversation):
+        return len(item.attempt.prompt) + len(item.attempt.tokens)
+    return len(agent.attempt_prompt(item))
 
 
-def step_metrics(
-    conversations: Conversations, rewards: Tensor, loss_sums: list[dict]
-) -> dict[str, float]:
-    """The metrics of a step. nll (on average, the entropy), clipped and, with a reference, kl are
-    means over trained tokens; mismatch is the largest change of a token's log-probability since it
-    was drawn; sampled_tokens counts the tokens of reflections and retries."""
-    num_tokens = max(1, sum(sums["tokens"] for sums in loss_sums))
-    means = [name for name in ("nll", "clipped", "kl") if any(name in sums for sums in loss_sums)]
-    lengths = [len(conversation.reflection) for conversation in conversations]
+class FailureStream:
+    """The order in which failures are drawn for training: epoch after epoch, endlessly.
+
+    Each epoch is a new permutation of all failures, which depends on the seed and the number of the
+    epoch alone. `position` counts the failures drawn so far. It is saved with the checkpoint. So a
+    variant of the training loop may draw more or less than one batch per step, or drop some
+    failures after they were drawn: the order of the others stays the same.
+    """
+
+    def __init__(self, failures: list[Conversation], seed: int, position: int = 0):
+        self.failures, self.seed, self.position = failures, seed, position
+
+    def draw(self, size: int) -> list[Conversation]:
+        """The next `size` failures. If the batch crosses the border of two epochs, a failure may be
+        drawn twice: it is then returned once. Raises ValueError if there are no failures."""
+        if not self.failures:
+            raise ValueError("there are no failures to train on")
+        epoch, start = divmod(self.position, len(self.failures))
+        order: list[Conversation] = []
+        while len(order) < start + size:
+            rng = random.Random(f"{self.seed} {epoch}")
+            order += rng.sample(self.failures, len(self.failures))
+            epoch += 1
+        self.position += size
+        return list({failure.identity: failure for failure in order[start : start + size]}.values())
+
+
+# -- Metrics and samples ---------------------------------------------------------------------------
+def rollout_metrics(groups: list[Group]) -> dict[str, float]:
+    """Metrics of what was sampled in a step. reward, reflection_tokens and truncated (of the
+    trained turns) are means; mixed_groups is the fraction of groups with different rewards, which
+    are the ones that teach something; sampled_tokens is a count."""
+    conversations = sum(groups, [])
+    rewards = [[reward(c) for c in group] for group in groups]
+    reflections = [c.reflection for c in conversations if c.reflection]
+    sampled = [turn for c in conversations for turn in (c.reflection or c.attempt, c.retry) if turn]
+    trained = [turn for c in conversations for turn in c.trained_turns()]
     return {
-        "reward": rewards.mean().item(),
-        "mixed_groups": (rewards != rewards[:, :1]).any(dim=1).float().mean().item(),
-        "reflection_tokens": sum(lengths) / len(conversations),
-        "truncated": sum(conversation.truncated for conversation in conversations)
-        / len(conversations),
-        "sampled_tokens": sum(lengths)
-        + sum(len(conversation.retry) for conversation in conversations),
-        "loss": sum(sums["loss"] for sums in loss_sums),
-        "mismatch": max((sums["mismatch"] for sums in loss_sums), default=0.0),
-        **{name: sum(sums[name] for sums in loss_sums) / num_tokens for name in means},
+        "sampled_groups": len(groups),
+        "sampled_tokens": sum(len(turn.tokens) for turn in sampled),
+        "reward": mean(sum(rewards, [])),
+        "mixed_groups": mean([len(set(values)) > 1 for values in rewards]),
+        "reflection_tokens": mean([len(turn.tokens) for turn in reflections]),
+        "truncated": mean([turn.truncated for turn in trained]),
     }
+
+
+def mean(values: list[float]) -> float:
+    """The mean of some values; 0 if there are none."""
+    return sum(values) / max(1, len(values))
+
+
+def loss_terms(
+    loss: Tensor,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float,
+) -> dict[str, Tensor]:
+    """What `loss_metrics` needs of a group, as scalars on its device. Arguments as in grpo_loss."""
+    logprobs = logprobs.detach()
+    change = log_ratio(logprobs, old_logprobs, mask)  # (G, T)
+    # The clip stops the gradient of a token if its ratio has already moved further than `clip` in
+    # the direction of its advantage.
+    clipped = mask & (change.expm1() * advantages[:, None].sign() > clip)
+    terms = {
+        "loss": loss.detach(),
+        "tokens": mask.sum(),
+        "nll": -torch.where(mask, logprobs, 0.0).sum(),
+        "clipped": clipped.sum(),
+        "mismatch": change.abs().max(),
+    }
+    if ref_logprobs is not None:
+        terms["kl"] = kl_k3(logprobs, ref_logprobs, mask).sum()
+    return terms
+
+
+def loss_metrics(terms: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The metrics of an update, from the `loss_terms` of the groups that were trained.
+
+    nll (on average, the entropy), clipped and kl are means over the trained tokens; there is a kl
+    only with a reference model. mismatch is the largest change of a token's log-probability since
+    it was sampled: before any update on a batch, that is the difference between the sampler and the
+    trainer. If a step has several updates, the metrics are those of the last one.
+    """
+    metrics = {"trained_groups": len(terms), "loss": 0.0, "mismatch": 0.0}
+    if terms:
+        names = list(terms[0])
+        stacked = torch.stack([torch.stack([t[name].float() for name in names]) for t in terms])
+        columns = dict(zip(names, stacked.T.tolist(), strict=True))  # the only GPU synchronization
+        tokens = sum(columns.pop("tokens"))
+        metrics["mismatch"] = max(columns.pop("mismatch"))
+        metrics["loss"] = sum(columns.pop("loss"))
+        metrics |= {name: sum(values) / tokens for name, values in columns.items()}
+    return metrics
+
+
+def log_samples(
+    path: Path,
+    step: int,
+    groups: list[Group],
+    rewards: Tensor,
+    advantages: Tensor,
+    tokenizer: Tokenizer,
+) -> None:
+    """Append the conversations of a step to a file, with their rewards and advantages, (P, G)."""
+    values = zip(rewards.flatten().tolist(), advantages.flatten().tolist(), strict=True)
+    records = []
+    for conversation, (r, A) in zip(sum(groups, []), values, strict=True):
+        scores = {"step": step, "reward": r, "advantage": A}
+        records.append({**scores, **to_json(conversation, tokenizer)})
+    append_jsonl(path, *records)
 
 
 def to_json(conversation: Conversation, tokenizer: Tokenizer) -> dict:
-    """A conversation as JSON: in words for its readers, and its turns as token ids. The context is
-    what was read before the reflection, if there is one, else before the attempt."""
-    ids = {
-        "attempt": conversation.attempt,
-        "reflection": conversation.reflection,
-        "retry": conversation.retry,
-    }
-    words = {
-        name: tokenizer.tokenizer.decode(turn, skip_special_tokens=False)
-        for name, turn in {
-            "context": conversation.reflection_prompt or conversation.attempt_prompt,
-            **ids,
-        }.items()
-        if turn
-    }
-    verdicts = {
-        "attempt_verdict": asdict(conversation.attempt_verdict),
-        "retry_verdict": conversation.retry_verdict and asdict(conversation.retry_verdict),
-    }
-    return {
-        "problem": asdict(conversation.problem),
-        "attempt_index": conversation.attempt_index,
-        **words,
-        **verdicts,
-        "ids": ids,
-    }
+    """A conversation as a JSON record: its turns as text, for people, and as token ids. `context`
+    is the text before the reflection or, if there is none, before the attempt."""
+    c = conversation
+    last_prompt = (c.reflection or c.attempt).prompt
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
+
+    record = {"problem": asdict(c.problem), "attempt_index": c.attempt_index}
+    record |= {"reflection_index": c.reflection_index, "context": text(last_prompt)}
+    for name in ("attempt", "reflection", "retry"):
+        turn = getattr(c, name)
+        if turn:
+            tokens, truncated = turn.tokens, turn.truncated
+            record[name] = {"text": text(tokens), "tokens": tokens, "truncated": truncated}
+    record["attempt_verdict"] = asdict(c.attempt_verdict)
+    if c.retry_verdict:
+        record["retry_verdict"] = asdict(c.retry_verdict)
+    return record
+
+
+def from_json(record: dict, agent: Agent) -> Conversation:
+    """The conversation that `to_json` wrote, judged again. Prompts are rendered again, and
+    log-probabilities are not restored. Raises KeyError if a field is missing, and ValueError or
+    TypeError if the record does not fit the agent's task or tokenizer."""
+    problem = agent.task.parse_record(record["problem"])
+    for name in ("attempt_index", "reflection_index"):
+        if type(record[name]) is not int or record[name] < 0:
+            raise ValueError(f"{name} {record[name]!r} must be an integer of at least 0")
+
+    def turn(name: str, prompt: list[int]) -> Turn:
+        tokens = record[name]["tokens"]
+        if not tokens or not all(0 <= token < agent.model.vocab_size for token in tokens):
+            raise ValueError(f"the tokens of its {name} are not this model's")
+        return Turn(prompt, tokens, record[name]["truncated"])
+
+    attempt = turn("attempt", agent.attempt_prompt(problem))
+    verdict = agent.verify(problem, attempt)
+    c = Conversation(problem, record["attempt_index"], attempt, verdict, record["reflection_index"])
+    if "reflection" in record:
+        c.reflection = turn("reflection", agent.reflection_prompt(c))
+    if "retry" in record:
+        c.retry = turn("retry", agent.retry_prompt(c))
+        c.retry_verdict = agent.verify(problem, c.retry)
+    written = json.loads(json.dumps(to_json(c, agent.tokenizer)))  # turns tuples into lists
+    if written != {name: record[name] for name in written}:
+        raise ValueError("its texts or verdicts do not match its token ids")
+    return c
 
 
 def append_jsonl(path: Path, *records: dict) -> None:
-    """Add lines to a file."""
+    """Append records to a file, one line each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))
@@ -629,29 +805,35 @@ def append_jsonl(path: Path, *records: dict) -> None:
 
 # -- The optimizer ---------------------------------------------------------------------------------
 def lr_multiplier(step: int, steps: int, warmup: float) -> float:
-    """The share of the full learning rate at a step: a linear rise, then a cosine towards 0."""
+    """The fraction of the peak learning rate at a step: linear warmup, then cosine decay to 0.
+    warmup: the fraction of the steps in which it rises."""
     warmup_steps = math.ceil(steps * warmup)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW on float32 masters of the weights, kept in main memory with `offload`. bfloat16 has 8
-    significant bits: at a learning rate of 5e-7, rounding undoes nearly every update. So updates
-    and gradients are summed in float32 copies, the masters, and each step ends by rounding these
-    into the weights. A weight that is float32 is its own master."""
+    """AdamW on float32 master weights.
+
+    bfloat16 has 8 significant bits. At a learning rate of 5e-7, nearly every update of a bfloat16
+    weight would be rounded to zero. So updates and gradients are summed in float32 copies of the
+    weights, the masters, and each step ends by rounding the masters into the weights. With
+    `offload` the masters are kept in CPU memory. A float32 weight on the same device is its own
+    master.
+    """
 
     def __init__(self, model: Model, lr: float, offload: bool = False):
-        self.weights = list(model.parameters())
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.masters = self.weights
-        if offload or model.lm_head.weight.dtype != torch.float32:
+        if offload or self.weights[0].dtype != torch.float32:
             device = "cpu" if offload else model.device
             self.masters = [w.detach().to(device, torch.float32, copy=True) for w in self.weights]
         super().__init__(self.masters, lr=lr, weight_decay=0.0, fused=True)
 
     def accumulate_gradients(self) -> None:
-        """After a backward pass: add the weights' gradients to their masters'."""
+        """After a backward pass, add the gradients of the weights to those of the masters."""
         if self.masters is self.weights:
             return
         for weight, master in zip(self.weights, self.masters, strict=True):
@@ -660,11 +842,12 @@ class MasterAdamW(torch.optim.AdamW):
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     def update(self, lr: float, max_grad_norm: float) -> float:
-        """One step with the gradient, cut to max_grad_norm. Returns its norm before that. Raises
-        ValueError, and changes nothing, where it is not finite. Without any gradient: no step."""
+        """Clip the gradient to max_grad_norm, make one AdamW step, and return the norm that the
+        gradient had before it was clipped. Parameters without a gradient stay as they are. Raises
+        ValueError if the norm is not finite; the weights are then unchanged."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
         if not math.isfinite(norm):
-            raise ValueError("the gradient is not finite: take a lower --lr")
+            raise ValueError("the gradient is not finite; try a lower --lr")
         self.param_groups[0]["lr"] = lr
         self.step()
         self.copy_to_weights()
@@ -672,18 +855,19 @@ class MasterAdamW(torch.optim.AdamW):
         return norm
 
     def copy_to_weights(self) -> None:
+        """Round the masters into the weights of the model."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             weight.data.copy_(master.data)
 
 
 # -- The checkpoint --------------------------------------------------------------------------------
-LOGS = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")  # cut back when a run is resumed
+LOGS = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")  # r3.py writes the timings
 
 
 def save_checkpoint(folder: Path, step: int, optimizer: MasterAdamW, state: dict) -> None:
-    """What training needs to go on after `step` steps, in one file that is replaced at once:
-    float32 weights, AdamW's moments, how long the run's logs are, and a small JSON `state`. There
-    is no random state: each draw is keyed by its step."""
+    """Save what training needs to resume after `step` steps, in one file that is replaced
+    atomically: master weights, AdamW's moments, the lengths of the run's log files, and `state`, a
+    small JSON object. No random state needs saving, because random numbers depend on the step."""
     tensors = {}
     for i, master in enumerate(optimizer.masters):
         values = {"weight": master.detach(), **optimizer.state.get(master, {})}
@@ -695,24 +879,29 @@ def save_checkpoint(folder: Path, step: int, optimizer: MasterAdamW, state: dict
 
 
 def load_checkpoint(folder: Path, optimizer: MasterAdamW) -> tuple[int, dict]:
-    """Go back to the run's checkpoint: weights, moments, and the length of its logs. Returns the
-    steps done, 0 where there is no checkpoint, and the `state` that was saved. Raises ValueError
-    for a checkpoint that is damaged, or of another model."""
-    path, step, lengths, state = folder / "checkpoint.safetensors", 0, {}, {}
+    """Restore weights and moments from the run's checkpoint, and truncate the log files to the
+    lengths that they had then. Returns the number of steps done and the `state` that was saved. If
+    there is no checkpoint, the logs are emptied, and the result is (0, {}): the run starts over.
+    Raises ValueError if the checkpoint is damaged or belongs to another model."""
+    path = folder / "checkpoint.safetensors"
+    step, lengths, state = 0, {}, {}
     if path.exists():
         try:
             with safetensors.safe_open(path, "pt") as file:
                 record = json.loads(file.metadata()["run"])
                 step, lengths, state = record["step"], record["logs"], record["state"]
-                names = {name.partition(".")[2] for name in file.keys()}  # noqa: SIM118
-                if len(list(file.keys())) != len(names) * len(optimizer.masters):
-                    raise ValueError("other tensors")
+                keys = list(file.keys())  # "0.weight", "0.step", "0.exp_avg", "0.exp_avg_sq", …
+                names = {key.partition(".")[2] for key in keys}
+                if len(keys) != len(names) * len(optimizer.masters):
+                    raise ValueError("it has another number of tensors")
                 for i, master in enumerate(optimizer.masters):
                     values = {name: file.get_tensor(f"{i}.{name}") for name in names}
                     master.data.copy_(values.pop("weight").view_as(master))
-                    optimizer.state[master] = {n: x.to(master.device) for n, x in values.items()}
+                    optimizer.state[master] = {  # copies: the file can be deleted
+                        name: x.to(master.device, copy=True) for name, x in values.items()
+                    }
         except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is damaged, or of another model: {error}") from None
+            raise ValueError(f"{path} is damaged or belongs to another model: {error}") from None
         optimizer.copy_to_weights()
     for log in (folder / name for name in LOGS):
         if log.exists():

@@ -1,14 +1,15 @@
 """Reflect, Retry, Reward: the experiment around the method, and the command line.
 
-    python r3.py train      evaluate a model, train it by R3 on its failures, evaluate it again
+    python r3.py train      evaluate a model, train it with R3 on its failures, evaluate it again
     python r3.py failures   collect a dataset of failures, for train --failures
-    python r3.py eval       the first try and within two tries, with intervals
-    python r3.py play       type a problem, and watch a model attempt, reflect and retry
+    python r3.py eval       measure the accuracy on the first try and within two tries
+    python r3.py play       type a problem, and watch a model attempt it, reflect and retry
     python r3.py show       read what was sampled, rewarded and trained
-    python r3.py plot       draw the curves of one run or several
+    python r3.py plot       draw the curves of one run or of several
 
-The method itself is in grpo.py. This file reads from top to bottom: the settings, the cold start of
-the tiny model, failures and evaluation, tables, the commands, the command line.
+The method itself is in grpo.py. This file contains, in this order: the settings, the cold start
+that makes the tiny model, the search for failures and the evaluation, the tables, the commands, and
+the command line.
 """
 
 import argparse
@@ -18,339 +19,378 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import sys
 import textwrap
 import time
 import typing
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
+import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import grpo
-import model as models
-from grpo import (
-    Agent,
-    Conversation,
-    Conversations,
-    append_jsonl,
-    attempt_all,
-    batches,
-    rollout,
-    setting,
-)
-from model import Model, Tokenizer
+from grpo import Agent, Conversation, append_jsonl, attempt_all, longest_first, next_batch, rollout
+from model import Model, Tokenizer, from_hub, read_json, replace_file, tiny_model
 from tasks import TASKS, TinyCountdown
 
 RUNS = Path("runs")
 
+
 # -- Settings --------------------------------------------------------------------------------------
-EVAL_SPLITS = ("dev", "test", "train", "all")
-EVALUATION_COMMANDS, SEARCH_COMMANDS = (
-    "train eval",
-    "train failures",
-)  # the commands that have a setting
-RUN_COMMANDS, MODEL_COMMANDS = "train failures eval", "train failures eval play"
-
-
 @dataclass
-class Config(grpo.Config):
-    """Every setting of a run, by name. The command line is made from it."""
+class Config(grpo.TrainConfig):
+    """All settings of a run. The command line is generated from this class: each setting is a flag,
+    and the text beside its type is the flag's help."""
 
-    model: str = setting(
-        "tiny", "a Hugging Face folder or hub id; tiny: made here", commands=MODEL_COMMANDS
-    )
-    task: str = setting("countdown", "what to solve", choices=TASKS, commands=MODEL_COMMANDS)
-    data: str | None = setting(
-        None, "problems: JSON, JSONL, parquet or a hub id", commands=RUN_COMMANDS
-    )
-    split: str = setting(
-        "dev", "evaluate on this part", choices=EVAL_SPLITS, commands=EVALUATION_COMMANDS
-    )
-    limit: int | None = setting(
-        None, "evaluate on at most so many problems", 2, commands=EVALUATION_COMMANDS
-    )
-    num_samples: int = setting(1, "first tries at each problem", 1, commands=EVALUATION_COMMANDS)
-    num_problems: int | None = setting(
-        None, "look for failures among so many", 1, commands=SEARCH_COMMANDS
-    )
-    max_attempts: int = setting(
-        64, "at most so many tries at each of them", 1, commands=SEARCH_COMMANDS
-    )
-    failures: str | None = setting(None, "train on this failures.jsonl of another run")
-    temperature: float = setting(1.0, "of sampling; 0 is greedy", 0, commands=MODEL_COMMANDS)
-    max_new_tokens: int = setting(512, "the longest turn", 1, commands=MODEL_COMMANDS)
-    seed: int = setting(0, "of all random numbers", 0, commands=MODEL_COMMANDS)
-    device: str = setting("cpu", "cpu, cuda or mps", commands=MODEL_COMMANDS)
-    dtype: str = setting(
-        "float32", "of the weights", choices=("float32", "bfloat16"), commands=MODEL_COMMANDS
-    )
-    cache_tokens: int | None = setting(
-        None, "tokens in the KV cache at once", 1, commands=MODEL_COMMANDS
-    )
-    name: str | None = setting(None, "the run's folder in runs/", commands=RUN_COMMANDS)
+    model: Annotated[str, "Hugging Face folder or hub id; tiny: a model made from scratch"] = "tiny"
+    task: Annotated[str, "the task to solve"] = "countdown"
+    data: Annotated[str | None, "problems: a JSON, JSONL or parquet file, or a hub id"] = None
+    name: Annotated[str | None, "name of the run's folder in runs/"] = None
+    seed: Annotated[int, "seed of all random numbers"] = 0
+    device: Annotated[str, "cpu, cuda or mps"] = "cpu"
+    dtype: Annotated[Literal["float32", "bfloat16"], "data type of the model's weights"] = "float32"
+    temperature: Annotated[float, "sampling temperature; 0 means greedy decoding"] = 1.0
+    max_new_tokens: Annotated[int, "maximum number of tokens in a turn"] = 512
+    cache_tokens: Annotated[int | None, "maximum number of tokens in the KV cache"] = None
+    split: Annotated[Literal["dev", "test", "train", "all"], "problems to evaluate on"] = "dev"
+    limit: Annotated[int | None, "maximum number of problems to evaluate on"] = None
+    num_samples: Annotated[int, "number of attempts at each problem in the evaluation"] = 1
+    num_problems: Annotated[int | None, "maximum number of problems in the failure search"] = None
+    max_attempts: Annotated[int, "maximum number of attempts at each of them"] = 64
+    failures: Annotated[str | None, "train on this failures.jsonl instead of a new search"] = None
 
     def __post_init__(self):
         if self.temperature == 0:
-            self.num_samples = self.max_attempts = 1  # greedy tries are all alike
-        for field in fields(self):
-            value, minimum = getattr(self, field.name), field.metadata["least"]
-            if value is not None and minimum is not None and not minimum <= value < math.inf:
-                flag = f"--{field.name.replace('_', '-')}"
-                raise ValueError(f"{flag} {value}: give a number from {minimum} on")
+            self.num_samples = self.max_attempts = 1  # Greedy attempts are all the same.
+        for name, setting in SETTINGS.items():  # SETTINGS is made from this class, below
+            setting.check(f"--{name.replace('_', '-')}", getattr(self, name))
+        if self.task not in TASKS:
+            raise ValueError(f"--task {self.task}: must be one of {', '.join(TASKS)}")
+        if self.name is not None and not re.fullmatch(r"\w[\w .+-]*(/\w[\w .+-]*)*", self.name):
+            raise ValueError(f"--name {self.name}: must be the name of a folder within {RUNS}/")
 
 
-# Defaults for the tiny model, and for a checkpoint: the paper's values where it states them (it
-# does not state the group size and the longest turn).
+class Setting(NamedTuple):
+    """The type, the help text and the allowed range of a setting."""
+
+    type: type
+    optional: bool  # whether it may be None
+    choices: tuple
+    help: str
+    lowest: float
+    highest: float
+
+    def check(self, flag: str, value: Any) -> None:
+        """Raise ValueError if a setting cannot have this value."""
+        if value is None and self.optional:
+            return
+        allowed = (int, float) if self.type is float else self.type
+        if not isinstance(value, allowed) or (isinstance(value, bool) and self.type is not bool):
+            raise ValueError(f"{flag} {value!r}: must be of type {self.type.__name__}")
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{flag} {value}: must be one of {', '.join(self.choices)}")
+        if self.type in (int, float) and not self.lowest <= value <= self.highest:
+            bound = f"at least {self.lowest:g}"
+            if value > self.highest:
+                bound = f"at most {self.highest:g}"
+            raise ValueError(f"{flag} {value}: must be {bound}")
+
+
+LOWEST = {  # 0 for every other number
+    **dict.fromkeys(("steps", "batch_size", "updates", "save_every", "max_new_tokens"), 1),
+    **dict.fromkeys(("cache_tokens", "num_samples", "num_problems", "max_attempts"), 1),
+    **dict.fromkeys(("group_size", "limit"), 2),  # a group, and an interval, need two values
+    "max_grad_norm": 1e-9,
+}
+HIGHEST = {"warmup": 1}  # the largest finite number for every other one
+
+
+def read_setting(name: str, annotation: Any) -> Setting:
+    """Annotated[int | None, "help"] -> Setting(int, optional=True, …), and so on."""
+    hint, help_text = typing.get_args(annotation)
+    arguments = typing.get_args(hint)
+    bounds = LOWEST.get(name, 0), HIGHEST.get(name, sys.float_info.max)
+    if typing.get_origin(hint) is Literal:
+        return Setting(str, False, arguments, help_text, *bounds)
+    optional = type(None) in arguments
+    return Setting(arguments[0] if optional else hint, optional, (), help_text, *bounds)
+
+
+SETTINGS = {
+    name: read_setting(name, annotation)
+    for name, annotation in typing.get_type_hints(Config, include_extras=True).items()
+}
+
+# TINY has the defaults for the tiny model, PAPER those for a pretrained model: the paper's values
+# where it states them. It does not state the group size and the maximum number of tokens in a turn.
 TINY = Config(
     steps=18, batch_size=32, lr=3e-4, save_every=1, num_samples=4, max_attempts=4,
-    max_new_tokens=134,
-    cache_tokens=131_072,
+    max_new_tokens=134, cache_tokens=131_072,
 )  # fmt: skip
 PAPER = Config(
-    steps=1_750, batch_size=256, lr=5e-7, save_every=25, num_samples=1, max_attempts=64,
-    max_new_tokens=512,
-)  # fmt: skip
-if torch.cuda.is_available():
-    PAPER.device, PAPER.dtype = "cuda", "bfloat16"
-CURVE_SIZE = (200, 2)  # problems behind a point of the curves, and tries at each
+    device="cuda" if torch.cuda.is_available() else "cpu",
+    dtype="bfloat16" if torch.cuda.is_available() else "float32",
+)
+CURVE_PROBLEMS, CURVE_SAMPLES = 200, 2  # for each point of the learning curves
 
 
 # -- The cold start: how the tiny model is made ----------------------------------------------------
-COLD_START = {"steps": 2_800, "dialogues": 16, "diligent": 0.7, "lr": 4e-3, "betas": [0.9, 0.99]}
-STEPS_PER_DRAW = 8  # steps whose dialogues are drawn together
+COLD_START = {
+    "version": 1,  # of the dialogues: increase it if their texts change
+    "steps": 2_800,
+    "batch_size": 16,  # dialogues per step
+    "full_search_fraction": 0.7,  # of the steps: there, every reflection searches until it succeeds
+    "lr": 4e-3,
+    "betas": [0.9, 0.99],
+}
+STEPS_PER_CHUNK = 8  # The dialogues of several steps are drawn together and sorted by length.
 
 
-def base_model(task: TinyCountdown, seed: int) -> Path:
-    """The folder of the tiny model of a seed. If it is not there, the model is trained from random
-    weights on dialogues, by the cross-entropy of the assistant's tokens. The name holds a hash of
-    the recipe (numbers, architecture, dialogues): another recipe makes another folder."""
-    model, tokenizer = models.tiny_model(task.words(), seed)
-    problems = task.load(split="cold", seed=seed)
-    dialogues_ = [task.cold_dialogue(problems, random.Random(i), i % 2 > 0)[1] for i in range(200)]
-    messages, settings = task.messages(problems[0]), tokenizer.settings
-    recipe = json.dumps(
-        [
-            COLD_START,
-            STEPS_PER_DRAW,
-            model.config_dict,
-            settings,
-            task.words(),
-            messages,
-            dialogues_,
-        ]
-    )
+def make_tiny_model(task: TinyCountdown, seed: int) -> Path:
+    """Make the tiny model for a seed, unless it exists already; return its folder.
+
+    It is trained from random weights on dialogues that a program writes, with the cross-entropy of
+    the assistant's tokens. The folder's name contains a hash of the recipe, so that a changed
+    recipe makes a new model.
+    """
+    model, tokenizer = tiny_model(task.words(), seed)
+    recipe = json.dumps([COLD_START, model.config_dict, tokenizer.settings, task.words()])
     path = RUNS / f"base-seed{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if (path / "model.safetensors").exists():
         return path
-    adamw = torch.optim.AdamW(
-        model.parameters(), betas=COLD_START["betas"], weight_decay=0, fused=True
-    )
-    with tqdm(range(COLD_START["steps"]), "cold start") as bar:
+    problems = task.load(split="cold", seed=seed)
+    steps, betas = COLD_START["steps"], COLD_START["betas"]
+    adamw = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=0, fused=True)
+    with tqdm(range(steps), "cold start") as bar:
         for step in bar:
-            if step % STEPS_PER_DRAW == 0:
-                diligent = step < COLD_START["diligent"] * COLD_START["steps"]
-                drawn = dialogues(task, tokenizer, problems, f"cold {seed} {step}", diligent)
-            ids, mask = drawn[
-                step % STEPS_PER_DRAW
-            ]  # (B, T) both; the assistant's tokens are trained
-            hidden = model.hidden(ids)[:, :-1][mask[:, 1:]]  # (tokens, E)
+            if step % STEPS_PER_CHUNK == 0:
+                full_search = step < COLD_START["full_search_fraction"] * steps
+                rng = random.Random(f"cold {seed} {step}")
+                chunk = dialogue_batches(task, tokenizer, problems, rng, full_search)
+            ids, mask = chunk[step % STEPS_PER_CHUNK]  # (B, T) both
+            hidden = model.hidden(ids)[:, :-1][mask[:, 1:]]  # (N, E): what predicts a trained token
             loss = F.cross_entropy(model.head(hidden), ids[:, 1:][mask[:, 1:]])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            [group] = adamw.param_groups
-            group["lr"] = COLD_START["lr"] * grpo.lr_multiplier(
-                step, COLD_START["steps"], warmup=0.03
-            )
+            multiplier = grpo.lr_multiplier(step, steps, warmup=0.03)
+            adamw.param_groups[0]["lr"] = COLD_START["lr"] * multiplier
             adamw.step()
             adamw.zero_grad()
-            bar.set_postfix_str(f"nll {loss.item():.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     tokenizer.save_pretrained(path)
-    model.save_pretrained(path)  # weights last: a folder that has them is complete
+    model.save_pretrained(path)  # The weights come last: a folder that has them is complete.
     return path
 
 
-def dialogues(
-    task: TinyCountdown, tokenizer: Tokenizer, problems: list, rng_key: str, diligent: bool
-):
-    """What STEPS_PER_DRAW steps of the cold start learn from: (ids, mask) each, padded right."""
-    rng, rows, size = random.Random(rng_key), [], COLD_START["dialogues"]
-    bridges = [
-        [],
-        *(tokenizer.bridge(text) for text in (task.reflection_instruction, task.retry_instruction)),
-    ]
-    for _ in range(size * STEPS_PER_DRAW):
-        problem, turns = task.cold_dialogue(problems, rng, diligent)
+def dialogue_batches(
+    task: TinyCountdown, tokenizer: Tokenizer, problems: list, rng: random.Random, full_search: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The training batches of STEPS_PER_CHUNK steps of the cold start: (ids, mask) pairs, (B, T)
+    each, padded on the right. The mask is True on the assistant's tokens. full_search: whether
+    every reflection searches until it succeeds."""
+    reflect, retry = (
+        tokenizer.bridge(text) for text in (task.reflection_instruction, task.retry_instruction)
+    )
+    size, rows = COLD_START["batch_size"], []
+    for _ in range(size * STEPS_PER_CHUNK):
+        problem, turns = task.cold_start_dialogue(problems, rng, full_search)
         ids, mask = tokenizer.prompt(*task.messages(problem)), []
-        for turn, bridge in zip(turns, bridges, strict=False):
-            ids = tokenizer.next_turn(ids, bridge)
-            tokens = tokenizer.encode(turn) + tokenizer.stop_ids[:1]
-            mask += [False] * (len(ids) - len(mask)) + [True] * len(tokens)
-            ids += tokens
+        for i, turn in enumerate(turns):
+            if i > 0:  # Before it, the user says "reflect" or "try again".
+                ids = tokenizer.next_turn(ids, (reflect, retry)[i - 1])
+            mask += [False] * (len(ids) - len(mask))
+            trained = tokenizer.encode(turn) + tokenizer.stop_ids[:1]
+            ids += trained
+            mask += [True] * len(trained)
         rows.append((ids, mask))
-    rows.sort(key=lambda row: len(row[0]))  # rows of about one length go together: less padding
-    batches_ = []
-    for i in rng.sample(range(STEPS_PER_DRAW), STEPS_PER_DRAW):
+    rows.sort(key=lambda row: len(row[0]))  # Rows of similar length share a batch: less padding.
+    batches = []
+    for i in rng.sample(range(STEPS_PER_CHUNK), STEPS_PER_CHUNK):
         batch = rows[i * size : (i + 1) * size]
-        padded = torch.zeros(2, size, len(batch[-1][0]), dtype=torch.long)
-        for row, row_ in enumerate(batch):
-            padded[:, row, : len(row_[0])] = torch.tensor(row_)
-        batches_.append((padded[0], padded[1].bool()))
-    return batches_
+        ids = torch.zeros(size, len(batch[-1][0]), dtype=torch.long)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, (row_ids, row_mask) in enumerate(batch):
+            ids[row, : len(row_ids)] = torch.tensor(row_ids)
+            mask[row, : len(row_mask)] = torch.tensor(row_mask)
+        batches.append((ids, mask))
+    return batches
 
 
 # -- Failures and evaluation -----------------------------------------------------------------------
-def find_failures(agent: Agent, problems: list, responses: int, path: Path) -> Conversations:
-    """A dataset of failures: the first wrong one of up to `max_attempts` tries at each problem.
-    They are added to a file, a batch at a time; a stopped search goes on after the last one."""
-    found = (
-        {conversation.problem.id: conversation for conversation in load_conversations(path, agent)}
-        if path.exists()
-        else {}
-    )
-    write_conversations(path, list(found.values()), agent)  # without an unfinished last line
-    remaining = sum(batches(agent, problems, 1, turns=1), [])  # in the order of the search
-    remaining = remaining[
-        max(
-            (index + 1 for index, problem in enumerate(remaining) if problem.id in found), default=0
-        ) :
-    ]
-    with tqdm(total=len(problems), initial=len(problems) - len(remaining), desc="failures") as bar:
-        for batch in batches(agent, remaining, 1, turns=1):
-            for attempt_index in range(responses):
-                unsolved = [problem for problem in batch if problem.id not in found]
-                conversations = attempt_all(
-                    agent, unsolved, 1, (grpo.COLLECT, 0), start=attempt_index
-                )
-                found |= {
-                    conversation.problem.id: conversation
-                    for conversation in conversations
-                    if not conversation.attempt_verdict.correct
-                }
-            wrong = [found[problem.id] for problem in batch if problem.id in found]
-            append_jsonl(
-                path, *(grpo.to_json(conversation, agent.tokenizer) for conversation in wrong)
-            )
+def find_failures(
+    agent: Agent, problems: list, max_attempts: int, path: Path
+) -> list[Conversation]:
+    """Collect a dataset of failures: for each problem, the first wrong attempt among at most
+    `max_attempts`. The failures are appended to a file after each batch, so an interrupted search
+    resumes after the last problem in the file."""
+    found = {c.problem.id: c for c in load_conversations(path, agent)} if path.exists() else {}
+    write_conversations(path, list(found.values()), agent)  # drops an incomplete last line
+    remaining = longest_first(agent, problems)
+    # An interrupted search resumes after the last problem on which it found a failure.
+    searched = max((i + 1 for i, p in enumerate(remaining) if p.id in found), default=0)
+    remaining = remaining[searched:]
+    with tqdm(total=len(problems), initial=searched, desc="failures") as bar:
+        while remaining:
+            batch = next_batch(agent, remaining, 1, turns=1)  # what is saved at a time
+            remaining = remaining[len(batch) :]
+            for attempt_index in range(max_attempts):
+                without_failure = [problem for problem in batch if problem.id not in found]
+                attempts = attempt_all(agent, without_failure, 1, (grpo.COLLECT, 0), attempt_index)
+                found |= {c.problem.id: c for c in attempts if not c.attempt_verdict.correct}
+            failures = [found[problem.id] for problem in batch if problem.id in found]
+            append_jsonl(path, *(grpo.to_json(c, agent.tokenizer) for c in failures))
             bar.update(len(batch))
     return [found[problem.id] for problem in problems if problem.id in found]
 
 
 def evaluate(
-    agent: Agent, problems: list, num_samples: int, title: str, path=None
-) -> Conversations:
-    """Attempt every problem `samples` times; reflect once on each failure, and retry once. With a
-    path: what is in this file, if it is whole; else the conversations are written to it."""
-    conversations = load_conversations(path, agent) if path and path.exists() else []
-    if len(conversations) == num_samples * len(problems):
-        return conversations
-    conversations = []
+    agent: Agent,
+    problems: list,
+    num_samples: int,
+    title: str,
+    path: Path | None = None,
+    trained_steps: int = 0,
+) -> list[Conversation]:
+    """Attempt every problem `num_samples` times; reflect once on each failure, and retry once.
+
+    With a path, the conversations are written to this file, or read from it if it holds exactly
+    these problems and attempts by the model as it is after `trained_steps` steps. The result is
+    sorted by problem and attempt."""
+    if path and path.exists():
+        conversations = load_conversations(path, agent)
+        steps = {record["trained_steps"] for record in read_jsonl(path, "trained_steps")}
+        expected = [(p, i) for p in problems for i in range(num_samples)]
+        expected.sort(key=lambda pair: (pair[0].id, pair[1]))
+        if steps == {trained_steps} and expected == [
+            (c.problem, c.attempt_index) for c in conversations
+        ]:
+            return conversations
+    conversations, remaining = [], longest_first(agent, problems)
     with tqdm(total=len(problems), desc=title) as bar:
-        for batch in batches(agent, problems, num_samples, turns=1):
+        while remaining:
+            batch = next_batch(agent, remaining, num_samples, turns=1)
+            remaining = remaining[len(batch) :]
             attempts = attempt_all(agent, batch, num_samples, (grpo.EVALUATE, 0))
-            conversations += [
-                conversation for conversation in attempts if conversation.attempt_verdict.correct
-            ]
-            conversations += rollout(
-                agent,
-                [
-                    conversation
-                    for conversation in attempts
-                    if not conversation.attempt_verdict.correct
-                ],
-                1,
-                (grpo.EVALUATE, 0),
-            )
+            conversations += [c for c in attempts if c.attempt_verdict.correct]
+            failures = [c for c in attempts if not c.attempt_verdict.correct]
+            conversations += sum(rollout(agent, failures, 1, (grpo.EVALUATE, 0)), [])
             bar.update(len(batch))
-    conversations.sort(
-        key=lambda conversation: (conversation.problem.id, conversation.attempt_index)
-    )
+    conversations.sort(key=lambda c: c.identity)
     if path:
-        write_conversations(path, conversations, agent)
+        write_conversations(path, conversations, agent, trained_steps=trained_steps)
     return conversations
 
 
-def write_conversations(path: Path, conversations: Conversations, agent: Agent) -> None:
-    """A file of conversations, a line each, replaced at once."""
-    lines = [
-        json.dumps(grpo.to_json(conversation, agent.tokenizer)) + "\n"
-        for conversation in conversations
-    ]
-    models.replace_file(path, "".join(lines))
+def write_conversations(
+    path: Path, conversations: list[Conversation], agent: Agent, **extra_fields: Any
+) -> None:
+    """Write conversations to a file, one line each. The file is replaced atomically."""
+    records = [{**extra_fields, **grpo.to_json(c, agent.tokenizer)} for c in conversations]
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def load_conversations(path: Path, agent: Agent) -> Conversations:
-    """The conversations in a file, judged again; an unfinished last line is left out. Raises
-    ValueError, with the line, for what is not one about this task in this model's tokens."""
+def load_conversations(path: Path, agent: Agent) -> list[Conversation]:
+    """Read the conversations in a file, and verify their answers again. An incomplete last line is
+    ignored. Raises ValueError, with the line's number, if a conversation does not fit this task and
+    this model's tokenizer."""
     conversations = []
-    for line_number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    lines = path.read_bytes().split(b"\n")
+    for line_number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            saved = json.loads(line)
-            problem, ids = agent.task.problem(saved["problem"]), saved["ids"]
-            prompt, attempt_verdict = (
-                agent.attempt_prompt(problem),
-                agent.verify(problem, ids["attempt"]),
-            )
-            conversation = Conversation(
-                problem, int(saved["attempt_index"]), prompt, attempt_verdict=attempt_verdict, **ids
-            )
-            if conversation.retry:
-                conversation.reflection_prompt = agent.reflection_prompt(conversation)
-                conversation.retry_verdict = agent.verify(problem, conversation.retry)
-            tokens = [token for turn in ids.values() for token in turn]
-            known = ids["attempt"] and all(0 <= token < agent.model.vocab_size for token in tokens)
-            # What would be written today (as lists, not tuples) must be what the file says.
-            current = json.loads(json.dumps(grpo.to_json(conversation, agent.tokenizer)))
-            if not known or saved != {**saved, **current}:
-                raise ValueError("texts or verdicts do not match the token ids")
-            conversations.append(conversation)
-        except Exception as error:  # of many kinds: it may be anybody's file
-            raise ValueError(
-                f"{path}, line {line_number} does not fit this run: {error!r}"
-            ) from None
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if line_number == len(lines):  # It has no newline, so its writer was killed.
+                break
+            raise ValueError(f"{path}, line {line_number}: it is not valid JSON") from None
+        try:
+            conversations.append(grpo.from_json(record, agent))
+        except KeyError as error:
+            reason = f"{error} is missing; an older version or another task may have written it"
+            raise ValueError(f"{path}, line {line_number}: {reason}") from None
+        except Exception as error:  # Anything may be in a file that a user names.
+            reason = f"it does not fit this run: {error}"
+            raise ValueError(f"{path}, line {line_number}: {reason}") from None
     return conversations
+
+
+def usable_failures(path: Path, agent: Agent, problems: list) -> list[Conversation]:
+    """The failures in another run's file that can be trained on here. Failures on the problems that
+    this run evaluates, and those that would outgrow the model's context, are dropped; the count of
+    both is printed. If two failures have the same ids, because files of several runs were joined,
+    the second one gets a new id."""
+    failures = [c for c in load_conversations(path, agent) if not c.attempt_verdict.correct]
+    evaluated = {agent.task.problem_key(problem) for problem in problems}
+    unseen = [c for c in failures if agent.task.problem_key(c.problem) not in evaluated]
+    longest = longest_prompt(agent, turns=grpo.MAX_TURNS - 1)
+    fitting = [c for c in unseen if len(c.attempt.prompt) + len(c.attempt.tokens) <= longest]
+    if len(fitting) < len(failures):
+        print(
+            f"{plural(len(failures) - len(unseen), 'failure')} on evaluated problems dropped, and "
+            f"{len(unseen) - len(fitting)} that might not fit into the model's context"
+        )
+    usable: dict[tuple[int, int], Conversation] = {}
+    next_id = 1 + max((c.problem.id for c in fitting), default=0)
+    for c in fitting:
+        if c.identity in usable:
+            c = replace(c, problem=replace(c.problem, id=next_id))
+            next_id += 1
+        usable[c.identity] = c
+    return list(usable.values())
 
 
 # -- Tables ----------------------------------------------------------------------------------------
-def interval(values: np.ndarray, conversations: Conversations) -> list[float]:
-    """[mean, low, high]: a 95% interval that allows for several tries at one problem: residuals are
-    summed by problem, and their variance gives the interval (cluster-robust, normal). Where all n
-    problems came out alike there is no variance: then 3 / n to either side (rule of three)."""
-    _, cluster = np.unique(
-        [conversation.problem.id for conversation in conversations], return_inverse=True
-    )
-    sums = np.bincount(cluster, weights=values - values.mean())
-    n, mean = len(sums), float(values.mean())
-    half = 1.96 * math.sqrt(n / max(1, n - 1) * (sums**2).sum()) / len(values)
-    half = half if half > 1e-9 else 3 / n
-    return [mean, mean - half, mean + half]
+def mean_with_interval(values: np.ndarray, conversations: list[Conversation]) -> list[float]:
+    """The mean of some values and its 95% confidence interval: [mean, low, high].
+
+    Several attempts at one problem are not independent. So the residuals are summed by problem, and
+    the variance of these sums gives the interval (cluster-robust, normal approximation). If all n
+    problems have the same result, that variance is zero; then the interval extends by 3 / n in both
+    directions (the rule of three).
+    """
+    _, cluster = np.unique([c.problem.id for c in conversations], return_inverse=True)
+    mean = float(values.mean())
+    sums = np.bincount(cluster, weights=values - mean)  # one sum of residuals per problem
+    n = len(sums)
+    variance = n / max(1, n - 1) * (sums**2).sum() / len(values) ** 2
+    half_width = 1.96 * math.sqrt(variance)
+    if half_width < 1e-9:
+        half_width = 3 / n
+    return [mean, mean - half_width, mean + half_width]
 
 
-def accuracy(**by_model: Conversations) -> dict:
-    """Rows of the paper's numbers, first try and within two, one per model; and the paired gain."""
-    rows: dict[str, dict] = defaultdict(dict)
-    for label in ("1st try", "within two"):
-        correct = {}
-        for name, conversations in by_model.items():
-            verdicts = [
-                conversation.attempt_verdict
-                if label == "1st try"
-                else conversation.retry_verdict or conversation.attempt_verdict
-                for conversation in conversations
-            ]
-            correct[name] = np.array([verdict.correct for verdict in verdicts], float)
-            rows[name][label] = np.clip(interval(correct[name], conversations), 0, 1).tolist()
-        if len(correct) == 2:
-            before, after = correct.values()
-            rows["gain"][label] = interval(after - before, conversations)  # in the same order
+def accuracy(by_model: dict[str, list[Conversation]]) -> dict[str, dict[str, list[float]]]:
+    """The paper's numbers: a row for each model, with the accuracy on the first try and within two
+    tries. With two models, a row "gain" has the difference, paired by problem and attempt."""
+    rows: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    correct: dict[str, list[np.ndarray]] = {"1st try": [], "within two": []}
+    for name, conversations in by_model.items():
+        first = np.array([c.attempt_verdict.correct for c in conversations], float)
+        within_two = np.array([c.final_verdict.correct for c in conversations], float)
+        for label, values in (("1st try", first), ("within two", within_two)):
+            correct[label].append(values)
+            row = mean_with_interval(values, conversations)
+            rows[name][label] = np.clip(row, 0, 1).tolist()
+    if len(by_model) == 2:
+        for label, (before, after) in correct.items():
+            rows["gain"][label] = mean_with_interval(after - before, conversations)
     return rows
 
 
 def markdown(tables: dict[str, dict]) -> str:
-    """{title: {row: {column: [share, low, high] or a count}}} as Markdown tables, in per cent."""
+    """Format {title: {row: {column: value}}} as Markdown tables. A value is a count, or a list
+    [mean, low, high], which is printed in percent."""
     parts = []
     for title, rows in tables.items():
         columns = dict.fromkeys(column for row in rows.values() for column in row)
@@ -369,396 +409,556 @@ def markdown(tables: dict[str, dict]) -> str:
     return "\n".join(parts)
 
 
-def read_lines(path: Path, name: str) -> list[dict]:
-    """A JSONL file's whole lines, objects with this name (a run may be writing the last one).
-    Raises OSError, or ValueError with the path in the message."""
-    try:
-        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    except ValueError:
-        lines = []
-    if not lines or not all(isinstance(line, dict) and name in line for line in lines):
-        raise ValueError(f"{path} is not what a run of r3.py writes")
-    return lines
+def read_jsonl(path: Path, *required_keys: str) -> Iterator[dict]:
+    """Read a JSONL file line by line. An incomplete last line, which a running process may be
+    writing, is ignored. Raises OSError, or ValueError if there is no complete line, or if one is
+    not an object with these keys."""
+    error = ValueError(f"{path} was not written by this version of r3.py")
+    with open(path, "rb") as file:
+        for line_number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                if line_number == 1:
+                    raise error
+                return
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                raise error from None
+            if not isinstance(record, dict) or not record.keys() >= set(required_keys):
+                raise error
+            yield record
+    if path.stat().st_size == 0:
+        raise error
 
 
 # -- The commands ----------------------------------------------------------------------------------
 def load_agent(config: Config, training: bool = False) -> Agent:
-    """Load the model (the tiny one is made first) and what it needs to talk. Says what memory the
-    run will take; on a GPU, keys and values get what is left (a retry copies them: 2.5 times).
-    Raises ValueError for settings that do not fit together."""
+    """Load the model (the tiny one is made first), its tokenizer and the task, and print how much
+    memory the run will need. On a GPU, the KV cache gets the memory that is left. Raises ValueError
+    if settings do not fit together."""
     try:
         torch.zeros(1, device=config.device).item()
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {config.device}: torch finds no such device here") from None
-    tiny = is_tiny(config.model)
-    if tiny and (config.data or config.task != "countdown"):
-        raise ValueError("the tiny model plays its own Countdown: give --model a folder for others")
-    task = TinyCountdown() if tiny else TASKS[config.task]()
-    path = base_model(task, config.seed) if config.model == "tiny" else config.model
-    tokenizer, dtype = Tokenizer.from_pretrained(path), getattr(torch, config.dtype)
-    model = Model.from_pretrained(path, dtype, "meta")  # shapes alone
-
-    model_config, size = model.config, dtype.itemsize
-    num_parameters = sum(p.numel() for p in model.parameters())
-    kv = (
-        5
-        * model_config.num_hidden_layers
-        * model_config.num_key_value_heads
-        * model_config.head_dim
-        * size
-    )  # 2.5 copies
-    needs = {"weights": num_parameters * size}
-    if training:
-        kept = (
-            13 * model_config.hidden_size + 4 * model_config.intermediate_size
-        ) * size  # by a layer, a token
-        layers = 2 if config.checkpointing else model_config.num_hidden_layers
-        needs["reference"] = num_parameters * size if config.beta else 0
-        needs["gradients, masters, moments"] = num_parameters * (
-            size if config.offload else 12 if size == 4 else 18
-        )
-        needs["activations"] = (config.group_size + 2) * config.max_new_tokens * kept * layers
+        raise ValueError(f"--device {config.device} is not available here") from None
+    if is_tiny(config.model) and (config.data or config.task != "countdown"):
+        raise ValueError("the tiny model only knows its own Countdown; for other tasks use --model")
+    task = TinyCountdown() if is_tiny(config.model) else TASKS[config.task]()
+    path = make_tiny_model(task, config.seed) if config.model == "tiny" else config.model
+    dtype = getattr(torch, config.dtype)
+    meta_model = Model.from_pretrained(path, dtype, "meta")
+    needed, bytes_per_token = memory_needed(config, meta_model, training)
     cache_tokens = config.cache_tokens or 65_536
     if config.device.startswith("cuda") and config.cache_tokens is None:
-        left = 0.9 * torch.cuda.mem_get_info(config.device)[0] - sum(needs.values())
-        cache_tokens = max(4_096, int(left / kv))
-    needs[f"{cache_tokens:,} tokens' keys and values"] = kv * cache_tokens
-    listed = ", ".join(f"{name} {need / 1e9:.3g}" for name, need in needs.items())
-    print(
-        f"{num_parameters:,} parameters in {config.dtype} on {config.device}; GB, about: {listed}"
-    )
-
+        free = 0.9 * torch.cuda.mem_get_info(config.device)[0] - sum(needed.values())
+        cache_tokens = max(4_096, int(free / bytes_per_token))
+    needed[f"keys and values of {cache_tokens:,} tokens"] = bytes_per_token * cache_tokens
+    estimate = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in needed.items())
+    parameters = sum(p.numel() for p in meta_model.parameters())
+    print(f"{parameters:,} parameters in {config.dtype} on {config.device}")
+    print(f"Estimated memory in GB: {estimate}")
     model = Model.from_pretrained(path, dtype, config.device)
-    model.vocab_size = min(model.vocab_size, tokenizer.vocab_size)
+    tokenizer = Tokenizer.from_pretrained(path)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, but its model has "
+            f"embeddings for {model.vocab_size}"
+        )
+    model.vocab_size = tokenizer.vocab_size  # what lies beyond is padding
     return Agent(
-        model, tokenizer, task, config.max_new_tokens, config.temperature, config.seed, cache_tokens
-    )
+        model, tokenizer, task, max_new_tokens=config.max_new_tokens, seed=config.seed,
+        temperature=config.temperature, cache_tokens=cache_tokens,
+    )  # fmt: skip
+
+
+def memory_needed(config: Config, model: Model, training: bool) -> tuple[dict[str, float], float]:
+    """Estimate the memory on the device, in bytes: what is needed for each purpose, and how much
+    each token in the KV cache takes. model: it may be on the device "meta"."""
+    weight_bytes = getattr(torch, config.dtype).itemsize
+    parameters = sum(p.numel() for p in model.parameters())
+    needed: dict[str, float] = {"weights": parameters * weight_bytes}
+    if training:
+        if config.beta:
+            needed["reference model"] = parameters * weight_bytes
+        gradient, moments = weight_bytes, 4 + 4
+        master_and_its_gradient = 4 + 4 if config.dtype == "bfloat16" else 0
+        bytes_each = gradient + moments + master_and_its_gradient
+        if config.offload:  # The rest is in CPU memory.
+            bytes_each = gradient
+        needed["gradients, masters and moments"] = parameters * bytes_each
+        # A group is one packed sequence: G reflections, and a context of about two turns. Each
+        # layer keeps about 13 vectors of the hidden size and 4 of the MLP's for every token. With
+        # --checkpointing, one layer at a time does so; the inputs of all layers count as another.
+        tokens = (config.group_size + 2) * config.max_new_tokens
+        layers = 2 if config.checkpointing else model.config.num_hidden_layers
+        vectors = 13 * model.config.hidden_size + 4 * model.config.intermediate_size
+        needed["activations"] = tokens * layers * vectors * weight_bytes
+    # Each layer has a key and a value. The sampled part of the cache is copied when retries are
+    # sampled: the peak was measured at 2.5 times the keys and values themselves.
+    layer_bytes = 2 * model.config.num_key_value_heads * model.config.head_dim * weight_bytes
+    return needed, 2.5 * model.config.num_hidden_layers * layer_bytes
 
 
 def load_problems(config: Config, agent: Agent, split: str, limit: int | None) -> list:
-    """Problems of a split, without those whose conversations might outgrow the model's context."""
+    """Load the problems of a split. Those whose conversations might not fit into the model's
+    context are dropped, and counted in a printed line."""
     data = config.data or agent.task.hub_id
-    data = data and models.from_hub(data, ["*.json", "*.jsonl", "*.parquet"], "dataset")
+    if data:
+        data = from_hub(data, ["*.json", "*.jsonl", "*.parquet"], "dataset")
     problems = agent.task.load(data, split, limit, config.seed)
-    bridges = [
-        agent.tokenizer.bridge(text)
-        for text in (agent.task.reflection_instruction, agent.task.retry_instruction)
-    ]
-    max_prompt = agent.model.context_length - 3 * config.max_new_tokens - sum(map(len, bridges))
-    fitting = [problem for problem in problems if len(agent.attempt_prompt(problem)) <= max_prompt]
+    longest = longest_prompt(agent, turns=grpo.MAX_TURNS)
+    fitting = [problem for problem in problems if len(agent.attempt_prompt(problem)) <= longest]
     if not fitting:
-        raise ValueError("no problem fits the model's context: lower --max-new-tokens")
+        raise ValueError("no problem fits into the model's context; use a lower --max-new-tokens")
     if len(fitting) < len(problems):
-        print(f"{len(problems) - len(fitting)} problems dropped: they might outgrow the context")
+        dropped = plural(len(problems) - len(fitting), "problem")
+        print(f"{dropped} dropped that might not fit into the model's context")
     return fitting
 
 
+def longest_prompt(agent: Agent, turns: int) -> int:
+    """The length of the longest prompt that leaves room for `turns` more turns in the model's
+    context, in tokens."""
+    instructions = agent.task.reflection_instruction, agent.task.retry_instruction
+    bridges = sum(len(agent.tokenizer.bridge(text)) for text in instructions)
+    return agent.model.context_length - turns * agent.max_new_tokens - bridges
+
+
+def plural(count: int, noun: str) -> str:
+    """1 problem, 2 problems"""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def train_command(config: Config, folder: Path) -> None:
-    """Evaluate a model, train it by R3, evaluate it again. Without flags: the whole experiment with
-    a tiny model, from nothing, on a laptop."""
-    begun = time.time()
-    if not config.temperature:
-        raise ValueError("--temperature 0 draws equal reflections: there is nothing to compare")
-    Path(config.failures or ".").stat()  # raises the error before a model is made
-    vanilla, path = load_agent(config, training=True), folder / "failures.jsonl"
+    """Evaluate a model, train it with R3, and evaluate it again. Without any flags, this is the
+    whole experiment with a tiny model made from scratch."""
+    start_time = time.time()
+    if config.temperature == 0:
+        raise ValueError("--temperature 0 makes all reflections equal: nothing could be compared")
+    path = folder / "failures.jsonl"
+    if config.failures and not path.exists() and not Path(config.failures).is_file():
+        raise FileNotFoundError(f"--failures {config.failures}: there is no such file")
+    vanilla = load_agent(config, training=True)
     problems = load_problems(config, vanilla, config.split, config.limit)
-    training = (
-        [] if config.failures else load_problems(config, vanilla, "train", config.num_problems)
-    )
-    loaded = load_conversations(Path(config.failures), vanilla) if config.failures else []
-    write_config(folder, "train", config)
-    failures = (
-        loaded if config.failures else find_failures(vanilla, training, config.max_attempts, path)
-    )
-    failures = [failure for failure in failures if not failure.attempt_verdict.correct]
+    if not config.failures:
+        searched_problems = load_problems(config, vanilla, "train", config.num_problems)
+        write_config(folder, "train", config)
+        failures = find_failures(vanilla, searched_problems, config.max_attempts, path)
+    elif path.exists():  # This run is resumed: it has its own copy.
+        failures = load_conversations(path, vanilla)
+    else:
+        failures = usable_failures(Path(config.failures), vanilla, problems)
+        write_config(folder, "train", config)
     write_conversations(path, failures, vanilla)
     if not failures:
         raise ValueError("there are no failures to learn from")
     before = evaluate(vanilla, problems, config.num_samples, "vanilla", folder / "vanilla.jsonl")
 
-    trained = replace(vanilla, model=copy.deepcopy(vanilla.model))
-    reference = vanilla.model if config.beta else None
-    vanilla.model.to(
-        config.device if config.beta else "cpu"
-    )  # without the KL term it is not needed
+    trained, reference = vanilla, None  # With --beta 0, the vanilla model is trained in place.
+    if config.beta:
+        trained = replace(vanilla, model=copy.deepcopy(vanilla.model))
+        reference = vanilla.model
     with tqdm(total=config.steps, desc="R3") as bar:
         for step, metrics in grpo.train(trained, reference, failures, config, folder):
             if step % max(1, config.steps // 4) == 0 or step == config.steps:
-                conversations = evaluate(
-                    trained, problems[: CURVE_SIZE[0]], CURVE_SIZE[1], f"step {step}"
-                )
-                metrics |= accuracy(at=conversations)["at"]
-            append_jsonl(folder / "metrics.jsonl", {"step": step, **metrics})
-            append_jsonl(folder / "timings.jsonl", {"step": step, "seconds": time.time() - begun})
+                subset = problems[:CURVE_PROBLEMS]
+                current = evaluate(trained, subset, CURVE_SAMPLES, f"step {step}")
+                metrics.update(accuracy({"trained": current})["trained"])
+            seconds = time.time() - start_time
+            append_jsonl(folder / "timings.jsonl", {"step": step, "seconds": seconds})
             bar.set_postfix_str(f"reward {metrics.get('reward', 0):.2f}")
             bar.update(step - bar.n)
     trained.model.save_pretrained(folder / "model")
     trained.tokenizer.save_pretrained(folder / "model")
 
-    after = evaluate(trained, problems, config.num_samples, "trained", folder / "trained.jsonl")
-    report(config, folder, vanilla=before, trained=after)
+    path = folder / "trained.jsonl"
+    after = evaluate(trained, problems, config.num_samples, "trained", path, config.steps)
+    report(config, folder, {"vanilla": before, "trained": after})
     plot_command([folder])
-    print(f"{(time.time() - begun) / 60:.1f} minutes; all in {folder}/")
+    print(f"This took {(time.time() - start_time) / 60:.1f} minutes. The results are in {folder}/")
 
 
 def failures_command(config: Config, folder: Path) -> None:
-    """Collect problems that a model gets wrong, with a wrong answer each, for train --failures."""
+    """Collect problems that a model gets wrong, each with a wrong attempt, for train --failures."""
     agent, path = load_agent(config), folder / "failures.jsonl"
     problems = load_problems(config, agent, "train", config.num_problems)
     write_config(folder, "failures", config)
-    found = find_failures(agent, problems, config.max_attempts, path)
-    print(f"{len(found)} failures on {len(problems)} problems, in {path}")
+    failures = find_failures(agent, problems, config.max_attempts, path)
+    print(f"Found failures on {len(failures)} of {plural(len(problems), 'problem')}, in {path}")
 
 
 def eval_command(config: Config, folder: Path) -> None:
-    """Evaluate a model: right at the first try, and within two."""
+    """Evaluate a model: measure its accuracy on the first try and within two tries."""
     agent = load_agent(config)
     problems = load_problems(config, agent, config.split, config.limit)
     write_config(folder, "eval", config)
-    conversations = evaluate(
-        agent, problems, config.num_samples, "eval", folder / "conversations.jsonl"
-    )
-    report(config, folder, model=conversations)
-    print(f"The conversations are in {folder}/")
+    path = folder / "conversations.jsonl"
+    conversations = evaluate(agent, problems, config.num_samples, "eval", path)
+    report(config, folder, {"model": conversations})
+    print(f"The conversations are in {path}")
 
 
-def report(config: Config, folder: Path, **by_model: Conversations) -> None:
-    """Write report.json, and print its tables."""
-    ids = {
-        conversation.problem.id
-        for conversations in by_model.values()
-        for conversation in conversations
-    }
-    settings = (
-        f"{len(ids)} problems, {config.num_samples} samples each, "
-        f"temperature {config.temperature:g}"
-    )
+def report(config: Config, folder: Path, by_model: dict[str, list[Conversation]]) -> None:
+    """Write report.json and print its tables: the accuracy, and how often the verifier gave which
+    reason."""
+    problems = {c.problem.id for conversations in by_model.values() for c in conversations}
+    samples = plural(config.num_samples, "sample")
+    title = f"{plural(len(problems), 'problem')}, {samples} each, temperature "
+    title += f"{config.temperature:g}: % correct [95% interval]"
     reasons: dict[str, Counter] = {}
     for name, conversations in by_model.items():
-        reasons[f"{name}, 1st try"] = Counter(
-            conversation.attempt_verdict.reason for conversation in conversations
-        )
-        reasons[f"{name}, retry"] = Counter(
-            conversation.retry_verdict.reason
-            for conversation in conversations
-            if conversation.retry_verdict
-        )
-    tables = {f"{settings}: % right [95%]": accuracy(**by_model), "The verifier's reasons": reasons}
-    models.replace_file(folder / "report.json", json.dumps({"tables": tables}, indent=2))
+        retried = [c for c in conversations if c.retry_verdict]
+        reasons[f"{name}, 1st try"] = Counter(c.attempt_verdict.reason for c in conversations)
+        reasons[f"{name}, retry"] = Counter(c.retry_verdict.reason for c in retried)
+    tables = {title: accuracy(by_model), "The verifier's reasons": reasons}
+    replace_file(folder / "report.json", json.dumps({"tables": tables}, indent=2))
     print("\n" + markdown(tables))
 
 
 def play_command(config: Config) -> None:
-    """Watch a model attempt, reflect and retry on a problem you type."""
-    agent, number = load_agent(config), 0
-    print(f"This is {config.model}. Type {agent.task.input_format}; an empty line ends.")
+    """Type a problem, and watch a model attempt it, reflect and retry."""
+    agent, problems, count = load_agent(config), None, 0
+    decode = agent.tokenizer.decode
+    print(
+        f"The model is {config.model}. Type {agent.task.input_format}, or the number of a problem"
+    )
+    print(f"of the {config.split} split, such as 7. An empty line quits.")
     while line := input("> ").strip():
-        number += 1
-        rng_key = (grpo.PLAY, number)  # a new key each time: the answer may differ
+        count += 1
+        rng_key = (grpo.PLAY, count)  # A repeated problem gets new random numbers.
         try:
-            [conversation] = grpo.sample_attempts(agent, [agent.task.parse(line)], 1, rng_key)
-        except ValueError as error:
+            if line.isdecimal():
+                problems = problems or load_problems(config, agent, config.split, None)
+                if int(line) >= len(problems):
+                    raise ValueError(f"the problems are numbered from 0 to {len(problems) - 1}")
+                problem = problems[int(line)]
+            else:
+                problem = agent.task.parse_input(line)
+            [conversation] = attempt_all(agent, [problem], 1, rng_key)
+        except (ValueError, OSError) as error:
             print(f"  {error}")
             continue
-        print_turn("question", agent.tokenizer.decode(conversation.attempt_prompt))
-        print_turn(
-            "attempt",
-            f"{agent.tokenizer.decode(conversation.attempt)}   "
-            f"<- {conversation.attempt_verdict.reason}",
-        )
+        messages, tools = agent.task.messages(problem)
+        for tool in tools or []:
+            print_turn("tool", json.dumps(tool["function"], ensure_ascii=False), DIM)
+        for message in messages:
+            print_turn(message["role"], message["content"], DIM)
+        reason = conversation.attempt_verdict.reason
+        print_turn("attempt", f"{decode(conversation.attempt.tokens)}   <- {reason}")
         if not conversation.attempt_verdict.correct:
-            [conversation] = rollout(agent, [conversation], 1, rng_key)
-            print_turn("reflection", agent.tokenizer.decode(conversation.reflection))
-            print_turn(
-                "retry",
-                f"{agent.tokenizer.decode(conversation.retry)}   "
-                f"<- {conversation.retry_verdict.reason}",
-            )
+            [[conversation]] = rollout(agent, [conversation], 1, rng_key)
+            reason = conversation.retry_verdict.reason
+            print_turn("reflection", decode(conversation.reflection.tokens))
+            print_turn("retry", f"{decode(conversation.retry.tokens)}   <- {reason}")
 
 
 def show_command(folder: Path | None, step: int | None, limit: int) -> None:
-    """Read what was sampled at a step: reflections, their advantages, and the retries. Groups with
-    right and wrong retries, from which R3 learns, come first."""
+    """Read what was sampled at a step: the reflections, their advantages, and the retries. Groups
+    with mixed rewards, the ones that R3 learns from, come first. On a terminal, reflections with a
+    positive advantage are green, those with a negative one red, and what is not trained is dim."""
     folder = folder or newest_file("*/samples.jsonl").parent
-    path = folder / "samples.jsonl"  # of train
-    path = path if path.is_file() else folder / "conversations.jsonl"  # of eval
-    groups = defaultdict(list)
-    lines = read_lines(path, "context")
-    step = lines[-1].get("step") if step is None else step
-    for line in lines:
-        if line.get("step") == step:
-            groups[line["context"]].append(line)
+    path = folder / "samples.jsonl"  # written by train
+    if not path.is_file():
+        path = folder / "conversations.jsonl"  # written by eval
+    groups: dict[str, list[dict]] = defaultdict(list)
+    shown_step = step
+    for record in read_jsonl(path, "reflection_index", "context", "attempt_verdict"):
+        if step is None and record.get("step") != shown_step:  # Keep only the last step.
+            groups.clear()
+            shown_step = record.get("step")
+        if record.get("step") == shown_step:
+            groups[record["context"]].append(record)
     if not groups:
         raise ValueError(f"{path} has no step {step}")
-    ordered = sorted(
-        groups.values(), key=lambda group: not any(line.get("advantage") for line in group)
-    )
-    for group in ordered[:limit]:
-        print_turn("context", group[0]["context"])
-        for line in group:
-            if "reflection" in line:
-                print_turn(f"{line.get('advantage', 0):+.2f} reflection", line["reflection"])
-            last, verdict = (
-                ("retry", "retry_verdict") if "retry" in line else ("attempt", "attempt_verdict")
-            )
-            print_turn(last, f"{line[last]}   <- {line[verdict]['reason']}")
+    at_step = "" if shown_step is None else f", step {shown_step}"
+    print(f"{path}{at_step}: {plural(len(groups), 'group')}\n")
+    mixed = [group for group in groups.values() if any(r.get("advantage") for r in group)]
+    others = [group for group in groups.values() if group not in mixed]
+    for group in (mixed + others)[:limit]:
+        print_turn("context", group[0]["context"], DIM)
+        if "reflection" in group[0]:  # The context ends with the attempt.
+            print_turn("", f"<- {group[0]['attempt_verdict']['reason']}", DIM)
+        for record in group:
+            show_record(record)
         print()
 
 
-def print_turn(label: str, text: str) -> None:
-    """Print a turn, wrapped. Control characters, which a terminal would obey, become spaces."""
+def show_record(record: dict) -> None:
+    """Print what follows the context: the attempt, or a reflection and a retry."""
+    if "reflection" not in record:
+        reason = record["attempt_verdict"]["reason"]
+        print_turn("attempt", f"{record['attempt']['text']}   <- {reason}")
+        return
+    advantage, label, color = record.get("advantage"), "reflection", ""
+    if advantage is not None:
+        label = f"{advantage:+.2f} reflection"
+        color = GREEN if advantage > 0 else RED if advantage < 0 else ""
+    print_turn(label, record["reflection"]["text"], color)
+    reason = record["retry_verdict"]["reason"]
+    print_turn("retry", f"{record['retry']['text']}   <- {reason}", DIM)
+
+
+DIM, GREEN, RED = "2", "32", "31"  # ANSI codes
+
+
+def print_turn(label: str, text: str, color: str = "") -> None:
+    """Print a turn with its label, wrapped to the terminal's width, and in color if stdout is a
+    terminal. Control characters, which a terminal would interpret, are replaced by spaces."""
+    width = shutil.get_terminal_size((100, 24)).columns
+    colored = color and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for line in text.strip().splitlines() or [""]:
-        line = "".join(letter if letter.isprintable() else " " for letter in line)
-        indents = f"{label:>20}  ", " " * 22
-        print(textwrap.fill(line, 100, initial_indent=indents[0], subsequent_indent=indents[1]))
+        line = "".join(character if character.isprintable() else " " for character in line)
+        first, others = f"{label:>20}  ", " " * 22
+        line = textwrap.fill(line, max(width, 40), initial_indent=first, subsequent_indent=others)
+        print(f"\033[{color}m{line}\033[0m" if colored else line)
         label = ""
 
 
-PANELS = {  # of the curves: what is drawn of metrics.jsonl, and its title
-    "within two": "right within two tries, held out (95%)",
-    "1st try": "right at the first try, held out (95%)",
+PANELS = {  # the metrics that are plotted, with the titles of their panels
+    "within two": "correct within two tries, held out (95% interval)",
+    "1st try": "correct on the first try, held out (95% interval)",
     "reward": "mean reward",
-    "reflection_tokens": "tokens in a reflection",
-    "kl": "KL to the vanilla model, per token",
-    "mixed_groups": "share of groups with mixed rewards",
+    "reflection_tokens": "tokens per reflection",
+    "kl": "KL from the vanilla model, per token",
+    "mixed_groups": "fraction of groups with mixed rewards",
 }
 
 
 def plot_command(folders: list[Path]) -> None:
-    """Draw the curves of a training run, curves.png, or of several for comparison."""
-    from matplotlib.figure import Figure  # imported here: few commands need it
+    """Draw the curves of a training run to curves.png, or those of several runs for comparison."""
+    from matplotlib.figure import Figure  # imported here because few commands need it
 
     folders = folders or [newest_file("*/samples.jsonl").parent]
     path = folders[0] / "curves.png" if len(folders) == 1 else Path("curves.png")
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    axes = list(figure.subplots(2, 3).flat)
-    for folder in folders:
-        lines = read_lines(folder / "metrics.jsonl", "step")
-        for axis, name in zip(axes, PANELS, strict=True):
-            points = [(line["step"], *np.ravel(line[name])) for line in lines if name in line]
+    runs = {folder.name: list(read_jsonl(folder / "metrics.jsonl", "step")) for folder in folders}
+    measured = {name for records in runs.values() for record in records for name in record}
+    panels = [name for name in PANELS if name in measured]
+    if not panels:
+        raise ValueError(f"{folders[0]} has nothing to draw yet")
+    rows, columns = math.ceil(len(panels) / 3), min(3, len(panels))
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, name in zip(axes, panels, strict=False):
+        for run, records in runs.items():
+            points = [(r["step"], *np.ravel(r[name])) for r in records if name in r]
             if points:
-                x, y, *ends = np.array(points).T  # ends: low and high, if it has an interval
-                error = [y - ends[0], ends[1] - y] if ends else None
-                axis.errorbar(x, y, error, fmt="o-" if ends else "-", capsize=3, label=folder.name)
-    for axis, title in zip(axes, PANELS.values(), strict=True):
-        axis.set(title=title, xlabel="step", ylim=(0, None), visible=axis.has_data())
-        axis.xaxis.get_major_locator().set_params(integer=True)
+                x, y, *bounds = np.array(points).T  # bounds: low and high, if there is an interval
+                error = [y - bounds[0], bounds[1] - y] if bounds else None
+                marker = "o-" if bounds or len(points) == 1 else "-"
+                axis.errorbar(x, y, error, fmt=marker, capsize=3, label=run)
+        axis.set(title=PANELS[name], xlabel="step", ylim=(0, None))
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if len(folders) > 1:
         axes[0].legend()
     figure.savefig(path, dpi=110)
     print(f"The curves are in {path}")
 
 
-# -- The run's folder, and the command line --------------------------------------------------------
+# -- The run's folder ------------------------------------------------------------------------------
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Make a run's folder, and lock it within a `with` block, so that no other process can use it.
+    The operating system releases the lock even if the process is killed. Temporary files that a
+    killed process left are deleted. Raises ValueError if another process has the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        message = f"another process is using {folder}; wait for it, or choose another --name"
+        raise ValueError(message) from None
+    try:
+        for leftover in [*folder.rglob(".tmp*"), *folder.rglob("*.tmp")]:
+            leftover.unlink()
+        yield
+    finally:
+        started = any(path.name != ".lock" for path in folder.iterdir())
+        if not started:
+            with suppress(OSError):  # Windows does not delete an open file.
+                (folder / ".lock").unlink()
+                folder.rmdir()
+                RUNS.rmdir()  # if this was the first run
+        lock.release()
+
+
+def new_folder(command: str, config: Config) -> Path:
+    """The folder of a new run: --name, or a name made from the time, which no other run has."""
+    if config.name:
+        return RUNS / config.name
+    started = time.strftime("%Y%m%d-%H%M%S")
+    folder = RUNS / f"{command}-{config.task}-{started}"
+    number = 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # Another run started in the same second.
+            number += 1
+            folder = RUNS / f"{command}-{config.task}-{started}-{number}"
+
+
 def newest_file(pattern: str) -> Path:
-    """The newest such file of all runs. Raises FileNotFoundError where there is none."""
+    """The newest file in runs/ that matches a pattern. Raises FileNotFoundError if none does."""
     path = max(RUNS.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
     if path is None:
-        raise FileNotFoundError(f"no run in {RUNS}/ yet: r3.py train makes one")
+        raise FileNotFoundError(f"there is no run in {RUNS}/ yet; {program()} train makes one")
     return path
 
 
-def load_config(folder: Path, command: str) -> Config:
-    """The settings of the run to resume. Raises ValueError if it is another command's."""
-    config = models.read_json(folder / "config.json")
-    if config.get("command") != command or config.get("task", "countdown") not in TASKS:
-        what = f"{config.get('command')}, not of {command}, or of a task that is not known here"
-        raise ValueError(f"{folder} is a run of {what}")
-    try:
-        return Config(**{field.name: config[field.name] for field in fields(Config)})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged: {error!r}") from None
-
-
 def write_config(folder: Path, command: str, config: Config) -> None:
-    """config.json: every setting, from which a run is resumed, and the version of torch."""
-    config = {"command": command, **asdict(config), "torch": torch.__version__}
-    models.replace_file(folder / "config.json", json.dumps(config, indent=2))
+    """Write config.json: the command, all its settings, and the version of torch."""
+    record = {"command": command, **asdict(config), "torch": torch.__version__}
+    replace_file(folder / "config.json", json.dumps(record, indent=2))
+
+
+def load_config(folder: Path, command: str) -> Config:
+    """The settings of the run in a folder. A setting that its config.json lacks, because it is
+    newer than the run, has its default. Raises ValueError if the run belongs to another command, or
+    has settings that are not known here."""
+    path = folder / "config.json"
+    record = read_json(path)
+    record.pop("torch", None)
+    if record.pop("command", None) != command:
+        raise ValueError(f"{folder} is not a run of the command {command}")
+    unknown = record.keys() - SETTINGS.keys()
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"{path} has settings of another version of this code: {names}")
+    Config(**record)  # raises ValueError if a setting cannot have its value
+    config = replace(default_config(record.get("model", "tiny")), **record)
+    metrics, checkpoint = folder / "metrics.jsonl", folder / "checkpoint.safetensors"
+    if command == "train" and metrics.exists() and not checkpoint.exists():
+        steps = [line["step"] for line in read_jsonl(metrics, "step")]
+        if steps and steps[-1] > config.save_every:
+            raise ValueError(
+                f"{checkpoint} is missing, so the run cannot be resumed; a new run from its "
+                f"failures: {program()} train --failures {folder / 'failures.jsonl'}"
+            )
+    return config
 
 
 def is_tiny(model: str) -> bool:
-    """Whether this is the tiny model, or a folder of one that was trained."""
+    """Whether --model is the tiny model, or the folder of a trained one."""
+    if model == "tiny":
+        return True
     settings = Path(model) / "tokenizer_config.json"
-    return model == "tiny" or settings.is_file() and "tiny" in models.read_json(settings)
+    return settings.is_file() and "tiny" in read_json(settings)
 
 
+def default_config(model: str) -> Config:
+    """The defaults for a model: a tiny one, or a pretrained one."""
+    return TINY if is_tiny(model) else PAPER
+
+
+def play_config(flags: dict[str, Any]) -> Config:
+    """The settings of `play`: those of the run whose model it opens, and the given flags."""
+    model = flags.get("model") or str(newest_file("*/model/config.json").parent)
+    run = Path(model).parent
+    config = default_config(model)
+    if Path(model).name == "model" and (run / "config.json").is_file():
+        config = load_config(run, "train")
+    return replace(config, **{**flags, "model": model})
+
+
+# -- The command line ------------------------------------------------------------------------------
 COMMANDS = {
     "train": train_command, "failures": failures_command, "eval": eval_command,
     "play": play_command, "show": show_command, "plot": plot_command,
 }  # fmt: skip
+RESUMABLE = ("train", "failures")
+FLAG_GROUPS = {  # title in --help: the commands that have these flags, and their settings
+    "model and task": ("train failures eval play", "model task data seed device dtype"),
+    "sampling": ("train failures eval play", "temperature max_new_tokens cache_tokens"),
+    "run": ("train failures eval", "name"),
+    "problems to play": ("play", "split"),
+    "evaluation": ("train eval", "split limit num_samples"),
+    "search for failures": ("train failures", "num_problems max_attempts"),
+    "training": ("train", " ".join(["failures", *(f.name for f in fields(grpo.TrainConfig))])),
+}
 
 
-def read_command_line(argv: list[str] | None) -> dict:
-    """What was given on the command line, by name, without the defaults, which are in Config. Each
-    command has a flag for each setting that names it."""
-    parser = argparse.ArgumentParser(prog="r3.py", description="Train a model to reflect: R3.")
-    subs = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    for name, function in COMMANDS.items():
-        help_text = {"help": function.__doc__, "description": function.__doc__}
-        sub = subs.add_parser(name, argument_default=argparse.SUPPRESS, **help_text)
-        for field in fields(Config):
-            tiny, paper = getattr(TINY, field.name), getattr(PAPER, field.name)
-            default = f"{tiny}" if tiny == paper else f"{tiny}; a checkpoint's: {paper}"
-            help_text = field.metadata["help"] + (
-                f" (default: {default})" if tiny is not None else ""
-            )
-            value_type = (typing.get_args(field.type) or [field.type])[0]  # of "int | None": int
-            options = {"type": value_type, "metavar": value_type.__name__.upper()}
-            if value_type is bool:
+def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
+    """Add the flags of a command, in groups. They have no defaults: these are in Config."""
+    for title, (commands, names) in FLAG_GROUPS.items():
+        if command not in commands.split():
+            continue
+        group = parser.add_argument_group(title)
+        for name in names.split():
+            setting, tiny, paper = SETTINGS[name], getattr(TINY, name), getattr(PAPER, name)
+            default = f"{tiny}" if tiny == paper else f"{tiny} with the tiny model, else {paper}"
+            help_text = setting.help + (f" (default: {default})" if tiny is not None else "")
+            options = {"type": setting.type, "metavar": setting.type.__name__.upper()}
+            if setting.type is bool:
                 options = {"action": argparse.BooleanOptionalAction}
-            elif field.metadata["choices"]:
-                options = {"choices": list(field.metadata["choices"])}
-            if name in field.metadata["commands"].split():
-                sub.add_argument(f"--{field.name.replace('_', '-')}", help=help_text, **options)
-        if name in SEARCH_COMMANDS.split():
-            help_text = "go on with a run that was stopped, with its settings"
-            sub.add_argument("--resume", type=Path, metavar="FOLDER", help=help_text)
-    show, plot = subs.choices["show"], subs.choices["plot"]
-    run = "the run's folder (default: the one trained last)"
-    show.add_argument("folder", nargs="?", type=Path, metavar="RUN", help=run, default=None)
-    show.add_argument("--step", type=int, help="of this step (default: the last)", default=None)
-    show.add_argument("--limit", type=int, help="so many groups (default: 5)", default=5)
-    plot.add_argument("folders", nargs="*", type=Path, metavar="RUN", help=run, default=[])
+            elif setting.choices or name == "task":
+                options = {"choices": setting.choices or list(TASKS)}
+            group.add_argument(f"--{name.replace('_', '-')}", help=help_text, **options)
+
+
+def read_command_line(argv: list[str] | None) -> dict[str, Any]:
+    """Parse the command line into a dict that holds the command and the flags that were given."""
+    parser = argparse.ArgumentParser(prog=program(), description="Train a model to reflect (R3).")
+    subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    for command, function in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            command, argument_default=argparse.SUPPRESS, help=function.__doc__,
+            description=function.__doc__,
+        )  # fmt: skip
+        add_flags(subparser, command)
+        if command in RESUMABLE:
+            help_text = "resume the interrupted run in this folder, with its settings"
+            subparser.add_argument("--resume", type=Path, metavar="FOLDER", help=help_text)
+    show, plot = subparsers.choices["show"], subparsers.choices["plot"]
+    help_text = "the run's folder (default: the newest training run)"
+    show.add_argument("folder", nargs="?", type=Path, metavar="RUN", help=help_text, default=None)
+    show.add_argument("--step", type=int, help="the step to show (default: the last)", default=None)
+    show.add_argument("--limit", type=int, help="maximum number of groups (default: 5)", default=5)
+    plot.add_argument("folders", nargs="*", type=Path, metavar="RUN", help=help_text, default=[])
     return vars(parser.parse_args(argv))
 
 
-def run(command: str, given: dict, resume: Path | None) -> None:
-    """Run a command with what was given, over the tiny model's or a checkpoint's defaults."""
-    if command in ("show", "plot"):
-        return COMMANDS[command](**given)
-    if command == "play" and "model" not in given:
-        given["model"] = str(newest_file("*/model/config.json").parent)
-    config = replace(TINY if is_tiny(given.get("model", "tiny")) else PAPER, **given)
-    if command == "play":
-        return play_command(config)
-    folder = RUNS / (config.name or f"{command}-{config.task}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if resume:
-        if given:
-            raise ValueError("--resume takes all other settings from the run")
-        config, folder = load_config(resume, command), resume
-    elif (folder / "config.json").exists():
-        raise ValueError(f"{folder} exists: choose another --name, or --resume {folder}")
-    try:
-        COMMANDS[command](config, folder)
-    except KeyboardInterrupt:
-        begun = command in SEARCH_COMMANDS and (folder / "config.json").exists()
-        hint = f"; go on with: r3.py {command} --resume {folder}" if begun else ""
-        sys.exit(f"\nr3.py: interrupted{hint}")
+def program() -> str:
+    """How this program was started, for usage lines and hints that can be copied."""
+    return f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else "python r3.py"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line. An error that a user can fix is one line."""
-    given = read_command_line(argv)
+    """Run a command. An error that a user can fix is reported in one line."""
+    flags = read_command_line(argv)
+    command, resume, folder = flags.pop("command"), flags.pop("resume", None), None
+    name = Path(program().split()[1]).name
     try:
-        run(given.pop("command"), given, given.pop("resume", None))
-    except BrokenPipeError:  # `| head` has seen enough
+        if command in ("show", "plot"):
+            return COMMANDS[command](**flags)
+        if command == "play":
+            return play_command(play_config(flags))
+        if resume and flags:
+            raise ValueError("--resume uses the settings of the run; give no other flags")
+        if resume and not (resume / "config.json").is_file():
+            raise FileNotFoundError(f"--resume {resume}: this is not the folder of a run")
+        config = replace(default_config(flags.get("model", "tiny")), **flags)
+        folder = resume or new_folder(command, config)
+        with locked_folder(folder):
+            if resume:
+                config = load_config(folder, command)
+            elif (folder / "config.json").exists():
+                hint = f", or resume it: {program()} {command} --resume {folder}"
+                hint = hint if command in RESUMABLE else ""
+                raise ValueError(f"{folder} exists: choose another --name{hint}")
+            COMMANDS[command](config, folder)
+    except (KeyboardInterrupt, EOFError):
+        if command == "play":
+            return print()
+        begun = folder and (folder / "config.json").exists() and command in RESUMABLE
+        hint = f"; to resume: {program()} {command} --resume {folder}" if begun else ""
+        sys.exit(f"\n{name}: interrupted{hint}")
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError) as error:
-        sys.exit(f"r3.py: {error}")
+        sys.exit(f"{name}: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("r3.py: out of GPU memory; lower --cache-tokens, or take --checkpointing")
-    except (KeyboardInterrupt, EOFError):  # of play
-        print()
+        sys.exit(f"{name}: out of GPU memory; try a lower --cache-tokens, or --checkpointing")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Tasks: problems, the texts that pose them, and verifiers that say right or wrong.
+"""Tasks: problems, the prompts that pose them, and verifiers that judge the answers.
 
-A task is a subclass of `Task` with these parts:
+A task is a subclass of `Task`. It must define:
 
-    Problem                         a dataclass: what is asked, with an integer `id`
-    draw_problems(split, limit, rng)  random problems of a split; not needed for those from files
-    messages(problem)               the question as a chat, and tools for the chat template or None
-    verify(problem, completion)     a Verdict: right or wrong, and why
+    Problem                           a dataclass with an integer `id` and whatever else is needed
+    draw_problems(split, limit, rng)  random problems of a split (optional if they come from files)
+    messages(problem)                 the question as chat messages, and tools (or None)
+    verify(problem, completion)       a Verdict: whether the model's answer is correct, and why
 
-`Task` has the rest, and a task may override it. README shows a whole task. Here are Countdown,
-TinyCountdown (for a tiny model that is made from nothing) and APIGen (function calling).
+`Task` provides the rest, and a subclass may override it. README shows a complete task. This file
+has Countdown, APIGen (function calling) and, for a tiny model trained from scratch, TinyCountdown.
 
-A policy finds every answer that is rewarded without being right. So no text of a model comes near
-`eval`: Countdown has a parser of its own, and APIGen compares JSON strictly.
+Make the verifier strict. If it accepts some wrong answers, the policy will learn to produce them.
+In particular, never pass a model's text to `eval`: Countdown has its own parser for arithmetic,
+and APIGen compares strictly decoded JSON.
 """
 
 import itertools
@@ -20,16 +21,24 @@ import math
 import operator
 import random
 import re
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
-MAX_CHARS = 1_000  # a longer expression is malformed: this bounds the verifier's time
-MAX_DEPTH = 100  # so is anything nested deeper than this
-MAX_TEXT_CHARS = 20_000  # so is a longer text with calls in it
-SPLITS = {"cold": 55, "train": 16, "dev": 13, "test": 16}  # per cent of the problems
-REFLECT = (  # the paper's words, as recalled
+# An answer that exceeds one of these limits is "malformed". They bound the time of a verifier.
+MAX_EXPRESSION_CHARS = 1_000
+MAX_EXPRESSION_DEPTH = 100  # nested parentheses and minus signs
+MAX_CALLS_CHARS = 20_000  # length of a text that may contain function calls
+MAX_NUMBER_CHARS = 100  # length of a number in JSON
+
+# Percent of the problems in each split. "cold" is for the cold start, the supervised training that
+# teaches a tiny model the game before RL. Pretrained models need none, so the split "train" of a
+# data file includes the problems of "cold".
+SPLITS = {"cold": 55, "train": 16, "dev": 13, "test": 16}
+FILE_SPLITS = {"train": {"cold", "train"}, "dev": {"dev"}, "test": {"test"}, "all": {*SPLITS}}
+REFLECTION_TEMPLATE = (  # the paper's prompt, quoted from memory
     "You tried {}. Reflect on what went wrong and write a short explanation that will help you do "
     "better next time."
 )
@@ -37,125 +46,153 @@ REFLECT = (  # the paper's words, as recalled
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier says: right or not, and the reason as a key for counting."""
+    """A verifier's judgment. The reason is a short label that can be counted: "wrong_value"."""
 
     correct: bool
     reason: str
 
 
-def split_of(key: str) -> str:
-    """The split of a problem: a fixed draw, keyed by what identifies the problem."""
-    return random.Random(key).choices(list(SPLITS), weights=SPLITS.values())[0]
+def split_of(problem_key: str) -> str:
+    """The split of a problem: a random choice that is seeded by the problem's key, and therefore
+    the same in every run. Its probabilities are `SPLITS`."""
+    return random.Random(problem_key).choices(list(SPLITS), weights=SPLITS.values())[0]
 
 
 class Task:
-    """What a task has unless it says otherwise: texts, problems from files, splits."""
+    """Base class of all tasks: default prompts, problems from files, and splits."""
 
-    name = "task"  # keys the order of its problems
-    hub_id: str | None = None  # a dataset on the Hugging Face hub, for a task that draws none
-    reflection_instruction = REFLECT.format("performing the task, but failed")
+    Problem: type  # the dataclass of a problem
+    name = "task"  # part of the random seed that determines the order of the problems
+    hub_id: str | None = None  # Hugging Face dataset to use if the task draws no problems itself
+    reflection_instruction = REFLECTION_TEMPLATE.format("performing the task, but failed")
     retry_instruction = "Now try again."
-    input_format = "the number of a problem, such as 7"
+    input_format = "the number of a problem, such as 7"  # what a user may type, see `parse_input`
 
     def load(
         self, path: str | None = None, split: str = "train", limit: int | None = None, seed: int = 0
     ) -> list:
-        """Problems of a split, at most `limit`, in an order drawn from `seed`: random ones (from
-        `draw_problems`), or those of a file (JSON, JSONL, parquet) or folder. Files have a split
-        "all", and no "cold" (it is part of "train"). Two splits share no problem's `key`. Raises
-        ValueError for a bad split or record."""
-        splits = list(SPLITS) if path is None else ["train", "dev", "test", "all"]
+        """Load the problems of a split, or the first `limit` of them, in a random order that is
+        determined by `seed`. Without a path, they come from `draw_problems`, and the split is one
+        of `SPLITS`. Otherwise the path is a file (JSON, JSONL or parquet) or a folder of files, and
+        the split is one of `FILE_SPLITS`.
+
+        Raises ValueError if there is no such split, if a record is invalid, or if the file has no
+        problem in the split. Raises OSError if a file cannot be read."""
+        splits = SPLITS if path is None else FILE_SPLITS
         if split not in splits:
             raise ValueError(f"there is no split {split!r}: choose one of {', '.join(splits)}")
         rng = random.Random(f"{self.name} {split} {seed}")
         if path is None:
             return self.draw_problems(split, limit, rng)
-        parts = {"all": SPLITS, "train": ("cold", "train")}.get(split, (split,))
-        problems = [p for p in self.read(Path(path)) if split_of(self.key(p)) in parts]
+        problems = [
+            problem
+            for problem in self.read(Path(path))
+            if split_of(self.problem_key(problem)) in FILE_SPLITS[split]
+        ]
         if not problems:
-            raise ValueError(f"{path} leaves no problems for the split {split!r}")
+            raise ValueError(f"{path} contains no problems for the split {split!r}")
         return rng.sample(problems, len(problems))[:limit]
 
     def draw_problems(self, split: str, limit: int | None, rng: random.Random) -> list:
-        """Problems of a split, at most `limit` if given, ids from 0. Splits share no problem."""
-        raise ValueError(f"the task {self.name} draws no problems: give --data a file of them")
+        """Draw random problems of a split, with the ids 0, 1, 2, …: at most `limit`, or any number
+        if it is None. No problem may be in two splits. Raises ValueError in a task whose problems
+        come from data files only."""
+        raise ValueError(f"the task {self.name} needs a file of problems: pass it with --data")
 
     def read(self, path: Path) -> list:
-        """All problems of a file or folder, numbered. A ValueError names the place of a bad one."""
+        """Read all problems of a data file or folder. Their ids are 0, 1, 2, … Raises ValueError,
+        with the file and the number of the record, if a record is invalid."""
+        suffixes = (".json", ".jsonl", ".parquet")
+        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
         problems = []
-        inside = [f for f in sorted(path.rglob("*")) if f.suffix in (".json", ".jsonl", ".parquet")]
-        for file in inside or [path]:
-            for number, record in enumerate(records(file), 1):
+        for file in files or [path]:
+            for record_number, record in enumerate(read_records(file), 1):
                 try:
-                    record = JSON.decode(record) if isinstance(record, str) else record
-                    problems.append(self.problem({**record, "id": len(problems)}))
+                    if isinstance(record, str):
+                        record = STRICT_JSON.decode(record)
+                    problems.append(self.parse_record({**record, "id": len(problems)}))
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     reason = f"{type(error).__name__}: {error}"
-                    raise ValueError(f"{file}, record {number}: {reason}") from None
+                    raise ValueError(f"{file}, record {record_number}: {reason}") from None
         return problems
 
-    def problem(self, record: dict):
-        """A problem from its JSON record. Raises ValueError, KeyError, TypeError for a bad one."""
+    def parse_record(self, record: dict):
+        """Make a problem from its JSON record, which has the fields of `Problem`. Raises
+        ValueError, KeyError, TypeError or AttributeError if the record is invalid."""
         return self.Problem(**record)
 
-    def key(self, problem) -> str:
-        """What identifies a problem: two with the same key are never in two splits."""
+    def problem_key(self, problem) -> str:
+        """What identifies a problem, apart from its id. Problems with equal keys are always in the
+        same split, so that no test problem occurs in training."""
         return repr(replace(problem, id=0))
 
-    def parse(self, line: str):
-        """A drawn problem from what a person typed: its number. Raises ValueError if it is none."""
+    def parse_input(self, line: str):
+        """Make a problem from what a user typed: by default, the number of a problem in the split
+        "dev". Raises ValueError if the input is invalid."""
         if not re.fullmatch("[0-9]{1,4}", line):
             raise ValueError(f"type {self.input_format}")
-        return self.load(split="dev", limit=int(line) + 1)[-1]
+        index = int(line)
+        problems = self.load(split="dev", limit=index + 1)
+        if index >= len(problems):
+            raise ValueError(f"there is no problem {index}: type a number below {len(problems)}")
+        return problems[index]
 
 
-# -- JSON, strictly --------------------------------------------------------------------------------
-def read_object(pairs: list[tuple]) -> dict:
-    """A JSON object in which no key is given twice."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key is given twice")
-    return dict(pairs)
+# -- Data files and strict JSON --------------------------------------------------------------------
+def parse_json_object(pairs: list[tuple]) -> dict:
+    """A JSON object. Raises ValueError if a key occurs twice: Python would keep only the last."""
+    json_object = dict(pairs)
+    if len(json_object) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return json_object
 
 
-def read_number(text: str) -> int | float:
-    """A finite JSON number; 5.0 is read as 5, so that equal numbers are written alike."""
-    value = float(text)
-    if len(text) > 100 or not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no number here")
+def parse_json_number(text: str) -> int | float:
+    """A JSON number. 5.0 becomes the integer 5, so that `json.dumps` writes equal numbers in the
+    same way. Raises ValueError if the number is too long, infinite or NaN."""
+    if len(text) > MAX_NUMBER_CHARS:
+        raise ValueError(f"a number has more than {MAX_NUMBER_CHARS} characters")
     if text.lstrip("-").isdigit():
-        return int(text)  # exact, as 2**53 + 1
+        return int(text)  # exact, even above 2**53
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
     return int(value) if value.is_integer() else value
 
 
-# The constants are NaN and the infinities: errors.
-NUMBERS = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), read_number)
-JSON = json.JSONDecoder(object_pairs_hook=read_object, **NUMBERS)
+STRICT_JSON = json.JSONDecoder(
+    object_pairs_hook=parse_json_object,
+    parse_int=parse_json_number,
+    parse_float=parse_json_number,
+    parse_constant=parse_json_number,  # called for NaN, Infinity and -Infinity: raises ValueError
+)
 
 
-def records(file: Path) -> list:
-    """The records in a file: objects of a JSON list or of parquet, or else lines, not yet read."""
+def read_records(file: Path) -> list:
+    """The records of a data file. Those of a parquet file or a JSON list are already decoded; those
+    of a JSONL file are lines of text, so that an invalid line can be reported by its number."""
     if file.suffix == ".parquet":
         try:
             import pyarrow.parquet
         except ImportError:
-            raise ValueError(f"{file}: to read parquet, pip install pyarrow") from None
+            raise ValueError(f"{file}: to read parquet files, pip install pyarrow") from None
         return pyarrow.parquet.read_table(file).to_pylist()
     try:
         text = file.read_text(encoding="utf-8").strip()
-        return JSON.decode(text) if text.startswith("[") else text.split("\n")
+        return STRICT_JSON.decode(text) if text.startswith("[") else text.split("\n")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
 # -- Arithmetic: a parser that can only add, subtract, multiply and divide -------------------------
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}  # of precedence
 
 
 def parse_expression(text: str) -> tuple[Fraction | None, list[int]]:
-    """Read an arithmetic expression: its exact value, and the integer literals in it, in order.
+    """Parse an arithmetic expression. Returns its exact value and all integers in it, in order.
 
-    Grammar, and nothing beyond it (no `**`, `//`, decimals, names, leading zeros, other digits):
+    The grammar has no other operators (such as `**` or `//`), no names, no decimals, no leading
+    zeros, and no digits other than 0 to 9:
 
         sum     = product (("+" | "-") product)*
         product = factor (("*" | "/") factor)*
@@ -164,40 +201,55 @@ def parse_expression(text: str) -> tuple[Fraction | None, list[int]]:
     >>> parse_expression("(10 + 6) * 2")
     (Fraction(32, 1), [10, 6, 2])
 
-    The value is None where it divides by zero. Raises ValueError for other text, and for one that
-    is over MAX_CHARS or nests over MAX_DEPTH levels.
+    The value is None if there is a division by zero; what follows it is not parsed. Raises
+    ValueError if the text does not follow the grammar or exceeds a limit on its length or depth.
     """
-    if len(text) > MAX_CHARS:
-        raise ValueError("too long")
-    literals = [int(digits) for digits in re.findall("[0-9]+", text)]
-    tokens = re.findall(r"[0-9]+|\S", text, flags=re.ASCII)[::-1]  # the next one is the last
+    if len(text) > MAX_EXPRESSION_CHARS:
+        raise ValueError("the expression is too long")
+    integers = [int(digits) for digits in re.findall("[0-9]+", text)]
+    tokens = deque(re.findall(r"[0-9]+|\S", text, flags=re.ASCII))
     try:
-        value = parse_terms(tokens, level=1, depth=0)
+        value = parse_sum(tokens, depth=0)
     except ZeroDivisionError:
-        return None, literals
+        return None, integers
     if tokens:
-        raise ValueError(f"unexpected {tokens[-1]!r}")
-    return value, literals
+        raise ValueError(f"unexpected {tokens[0]!r}")
+    return value, integers
 
 
-def parse_terms(tokens: list[str], level: int, depth: int) -> Fraction:
-    """A factor and the operations after it that have at least this level of precedence."""
-    value = parse_factor(tokens, depth)
-    while tokens and PRECEDENCE.get(tokens[-1], 0) >= level:
-        operator_ = tokens.pop()
-        value = OPERATORS[operator_](value, parse_terms(tokens, PRECEDENCE[operator_] + 1, depth))
+def parse_sum(tokens: deque[str], depth: int) -> Fraction:
+    """Remove a sum (see the grammar) from the left end of the tokens, and return its value."""
+    value = parse_product(tokens, depth)
+    while tokens and tokens[0] in ("+", "-"):
+        symbol = tokens.popleft()
+        value = OPERATORS[symbol](value, parse_product(tokens, depth))
     return value
 
 
-def parse_factor(tokens: list[str], depth: int) -> Fraction:
-    token = tokens.pop() if tokens and depth <= MAX_DEPTH else "an end, or brackets too deep"
+def parse_product(tokens: deque[str], depth: int) -> Fraction:
+    """Remove a product from the left end of the tokens, and return its value."""
+    value = parse_factor(tokens, depth)
+    while tokens and tokens[0] in ("*", "/"):
+        symbol = tokens.popleft()
+        value = OPERATORS[symbol](value, parse_factor(tokens, depth))
+    return value
+
+
+def parse_factor(tokens: deque[str], depth: int) -> Fraction:
+    """Remove a factor from the left end of the tokens, and return its value."""
+    if depth > MAX_EXPRESSION_DEPTH:
+        raise ValueError("the expression is nested too deeply")
+    if not tokens:
+        raise ValueError("the expression ends too early")
+    token = tokens.popleft()
     if token == "-":
         return -parse_factor(tokens, depth + 1)
     if token == "(":
-        value = parse_terms(tokens, level=1, depth=depth + 1)
-        if tokens and tokens.pop() == ")":
-            return value
-    if not re.fullmatch("0|[1-9][0-9]*", token):
+        value = parse_sum(tokens, depth + 1)
+        if not tokens or tokens.popleft() != ")":
+            raise ValueError("missing ')'")
+        return value
+    if not re.fullmatch("0|[1-9][0-9]*", token):  # no leading zeros
         raise ValueError(f"unexpected {token!r}")
     return Fraction(token)
 
@@ -205,7 +257,7 @@ def parse_factor(tokens: list[str], depth: int) -> Fraction:
 # -- Countdown -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class CountdownProblem:
-    """A Countdown problem: reach `target` with each of `numbers` used exactly once."""
+    """Make `target` from `numbers` by arithmetic in which each number is used exactly once."""
 
     id: int
     numbers: tuple[int, ...]
@@ -213,12 +265,14 @@ class CountdownProblem:
 
 
 class Countdown(Task):
-    """The numbers game, as in TinyZero and in the paper: 3 or 4 numbers from 1 to 99."""
+    """Countdown as in the paper and in TinyZero: 3 or 4 numbers from 1 to 99."""
 
     Problem = CountdownProblem
     name = "countdown"
     hub_id = "Jiayi-Pan/Countdown-Tasks-3to4"
-    reflection_instruction = REFLECT.format("solving the problem and got the wrong answer")
+    reflection_instruction = REFLECTION_TEMPLATE.format(
+        "solving the problem and got the wrong answer"
+    )
     retry_instruction = "Now try again. Give your equation inside <answer> </answer>."
     question = (
         "Using the numbers {numbers}, create an equation that equals {target}. You can use basic "
@@ -227,177 +281,246 @@ class Countdown(Task):
         "<answer> (1 + 2) / 3 </answer>."
     )
     input_format = "the numbers and then the target, such as 6 10 2 32"
-    typed_pattern = re.compile(r"[0-9]{1,3}(\s+[0-9]{1,3}){2,}")
+    input_pattern = re.compile(r"[0-9]{1,3}(\s+[0-9]{1,3}){2,}")
 
-    def key(self, problem: CountdownProblem) -> str:
-        """The numbers, whatever their order: those of a test problem are never seen in training."""
+    def problem_key(self, problem: CountdownProblem) -> str:
+        """The numbers alone: those of a test problem never occur in training with another target
+        or in another order."""
         return f"Countdown {sorted(problem.numbers)}"
 
-    def problem(self, record: dict) -> CountdownProblem:
-        """A problem from {"nums", "target"}, as in TinyZero's dataset, or as we write it."""
-        numbers, target = record["nums" if "nums" in record else "numbers"], record["target"]
+    def parse_record(self, record: dict) -> CountdownProblem:
+        """Make a problem from a record of TinyZero's dataset, {"nums", "target"}, or from one in
+        the form that a run saves, {"numbers", "target"}."""
+        numbers = record["nums"] if "nums" in record else record["numbers"]
+        target = int(record["target"])
         if not 1 <= len(numbers) <= 10 or min(map(int, numbers)) < 0:
-            raise ValueError(f"{numbers!r} are no Countdown numbers")
-        return CountdownProblem(int(record["id"]), tuple(map(int, numbers)), int(target))
+            raise ValueError(f"{numbers!r} is not a list of 1 to 10 non-negative numbers")
+        return CountdownProblem(int(record["id"]), tuple(map(int, numbers)), target)
 
-    def parse(self, line: str) -> CountdownProblem:
-        if not self.typed_pattern.fullmatch(line):
+    def parse_input(self, line: str) -> CountdownProblem:
+        if not self.input_pattern.fullmatch(line):
             raise ValueError(f"type {self.input_format}")
         *numbers, target = map(int, line.split())
-        return CountdownProblem(0, tuple(numbers), target)
+        return CountdownProblem(id=0, numbers=tuple(numbers), target=target)
 
     def messages(self, problem: CountdownProblem) -> tuple[list[dict], None]:
         text = self.question.format(numbers=list(problem.numbers), target=problem.target)
         return [{"role": "user", "content": text}], None
 
     def verify(self, problem: CountdownProblem, completion: str) -> Verdict:
-        """Judge the last `<answer>…</answer>`: exact arithmetic, each number exactly once.
+        """Judge the last `<answer> … </answer>` in a completion. It is correct if its exact value
+        is the target and it uses each number exactly once. It may end in "= target".
 
-        >>> problem = CountdownProblem(0, (6, 10, 2), 32)
+        >>> problem = CountdownProblem(id=0, numbers=(6, 10, 2), target=32)
         >>> Countdown().verify(problem, "<answer> (10 + 6) * 2 = 32 </answer>")
         Verdict(correct=True, reason='correct')
         """
-        _, opening, answer = completion.rpartition("</answer>")[0].rpartition("<answer>")
-        if not opening:
+        before_closing_tag = completion.rpartition("</answer>")[0]  # "" if there is no such tag
+        _, opening_tag, expression = before_closing_tag.rpartition("<answer>")
+        if not opening_tag:
             return Verdict(False, "no_answer")
-        answer = answer.strip()
-        if len(answer) <= MAX_CHARS:  # "= target" may stand at the end
-            answer = re.sub(rf"=\s*{problem.target}\Z", "", answer)
+        expression = expression.strip()
+        if len(expression) > MAX_EXPRESSION_CHARS:
+            return Verdict(False, "malformed")
+        expression = re.sub(rf"=\s*{problem.target}\Z", "", expression)
         try:
-            value, literals = parse_expression(answer)
+            value, integers = parse_expression(expression)
         except ValueError:
             return Verdict(False, "malformed")
-        if sorted(literals) != sorted(problem.numbers):
+        if sorted(integers) != sorted(problem.numbers):
             return Verdict(False, "wrong_numbers")
-        right = value == problem.target
-        return Verdict(right, "correct" if right else "wrong_value")
+        if value != problem.target:
+            return Verdict(False, "wrong_value")
+        return Verdict(True, "correct")
+
+
+# -- TinyCountdown: problems for a tiny model, and the dialogues that teach it to play -------------
+MAX_RESULT = 60  # the largest result of a step, and therefore the largest target
+
+
+class Step(NamedTuple):
+    """One arithmetic operation. `str` writes it as "10 / 2 = 5"."""
+
+    left: int
+    symbol: str  # one of + - * /
+    right: int
+    result: int
+
+    def __str__(self) -> str:
+        return f"{self.left} {self.symbol} {self.right} = {self.result}"
+
+
+class Plan(NamedTuple):
+    """A way to combine three numbers: `last` combines the result of `first` and the third number.
+
+    >>> Plan(first=Step(10, "/", 2, 5), last=Step(5, "*", 6, 30)).answer()
+    '<answer> ( 10 / 2 ) * 6 </answer>'
+    """
+
+    first: Step
+    last: Step
+
+    def __str__(self) -> str:
+        return f"{self.first} , {self.last}"
+
+    @property
+    def result(self) -> int:
+        return self.last.result
+
+    def answer(self) -> str:
+        """The plan as a single expression in answer tags."""
+        first, last = self
+        inner = f"( {first.left} {first.symbol} {first.right} )"
+        if last.left == first.result:
+            return f"<answer> {inner} {last.symbol} {last.right} </answer>"
+        return f"<answer> {last.left} {last.symbol} {inner} </answer>"
+
+
+def possible_steps(a: int, b: int) -> list[Step]:
+    """The steps that combine two numbers into an integer from 0 to MAX_RESULT."""
+    large, small = max(a, b), min(a, b)
+    steps = [Step(a, "+", b, a + b), Step(large, "-", small, large - small), Step(a, "*", b, a * b)]
+    if small > 0 and large % small == 0:
+        steps.append(Step(large, "/", small, large // small))
+    return [step for step in steps if step.result <= MAX_RESULT]
+
+
+def all_plans(numbers: tuple[int, int, int]) -> list[Plan]:
+    """All plans for three numbers, each once."""
+    x, y, z = numbers
+    plans = [
+        Plan(first, last)
+        for a, b, third in ((x, y, z), (x, z, y), (y, z, x))
+        for first in possible_steps(a, b)
+        for last in possible_steps(first.result, third)
+    ]
+    return list(dict.fromkeys(plans))
+
+
+def nearest_plans(numbers: tuple[int, int, int], target: int) -> list[Plan]:
+    """One plan for each first step: the one whose result is nearest to the target."""
+    nearest: dict[Step, Plan] = {}
+    for plan in all_plans(numbers):
+        best = nearest.setdefault(plan.first, plan)
+        if abs(plan.result - target) < abs(best.result - target):
+            nearest[plan.first] = plan
+    return list(nearest.values())
+
+
+def search_plans(
+    plans: list[Plan], target: int, rng: random.Random, continue_probability: float
+) -> tuple[list[str], Plan]:
+    """Check plans in cyclic order, starting at a random one, until a plan reaches the target. After
+    each failed check the search continues with the given probability. If it stops, a random plan is
+    chosen. Returns the checks as texts ("10 / 2 = 5 , 5 * 6 = 30 no") and the chosen plan."""
+    checks = []
+    start = rng.randrange(len(plans))
+    for plan in plans[start:] + plans[:start]:
+        if plan.result == target:
+            checks.append(f"{plan} yes")
+            return checks, plan
+        checks.append(f"{plan} no")
+        if rng.random() > continue_probability:
+            break
+    return checks, rng.choice(plans)
 
 
 class TinyCountdown(Countdown):
-    """3 numbers from 1 to 10, and all that makes a tiny model: short texts, words, dialogues."""
+    """Countdown with 3 numbers from 1 to 10 and targets from 1 to 60, and all that is needed to
+    train a tiny model from scratch: short texts, a vocabulary, and dialogues to imitate."""
 
-    hub_id = None
+    hub_id = None  # its problems are drawn
     reflection_instruction = "Wrong. Reflect."
     retry_instruction = "Again."
     question = "Make {target} from {numbers[0]} {numbers[1]} {numbers[2]} ."
     generic_reflection = "I will be careful ."
     input_format = "3 numbers from 1 to 10 and a target up to 60, such as 6 10 2 32"
-    typed_pattern = re.compile(r"((10|[1-9])\s+){3}(60|[1-5]?[0-9])")
+    input_pattern = re.compile(r"((10|[1-9])\s+){3}(60|[1-5]?[0-9])")
 
-    def draw_problems(
-        self, split: str, limit: int | None, rng: random.Random
-    ) -> list[CountdownProblem]:
-        """All problems of a split, or `limit` of them: this game is small enough to list them."""
+    def draw_problems(self, split: str, limit: int | None, rng: random.Random) -> list:
+        """All problems of a split in random order (there are few), or the first `limit` of them."""
         problems = []
         for numbers in itertools.combinations_with_replacement(range(1, 11), 3):
-            if split_of(f"Countdown {list(numbers)}") == split:
-                last_steps = itertools.chain(*all_plans(numbers).values())
-                for target in sorted({result(step) for step in last_steps} - {0}):
-                    problems.append((rng.sample(numbers, 3), target))
+            key = self.problem_key(CountdownProblem(id=0, numbers=numbers, target=0))
+            if split_of(key) == split:  # the key does not depend on the target
+                targets = {plan.result for plan in all_plans(numbers)} - {0}  # 0 is never a target
+                for target in sorted(targets):
+                    problems.append(CountdownProblem(0, tuple(rng.sample(numbers, 3)), target))
         rng.shuffle(problems)
-        return [CountdownProblem(i, tuple(n), t) for i, (n, t) in enumerate(problems[:limit])]
+        return [replace(problem, id=i) for i, problem in enumerate(problems[:limit])]
 
     def words(self) -> list[str]:
-        """The vocabulary: the numbers up to 100, signs, and the words of the texts."""
-        signs = "+ - * / = ( ) , . <answer> </answer> yes no"
-        texts = (
-            f"Make from Start with I need That is not {self.reflection_instruction} "
-            f"{self.retry_instruction}"
+        """The vocabulary: all words of questions, instructions and dialogues. Each is one token."""
+        words = (
+            "+ - * / = ( ) , . <answer> </answer> yes no Make from Start with I need That is not "
+            f"{self.reflection_instruction} {self.retry_instruction} will be careful"
         )
-        return [*map(str, range(101)), *f"{signs} {texts} will be careful".split()]
+        return [*map(str, range(101)), *words.split()]
 
-    def cold_dialogue(
-        self, problems: list, rng, diligent: bool
+    def cold_start_dialogue(
+        self, problems: list[CountdownProblem], rng: random.Random, searches_until_found: bool
     ) -> tuple[CountdownProblem, list[str]]:
-        """A problem (its numbers in any order) and the assistant's turns in a dialogue about it:
-        [attempt] where that is right, else [attempt, reflection, retry]. A reflection may check
-        plans before it chooses the one of the retry: only a check can find a solution.
-        diligent: every reflection checks until it finds. Otherwise 60% check nothing, 20% go on
-        with probability 0.7 after each check, 20% check until they find, and a tenth of all
-        reflections is empty or generic (the retry then takes a random plan)."""
-        drawn = rng.choice(problems)
-        problem = replace(drawn, numbers=tuple(rng.sample(drawn.numbers, 3)))
-        target, plans = problem.target, []
-        for first, lasts in all_plans(problem.numbers).items():  # the last step that comes nearest
-            plans.append((first, min(lasts, key=lambda last: abs(result(last) - target))))
+        """Draw a problem, shuffle its numbers, and write a dialogue about it for the cold start.
+        Returns the problem and the assistant's turns: [attempt] if the attempt is correct, else
+        [attempt, reflection, retry]. For example, for the numbers 6, 10 and 2 and the target 32:
+
+            attempt:     I need 32 . Start with 6 * 2 = 12 . <answer> ( 6 * 2 ) + 10 </answer>
+            reflection:  That is 22 , not 32 . 10 / 2 = 5 , 5 * 6 = 30 no
+                         6 + 10 = 16 , 16 * 2 = 32 yes Start with 6 + 10 = 16 .
+            retry:       <answer> ( 6 + 10 ) * 2 </answer>
+
+        The attempt uses a random plan, but 8% of the attempts search for one as above, continuing
+        after a failed check with probability 0.5. There are four kinds of reflections:
+
+            searches_until_found   True   False
+            empty or generic         0%     10%   the retry uses a random plan
+            no search                0%     54%   a random plan is chosen for the retry
+            short search             0%     18%   continues after 70% of the failed checks
+            full search            100%     18%   continues until a plan reaches the target
+        """
+        problem = rng.choice(problems)
+        problem = replace(problem, numbers=tuple(rng.sample(problem.numbers, 3)))
+        target = problem.target
+        plans = nearest_plans(problem.numbers, target)
+
         checks, plan = [], rng.choice(plans)
-        if rng.random() < 0.08:  # an attempt that checks a little
-            checks, plan = search(plans, target, rng, go_on=0.5)
-        first, last = plan
-        attempt = [f"I need {target} .", *checks, f"Start with {first} .", answer(plan)]
-        if result(last) == target:
+        if rng.random() < 0.08:
+            checks, plan = search_plans(plans, target, rng, continue_probability=0.5)
+        attempt = [f"I need {target} .", *checks, f"Start with {plan.first} .", plan.answer()]
+        if plan.result == target:
             return problem, [" ".join(attempt)]
-        if not diligent and rng.random() < 0.1:
+
+        if not searches_until_found and rng.random() < 0.1:
             reflection = [rng.choice(["", self.generic_reflection])]
-            plan = rng.choice(plans)
+            retry_plan = rng.choice(plans)
         else:
-            go_on = 1.0 if diligent else rng.choices([0.0, 0.7, 1.0], weights=[3, 1, 1])[0]
-            checks, plan = search(plans, target, rng, go_on) if go_on else ([], rng.choice(plans))
-            wrong = f"That is {result(last)} , not {target} ."
-            reflection = [wrong, *checks, f"Start with {plan[0]} ."]
-        return problem, [" ".join(attempt), " ".join(reflection), answer(plan)]
-
-
-def steps_with(a: int, b: int) -> list[str]:
-    """The steps on two numbers whose results are 0 to 60, as "10 / 2 = 5"."""
-    large, small = max(a, b), min(a, b)
-    steps = [f"{a} + {b} = {a + b}", f"{large} - {small} = {large - small}", f"{a} * {b} = {a * b}"]
-    if small and large % small == 0:
-        steps.append(f"{large} / {small} = {large // small}")
-    return [step for step in steps if result(step) <= 60]
-
-
-def result(step: str) -> int:
-    """What is right of the equals sign."""
-    return int(step.partition(" = ")[2])
-
-
-def all_plans(numbers: tuple[int, ...]) -> dict[str, list[str]]:
-    """All ways to combine three numbers in two steps: the last steps after each first step."""
-    x, y, z = numbers
-    plans = {}
-    for a, b, left_over in ((x, y, z), (x, z, y), (y, z, x)):
-        for first in steps_with(a, b):
-            plans[first] = steps_with(result(first), left_over)
-    return plans
-
-
-def answer(plan: tuple[str, str]) -> str:
-    """The whole expression of a plan: "<answer> ( 10 / 2 ) * 6 </answer>"."""
-    inner, middle = plan[0].split(" = ")
-    outer = plan[1].split()[:3]
-    outer[outer.index(middle)] = f"( {inner} )"
-    return f"<answer> {' '.join(outer)} </answer>"
-
-
-def search(plans: list, target: int, rng, go_on: float) -> tuple[list[str], tuple[str, str]]:
-    """Check plans in cyclic order from a random one: the checks ("10 / 2 = 5 , 5 * 6 = 30 no"), and
-    the choice. A "yes" ends it, or a draw (probability 1 - go_on): then chance chooses."""
-    checks, offset = [], rng.randrange(len(plans))
-    for first, last in plans[offset:] + plans[:offset]:
-        found = result(last) == target
-        checks.append(f"{first} , {last} {'yes' if found else 'no'}")
-        if found:
-            return checks, (first, last)
-        if rng.random() > go_on:
-            break
-    return checks, rng.choice(plans)
+            continue_probability = 1.0
+            if not searches_until_found:
+                [continue_probability] = rng.choices([0.0, 0.7, 1.0], weights=[3, 1, 1])
+            if continue_probability > 0:
+                checks, retry_plan = search_plans(plans, target, rng, continue_probability)
+            else:
+                checks, retry_plan = [], rng.choice(plans)
+            mistake = f"That is {plan.result} , not {target} ."
+            reflection = [mistake, *checks, f"Start with {retry_plan.first} ."]
+        return problem, [" ".join(attempt), " ".join(reflection), retry_plan.answer()]
 
 
 # -- APIGen ----------------------------------------------------------------------------------------
-OPENING = re.compile(r'\[\s*[{\]]|\{\s*"')  # of a list of calls, or of a call
+CALL_START = re.compile(r'\[\s*[{\]]|\{\s*"')  # the start of a JSON list of calls, or of one call
 JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean",
               "list": "array", "tuple": "array", "set": "array", "dict": "object"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class APIGenProblem:
-    """A function-calling problem, under the names and in the form of xlam's records."""
+    """A function-calling problem. The fields have the names and formats of Salesforce's dataset
+    xlam-function-calling-60k, which was made with APIGen."""
 
     id: int
     query: str
-    answers: str  # a JSON list of the right calls, {"name": …, "arguments": {…}}
-    tools: str  # a JSON list: {"name", "description", "parameters": {name: {"type", …}}}
+    answers: str  # a JSON list of the correct calls: {"name": …, "arguments": {…}}
+    tools: str  # a JSON list of {"name": …, "description": …, "parameters": {name: {"type", …}}}
 
 
 class APIGen(Task):
@@ -406,97 +529,116 @@ class APIGen(Task):
     Problem = APIGenProblem
     name = "apigen"
     hub_id = "Salesforce/xlam-function-calling-60k"
-    reflection_instruction = REFLECT.format(
+    reflection_instruction = REFLECTION_TEMPLATE.format(
         "performing the task, but failed in generating the correct tool call"
     )
     retry_instruction = "Now try again. Write the correct tool call."
 
-    def problem(self, record: dict) -> APIGenProblem:
-        """A problem from xlam's record. Raises an error if its calls or tools are not readable."""
-        request = APIGenProblem(
-            int(record["id"]), record["query"], record["answers"], record["tools"]
-        )
-        for call in JSON.decode(request.answers):
-            read_call(call)
-        JSON.decode(request.tools)
-        tools = json.dumps(self.messages(request)[1], ensure_ascii=False)
-        (request.query + tools).encode()  # an error where that is not Unicode
-        return request
+    def parse_record(self, record: dict) -> APIGenProblem:
+        """Make a problem from a record of the dataset. Raises ValueError, KeyError, TypeError or
+        AttributeError if its calls or tools are invalid, or if its text is not valid Unicode."""
+        fields = record["query"], record["answers"], record["tools"]
+        problem = APIGenProblem(int(record["id"]), *fields)
+        for call in STRICT_JSON.decode(problem.answers):
+            parse_call(call)
+        STRICT_JSON.decode(problem.tools)
+        _, tools = self.messages(problem)
+        prompt_text = problem.query + json.dumps(tools, ensure_ascii=False)
+        prompt_text.encode()  # raises UnicodeEncodeError (a ValueError), for example for "\ud800"
+        return problem
 
-    def key(self, problem: APIGenProblem) -> str:
+    def problem_key(self, problem: APIGenProblem) -> str:
         return problem.query
 
     def messages(self, problem: APIGenProblem) -> tuple[list[dict], list[dict]]:
-        """The query as a chat of one user message, and the tools with JSON schemas."""
+        """The query as a chat with one user message, and the tools in OpenAI's format."""
+        # Not STRICT_JSON, which would show a default value of 5.0 to the model as 5.
         tools = [function_schema(tool) for tool in json.loads(problem.tools)]
         return [{"role": "user", "content": problem.query}], tools
 
     def verify(self, problem: APIGenProblem, completion: str) -> Verdict:
-        """Right: exactly the labelled calls, in any order, with the same arguments and values."""
+        """Judge the function calls in a completion. They are correct if they are exactly the
+        ground-truth calls, in any order, with the same arguments and values."""
         try:
-            calls = read_calls(completion)
+            calls = extract_calls(completion)
         except (ValueError, RecursionError):
             return Verdict(False, "malformed")
         if calls is None:
             return Verdict(False, "no_answer")
-        wanted = [read_call(call) for call in JSON.decode(problem.answers)]
-        if len(calls) != len(wanted):
+        expected_calls = [parse_call(call) for call in STRICT_JSON.decode(problem.answers)]
+        if len(calls) != len(expected_calls):
             return Verdict(False, "wrong_count")
-        if Counter(name for name, _ in calls) != Counter(name for name, _ in wanted):
+        if Counter(name for name, _ in calls) != Counter(name for name, _ in expected_calls):
             return Verdict(False, "wrong_tool")
-        right = Counter(calls) == Counter(wanted)
-        return Verdict(right, "correct" if right else "wrong_arguments")
+        if Counter(calls) != Counter(expected_calls):
+            return Verdict(False, "wrong_arguments")
+        return Verdict(True, "correct")
 
 
-def read_call(value) -> tuple[str, str]:
-    """A call, decoded by `JSON`, as its name and the text of its arguments: equal arguments have
-    equal texts (5 and 5.0; but not 5 and "5", nor 1 and true). Raises ValueError if it is none."""
-    value = value if isinstance(value, dict) else {}
-    given = [value[k] for k in ("arguments", "parameters") if k in value]  # Llama 3: parameters
-    if len(given) != 1 or not isinstance(given[0], dict) or not isinstance(value.get("name"), str):
-        raise ValueError("a call has a name and an object of arguments")
-    return value["name"], json.dumps(given[0], sort_keys=True)
+def parse_call(value: object) -> tuple[str, str]:
+    """A function call that `STRICT_JSON` has decoded, as its name and its arguments in canonical
+    JSON. Equal arguments have equal texts: 5 equals 5.0, but 5 does not equal "5", nor 1 true.
+    Raises ValueError if the value is not a call."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ValueError("a call needs a name")
+    keys = [key for key in ("arguments", "parameters") if key in value]  # Llama 3: "parameters"
+    if len(keys) != 1 or not isinstance(value[keys[0]], dict):
+        raise ValueError("a call needs one JSON object with its arguments")
+    return value["name"], json.dumps(value[keys[0]], sort_keys=True)
 
 
-def read_calls(text: str) -> list[tuple[str, str]] | None:
-    """The calls in a model's text, whatever the model's family; None if there are none.
+def extract_calls(text: str) -> list[tuple[str, str]] | None:
+    """The function calls in a completion (see `parse_call`), or None if there are none.
 
-    It reads any number of <tool_call>{…}</tool_call> (Qwen), or one JSON list, or one JSON object
-    (Llama 3), bare or within prose. A text in <think> is no answer. Raises ValueError for two
-    lists, and for broken JSON or a broken call."""
-    text = text.rpartition("</think>")[2].partition("<think>")[0]
-    tags, parts = re.findall("</?tool_call>", text), re.split("</?tool_call>", text)
-    if len(text) > MAX_TEXT_CHARS or tags != ["<tool_call>", "</tool_call>"] * (len(parts) // 2):
-        raise ValueError("too long, or a tag is not closed")
-    calls, rest = [JSON.decode(call) for call in parts[1::2]], " ".join(parts[::2])
-    opening = OPENING.search(rest)
-    if calls and opening or "tool_call>" in rest:
-        raise ValueError("calls with and without tags, or a broken tag")
-    if opening:
-        value, end = JSON.raw_decode(rest, opening.start())
+    Two formats are accepted: any number of <tool_call>{…}</tool_call>, as Qwen writes them, or one
+    JSON list or object, as Llama 3 does. There may be prose around them. Calls in <think> do not
+    count. Raises ValueError or RecursionError if tags, JSON or calls are malformed."""
+    text = text.rpartition("</think>")[2]  # what follows the reasoning
+    text = text.partition("<think>")[0]  # reasoning that was truncated is not an answer
+    if len(text) > MAX_CALLS_CHARS:
+        raise ValueError("the text is too long")
+    tags = re.findall("</?tool_call>", text)
+    if tags != ["<tool_call>", "</tool_call>"] * (len(tags) // 2):
+        raise ValueError("<tool_call> tags must be opened and closed in turn")
+    pieces = re.split("</?tool_call>", text)  # alternately outside and inside the tags
+    prose = " ".join(pieces[0::2])
+    calls = [STRICT_JSON.decode(piece) for piece in pieces[1::2]]
+    if "tool_call>" in prose:
+        raise ValueError("a <tool_call> tag is misspelled")
+    call_start = CALL_START.search(prose)
+    if call_start and calls:
+        raise ValueError("there are calls both inside and outside <tool_call> tags")
+    if call_start:
+        value, end = STRICT_JSON.raw_decode(prose, call_start.start())
+        if re.search(r"[\[{]", prose[end:]):
+            raise ValueError("there is more than one list of calls")
         calls = value if isinstance(value, list) else [value]
-        if re.search(r"[\[{]", rest[end:]):
-            raise ValueError("two lists of calls")
     elif not calls:
         return None
-    return [read_call(call) for call in calls]
+    return [parse_call(call) for call in calls]
 
 
 def function_schema(tool: dict) -> dict:
-    """A tool of xlam's in the form of OpenAI, which chat templates expect. Of a Python type, such
-    as "List[int], optional", the outermost one is kept: {"type": "array"}."""
+    """Convert a tool of the dataset to OpenAI's format, which chat templates expect. Of a Python
+    type such as "List[int], optional", only the outermost type is used: {"type": "array"}."""
     properties, required = {}, []
-    for name, given in tool["parameters"].items():
-        rest = {**given}
-        kind = rest.pop("type", "str")
-        outermost = re.match(r"\w*", kind.strip().removeprefix("Optional["))[0].lower()
-        known = {"type": JSON_TYPES[outermost]} if outermost in JSON_TYPES else {}
-        properties[name] = {**known, **rest}
-        if not (kind.endswith("optional") or kind.startswith("Optional") or "default" in rest):
+    for name, parameter in tool["parameters"].items():
+        schema = {**parameter}
+        python_type = schema.pop("type", "str")
+        outermost_type = re.match(r"\w*", python_type.strip().removeprefix("Optional["))[0].lower()
+        if outermost_type in JSON_TYPES:
+            schema = {"type": JSON_TYPES[outermost_type], **schema}
+        properties[name] = schema
+        is_optional = python_type.startswith("Optional") or python_type.endswith("optional")
+        if not is_optional and "default" not in schema:
             required.append(name)
-    parameters = {"type": "object", "properties": properties, "required": required}
-    about = {"name": tool["name"], "description": tool.get("description", "")}
-    return {"type": "function", "function": {**about, "parameters": parameters}}
+    function = {
+        "name": tool["name"],
+        "description": tool.get("description", ""),
+        "parameters": {"type": "object", "properties": properties, "required": required},
+    }
+    return {"type": "function", "function": function}
 
 
+# The tasks for pretrained models. The tiny model always plays TinyCountdown.
 TASKS = {"countdown": Countdown, "apigen": APIGen}

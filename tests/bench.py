@@ -1,14 +1,15 @@
-"""How fast, against what: one command, one table, every figure a ratio within the same run.
+"""Compare the speed of this repository with that of others, in one table per part.
 
     python tests/bench.py [--model FOLDER] [--data FILE] [rollout] [step] [tiny]
 
-`rollout` and `step` do what an R3 step does on F failures with G reflections each, and let others
-do the same: transformers (what TRL's trainer stands on), vLLM's CPU build where --vllm names a
-python that has it, and our own model with one row per reflection. Each contender runs in a fresh
-process, and what it computes is compared before it is timed. The limit is what this machine's
-fastest matrix product would take for the arithmetic that the work needs at least. `tiny` is the R3
-step of the tiny model with and without what is shared. Nothing here is a test: times belong to a
-machine.
+`rollout` and `step` do what an R3 step does on F failures with G reflections each, and let other
+implementations do the same work: transformers (on which TRL's trainer is built), vLLM's CPU build
+if --vllm names a Python that has it, and our own model with one row per reflection. Each contender
+runs in a fresh process, and before it is timed, its results are compared with ours. The row "limit"
+is the time that this machine's fastest matrix product would take for the arithmetic that cannot be
+avoided. `tiny` is the R3 step of the tiny model, with and without sharing the context.
+
+Nothing here is a test, because times depend on the machine. Compare ratios within one run.
 """
 
 import argparse
@@ -20,11 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,34 +37,36 @@ from drawn_apigen import DrawnAPIGen
 
 import grpo
 import r3
+from grpo import TrainingRows, Turn
 from model import Model, Tokenizer, generate
 
-NEW = 64  # tokens a turn, exactly: end-of-turn tokens are ignored
-SMOL = dict(  # the shape of SmolLM2-135M, where no folder is given
+TURN_LENGTH = 64  # tokens per turn; end-of-turn tokens are ignored, so every turn has this length
+SMOLLM2_135M = dict(  # the shape of SmolLM2-135M, used if no folder is given
     model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,
     num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, rope_theta=100_000.0,
     max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True,
     architectures=["LlamaForCausalLM"], eos_token_id=2,
 )  # fmt: skip
 
+Workload = dict[str, Any]  # what `make_workload` returns; JSON, so that a process can be given it
+
 
 # -- The work --------------------------------------------------------------------------------------
-
-
-def work(args: argparse.Namespace) -> dict:
-    """F contexts as token ids (question, tools, a failed attempt, the instruction to reflect), what
-    comes between reflection and retry, and G reflections on each for the training step."""
+def make_workload(args: argparse.Namespace) -> Workload:
+    """What every contender gets: F contexts as token ids (question, tools, a wrong attempt, the
+    instruction to reflect), the bridge between reflection and retry, and G reflections on each
+    context for the training step."""
     rng = random.Random(0)
     if args.context or not (Path(args.model) / "tokenizer.json").exists():
         length = args.context or 450
         contexts = [random_tokens(rng, length) for _ in range(args.failures)]
-        between = random_tokens(rng, 16)
+        bridge = random_tokens(rng, 16)
     else:
-        contexts, between = real_contexts(args)
-    reflections = [[random_tokens(rng, NEW) for _ in range(args.group)] for _ in contexts]
+        contexts, bridge = real_contexts(args)
+    reflections = [[random_tokens(rng, TURN_LENGTH) for _ in range(args.group)] for _ in contexts]
     return {
-        "model": str(args.model), "contexts": contexts, "between": between, "group": args.group,
-        "reflections": reflections, "repeat": args.repeat,
+        "model": str(args.model), "contexts": contexts, "bridge": bridge,
+        "group_size": args.group, "reflections": reflections, "repeat": args.repeat,
     }  # fmt: skip
 
 
@@ -69,13 +75,14 @@ def random_tokens(rng: random.Random, length: int) -> list[int]:
 
 
 def real_contexts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
-    """Function-calling problems as the model's chat template shows them after a wrong attempt."""
+    """Function-calling problems, rendered by the model's chat template, with a wrong attempt; and
+    the bridge between reflection and retry."""
     task, tokenizer = DrawnAPIGen(), Tokenizer.from_pretrained(args.model)
-    agent, contexts = grpo.Agent(None, tokenizer, task, NEW), []
-    wrong = tokenizer.encode(json.dumps([{"name": "unknown", "arguments": {}}]))
+    agent, contexts = grpo.Agent(None, tokenizer, task, TURN_LENGTH), []
+    wrong_attempt = tokenizer.encode(json.dumps([{"name": "unknown", "arguments": {}}]))
+    bridge = tokenizer.bridge(task.reflection_instruction)
     for problem in task.load(args.data, "all" if args.data else "train"):
-        bridge = tokenizer.bridge(task.reflection_instruction)
-        context = agent.attempt_prompt(problem) + tokenizer.next_turn(wrong, bridge)
+        context = agent.attempt_prompt(problem) + tokenizer.next_turn(wrong_attempt, bridge)
         if 350 <= len(context) <= 560 or not args.data:
             contexts.append(context)
         if len(contexts) == args.failures:
@@ -83,209 +90,248 @@ def real_contexts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]
     return contexts, tokenizer.bridge(task.retry_instruction)
 
 
-def products(config: dict) -> tuple[int, int]:
-    """Multiplications a token in the matrices of all layers, and in the head."""
+def multiplications_per_token(config: dict) -> tuple[int, int]:
+    """Multiplications per token: those in the weight matrices of all layers, and in the head."""
     E, layers = config["hidden_size"], config["num_hidden_layers"]
-    heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
-    D, inner = config.get("head_dim") or E // heads, config["intermediate_size"]
-    return layers * E * (2 * heads * D + 2 * shared * D + 3 * inner), E * config["vocab_size"]
+    H, K = config["num_attention_heads"], config["num_key_value_heads"]
+    D = config.get("head_dim") or E // H
+    per_layer = E * (2 * H * D + 2 * K * D + 3 * config["intermediate_size"])
+    return layers * per_layer, E * config["vocab_size"]
 
 
-def attention(config: dict, pairs: float) -> float:
-    """Multiplications for so many pairs of a query and a key: scores, and sums of values."""
-    E, heads = config["hidden_size"], config["num_attention_heads"]
-    return 2 * config["num_hidden_layers"] * heads * (config.get("head_dim") or E // heads) * pairs
+def attention_multiplications(config: dict, pairs: float) -> float:
+    """Multiplications in the attention of all layers, for scores and for sums of values. pairs: the
+    number of pairs of a query and a key."""
+    E, H = config["hidden_size"], config["num_attention_heads"]
+    D = config.get("head_dim") or E // H
+    return 2 * config["num_hidden_layers"] * H * D * pairs
 
 
-def rollout_flop(config: dict, w: dict) -> float:
-    """The least that two turns need: each context once, each sampled or appended token once."""
-    matrices, head = products(config)
+def rollout_flop(config: dict, work: Workload) -> float:
+    """The smallest number of floating-point operations for two turns: each context is read once,
+    and so is each token that follows it in a sample."""
+    matrices, head = multiplications_per_token(config)
     total = 0.0
-    for C in map(len, w["contexts"]):
-        total += C * matrices + attention(config, C * C / 2)
-        rows = 2 * NEW + len(w["between"]) - 1  # read after the context; the last token is not
-        pairs = rows * C + rows * rows / 2
-        total += w["group"] * (rows * matrices + 2 * NEW * head + attention(config, pairs))
+    for C in map(len, work["contexts"]):
+        total += C * matrices + attention_multiplications(config, C * C / 2)
+        T = 2 * TURN_LENGTH + len(work["bridge"]) - 1  # The last token is sampled, but never read.
+        attention = attention_multiplications(config, T * C + T * T / 2)
+        total += work["group_size"] * (T * matrices + 2 * TURN_LENGTH * head + attention)
     return 2 * total
 
 
-def step_flop(config: dict, w: dict, shared: bool) -> float:
-    """Forward and backward (twice the forward) of a training step."""
-    matrices, head = products(config)
-    total, G, T = 0.0, w["group"], NEW - 1  # the last token predicts nothing
-    for C in map(len, w["contexts"]):
-        own = G * (T * matrices + (T + 1) * head + attention(config, T * C + T * T / 2))
-        total += own + (1 if shared else G) * (C * matrices + attention(config, C * C / 2))
+def step_flop(config: dict, work: Workload, shared: bool) -> float:
+    """The floating-point operations of a training step: a forward pass, and a backward pass that
+    takes twice as many. shared: whether the G reflections share one context."""
+    matrices, head = multiplications_per_token(config)
+    total, G, T = 0.0, work["group_size"], TURN_LENGTH - 1  # The last token predicts nothing.
+    for C in map(len, work["contexts"]):
+        attention = attention_multiplications(config, T * C + T * T / 2)
+        total += G * (T * matrices + (T + 1) * head + attention)
+        context = C * matrices + attention_multiplications(config, C * C / 2)
+        total += context if shared else G * context
     return 3 * 2 * total
 
 
 # -- Contenders for the rollout, each in a process of its own --------------------------------------
-
-
-def timed(function, repeat: int) -> dict[str, float]:
-    """Seconds, the least of a few runs; and the most bytes that this process and its children held
-    meanwhile, as Linux counts them."""
-    for folder in family():
-        (folder / "clear_refs").write_text("5")  # the high-water mark begins anew
+def timed(function: Callable[[], Any], repeat: int) -> dict[str, float]:
+    """Call a function `repeat` times. Returns the seconds of the fastest call, and the peak memory
+    in bytes of this process and its children meanwhile, as Linux counts it."""
+    for folder in process_folders():
+        (folder / "clear_refs").write_text("5")  # resets the peak
     times = []
     for _ in range(repeat):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         function()
-        times.append(time.perf_counter() - begun)
-    marks = [re.search(r"VmHWM:\s+(\d+)", (f / "status").read_text()) for f in family()]
-    return {"seconds": min(times), "peak": 1024 * sum(int(mark[1]) for mark in marks if mark)}
+        times.append(time.perf_counter() - start)
+    peaks = [
+        re.search(r"VmHWM:\s+(\d+)", (folder / "status").read_text())
+        for folder in process_folders()
+    ]
+    return {"seconds": min(times), "peak": 1024 * sum(int(peak[1]) for peak in peaks if peak)}
 
 
-def family() -> list[Path]:
-    """This process and all that came from it, as folders of /proc."""
-    found = [Path("/proc/self")]
-    for folder in found:  # which grows
-        for task in (folder / "task").iterdir():
-            found += [Path("/proc") / child for child in (task / "children").read_text().split()]
-    return found
+def process_folders() -> list[Path]:
+    """The folders in /proc of this process and of all its descendants."""
+    folders = [Path("/proc/self")]
+    for folder in folders:  # The list grows in this loop.
+        for thread in (folder / "task").iterdir():
+            children = (thread / "children").read_text().split()
+            folders += [Path("/proc") / child for child in children]
+    return folders
 
 
-def our_rollout(w: dict) -> dict:
-    model = Model.from_pretrained(w["model"])
+def our_rollout(work: Workload) -> dict:
+    """This repository: the context is stored once for all samples, and the cache is kept."""
+    model = Model.from_pretrained(work["model"])
 
-    def two_turns(temperature=1.0, G=w["group"]):
-        options = dict(max_new_tokens=NEW, temperature=temperature)
-        one = generate(model, w["contexts"], num_samples=G, **options)
-        turns = [turn for group in one.tokens for turn in group]
-        told = [turn[-1:] + w["between"] for turn in turns]
-        two = generate(model, told, cache=one.cache, seed=1, **options)
-        return [turns, [turn for [turn] in two.tokens]]
+    def two_turns(temperature=1.0, G=work["group_size"]):
+        options = dict(max_new_tokens=TURN_LENGTH, temperature=temperature)
+        first = generate(model, work["contexts"], num_samples=G, **options)
+        turns = [turn for group in first.tokens for turn in group]
+        prompts = [turn[-1:] + work["bridge"] for turn in turns]
+        second = generate(model, prompts, cache=first.cache, seed=1, **options)
+        return [turns, [turn for [turn] in second.tokens]]
 
-    return {"greedy": two_turns(0.0, 1), **timed(two_turns, w["repeat"])}
+    return {"greedy": two_turns(0.0, 1), **timed(two_turns, work["repeat"])}
 
 
-def transformers_rollout(w: dict) -> dict:
-    """Batched, padded on the left, its cache kept between the turns."""
+def transformers_rollout(work: Workload) -> dict:
+    """transformers: batched, padded on the left, and the cache is kept between the turns."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(w["model"], dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32)
     model.generation_config.eos_token_id = None
-    width = max(map(len, w["contexts"]))
-    ids = torch.tensor([[0] * (width - len(c)) + c for c in w["contexts"]])
-    attention_mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in w["contexts"]])
+    contexts, C = work["contexts"], max(map(len, work["contexts"]))
+    ids = torch.tensor([[0] * (C - len(c)) + c for c in contexts])
+    attention_mask = torch.tensor([[0] * (C - len(c)) + [1] * len(c) for c in contexts])
 
-    def two_turns(sample=True, G=w["group"]):
-        options = dict(max_new_tokens=NEW, do_sample=sample, return_dict_in_generate=True)
-        options |= dict(top_k=0, pad_token_id=0) if sample else dict(pad_token_id=0)
-        one = model.generate(ids, attention_mask=attention_mask, num_return_sequences=G, **options)
-        rows = one.sequences
-        told = torch.cat([rows, torch.tensor([w["between"]] * len(rows))], dim=1)
-        mask = torch.ones_like(told)
-        mask[:, :width] = attention_mask.repeat_interleave(G, dim=0)
-        two = model.generate(
-            told, attention_mask=mask, past_key_values=one.past_key_values, **options
+    def two_turns(do_sample=True, G=work["group_size"]):
+        options = dict(
+            max_new_tokens=TURN_LENGTH, do_sample=do_sample, return_dict_in_generate=True,
+            pad_token_id=0,
+        )  # fmt: skip
+        if do_sample:
+            options["top_k"] = 0
+        first = model.generate(
+            ids, attention_mask=attention_mask, num_return_sequences=G, **options
         )
-        return [rows[:, width:].tolist(), two.sequences[:, told.shape[1] :].tolist()]
+        rows = first.sequences
+        prompts = torch.cat([rows, torch.tensor([work["bridge"]] * len(rows))], dim=1)
+        mask = torch.ones_like(prompts)
+        mask[:, :C] = attention_mask.repeat_interleave(G, dim=0)
+        second = model.generate(
+            prompts, attention_mask=mask, past_key_values=first.past_key_values, **options
+        )
+        return [rows[:, C:].tolist(), second.sequences[:, prompts.shape[1] :].tolist()]
 
-    return {"greedy": two_turns(False, 1), **timed(two_turns, w["repeat"])}
+    return {"greedy": two_turns(False, 1), **timed(two_turns, work["repeat"])}
 
 
-def vllm_rollout(w: dict) -> dict:
+def vllm_rollout(work: Workload) -> dict:
+    """vLLM's CPU build, with prefix caching."""
     from vllm import LLM, SamplingParams
 
-    longest = max(map(len, w["contexts"])) + 2 * NEW + len(w["between"])
+    longest = max(map(len, work["contexts"])) + 2 * TURN_LENGTH + len(work["bridge"])
     llm = LLM(
-        w["model"], dtype="float32", enable_prefix_caching=True, max_model_len=longest + 1,
+        work["model"], dtype="float32", enable_prefix_caching=True, max_model_len=longest + 1,
         gpu_memory_utilization=0.5,
     )  # fmt: skip
 
-    def draw(prompts, n, greedy):
-        limits = dict(max_tokens=NEW, min_tokens=NEW, ignore_eos=True, detokenize=False)
-        sampling = SamplingParams(n=n, temperature=0.0 if greedy else 1.0, **limits)
-        given = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = llm.generate(given, sampling, use_tqdm=False)
-        return [[list(o.token_ids) for o in output.outputs] for output in outputs]
+    def sample(prompts, num_samples, greedy):
+        sampling = SamplingParams(
+            n=num_samples, temperature=0.0 if greedy else 1.0, detokenize=False, ignore_eos=True,
+            max_tokens=TURN_LENGTH, min_tokens=TURN_LENGTH,
+        )  # fmt: skip
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        results = llm.generate(inputs, sampling, use_tqdm=False)
+        return [[list(output.token_ids) for output in result.outputs] for result in results]
 
-    def two_turns(greedy=False, G=w["group"]):
+    def two_turns(greedy=False, G=work["group_size"]):
         llm.reset_prefix_cache()
-        one, told = draw(w["contexts"], G, greedy), []
-        for context, turns in zip(w["contexts"], one, strict=True):
-            told += [context + turn + w["between"] for turn in turns]
-        two = draw(told, 1, greedy)
-        return [[turn for turns in one for turn in turns], [turn for [turn] in two]]
+        first, prompts = sample(work["contexts"], G, greedy), []
+        for context, turns in zip(work["contexts"], first, strict=True):
+            prompts += [context + turn + work["bridge"] for turn in turns]
+        second = sample(prompts, 1, greedy)
+        return [[turn for turns in first for turn in turns], [turn for [turn] in second]]
 
-    return {"greedy": two_turns(True, 1), **timed(two_turns, w["repeat"])}
-
-
-# -- Contenders for the training step: one failure with its G reflections a backward pass ----------
+    return {"greedy": two_turns(True, 1), **timed(two_turns, work["repeat"])}
 
 
-def our_step(w: dict) -> dict:
-    """The context once."""
-    return steps(Model.from_pretrained(w["model"]), grpo.token_logprobs, w)
+# -- Contenders for the training step: one failure with its G reflections per backward pass --------
+LogprobFunction = Callable[[Any, TrainingRows], Tensor]  # (model, rows) -> (G, T)
 
 
-def our_rows_step(w: dict) -> dict:
-    """The context in each of the G rows."""
-    return steps(Model.from_pretrained(w["model"]), row_logprobs, w)
+def our_step(work: Workload) -> dict:
+    """This repository: the context is computed once for all reflections."""
+    return timed_steps(Model.from_pretrained(work["model"]), grpo.token_logprobs, work)
 
 
-def transformers_step(w: dict) -> dict:
-    """The context in each of the G rows."""
+def our_rows_step(work: Workload) -> dict:
+    """Our model, with the context in each of the G rows."""
+    return timed_steps(Model.from_pretrained(work["model"]), row_logprobs, work)
+
+
+def transformers_step(work: Workload) -> dict:
+    """transformers, with the context in each of the G rows."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(w["model"], dtype=torch.float32)
-    return steps(model.train(), transformers_logprobs, w)
+    model = transformers.AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32)
+    return timed_steps(model.train(), transformers_logprobs, work)
 
 
-def row_logprobs(model: Model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """As grpo.token_logprobs, with one row per reflection."""
-    hidden = model.hidden(ids)[:, :-1][mask[:, 1:]]  # (tokens, E)
-    logprobs = grpo.score(model, hidden, ids[mask], 1.0)
-    return torch.zeros(ids.shape).masked_scatter(mask, logprobs)
+def plain_rows(rows: TrainingRows) -> Tensor:
+    """The ids of context and branch, one row per branch, padded with 0 on the right: (G, C + T)."""
+    T = rows.mask.shape[1]
+    padded = [rows.context + branch + [0] * (T - len(branch)) for branch in rows.branches]
+    return torch.tensor(padded)
 
 
-def transformers_logprobs(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """As TRL computes them: logits of the completions only. All rows have one length here."""
-    start = int(mask[0].int().argmax())
-    own, seen = ids[:, start:], torch.ones_like(ids)
-    out = model(ids, attention_mask=seen, logits_to_keep=own.shape[1] + 1, use_cache=False)
-    log_p = out.logits[:, :-1].float().log_softmax(-1)  # (G, NEW, V)
-    new = log_p.gather(-1, own[..., None]).squeeze(-1)
-    return torch.nn.functional.pad(new, (start, 0))
+def row_logprobs(model: Model, rows: TrainingRows) -> Tensor:
+    """`grpo.token_logprobs` of our model with one row per reflection: (G, T)."""
+    hidden = model.hidden(plain_rows(rows))  # (G, C + T, E)
+    hidden = hidden[:, len(rows.context) - 1 : -1][rows.mask]  # (N, E): what predicts the tokens
+    logprobs = grpo.target_logprobs(model, hidden, rows.targets[rows.mask], 1.0)
+    return torch.zeros(rows.mask.shape).masked_scatter(rows.mask, logprobs)
 
 
-def gradients(model, score, w: dict) -> float:
-    """Add the gradients of a step to the model's parameters; returns the loss. Every third
-    reflection is rewarded. score(model, ids, mask): as grpo.token_logprobs."""
-    G, total = w["group"], 0.0
+def transformers_logprobs(model, rows: TrainingRows) -> Tensor:
+    """`grpo.token_logprobs` of a transformers model, computed as TRL does, with logits only for the
+    completions: (G, T). All rows must have the same length."""
+    ids, T = plain_rows(rows), rows.mask.shape[1]
+    attention_mask = torch.ones_like(ids)
+    output = model(ids, attention_mask=attention_mask, logits_to_keep=T + 1, use_cache=False)
+    log_p = output.logits[:, :-1].float().log_softmax(-1)  # (G, T, V)
+    return log_p.gather(-1, rows.targets[..., None]).squeeze(-1)
+
+
+def make_rows(context: list[int], reflections: list[list[int]]) -> TrainingRows:
+    """The rows of a group with these reflections on one context."""
+    group = []
+    for tokens in reflections:
+        reflection = Turn(context, tokens, truncated=True, logprobs=[0.0] * len(tokens))
+        group.append(grpo.Conversation(None, 0, Turn([], [], False), None, 0, reflection))
+    return grpo.training_rows(group)
+
+
+def add_gradients(model, logprob_function: LogprobFunction, work: Workload) -> float:
+    """Add the gradients of a step to those of the model's parameters, and return the loss. Every
+    third reflection is rewarded."""
+    G, loss_of_step = work["group_size"], 0.0
     rewards = torch.tensor([[float(g % 3 == 0) for g in range(G)]])
-    # One that is alone has nothing to be compared with, and would be left out.
+    # With G = 1 there is nothing to compare, and the advantage would be zero.
     A = grpo.group_advantages(rewards)[0] if G > 1 else torch.ones(1)
-    for context, turns in zip(w["contexts"], w["reflections"], strict=True):
-        ids = torch.tensor([context + turn for turn in turns])  # (G, T)
-        mask = (torch.arange(ids.shape[1]) >= len(context)).repeat(G, 1)
-        new = score(model, ids, mask)  # (G, T)
-        normalizer = len(w["contexts"]) * G * NEW
-        loss = grpo.grpo_loss(new, new.detach(), None, A, mask, beta=0.0, normalizer=normalizer)
+    weights = torch.full((G,), 1 / (len(work["contexts"]) * G * TURN_LENGTH))
+    for context, reflections in zip(work["contexts"], work["reflections"], strict=True):
+        rows = make_rows(context, reflections)
+        logprobs = logprob_function(model, rows)  # (G, T)
+        loss = grpo.grpo_loss(
+            logprobs, logprobs.detach(), None, A, rows.mask, weights=weights, beta=0.0
+        )
         loss.backward()
-        total += loss.item()
-    return total
+        loss_of_step += loss.item()
+    return loss_of_step
 
 
-def steps(model, score, w: dict) -> dict:
-    """A step, whose gradients are kept for comparison, and then steps against the clock."""
+def timed_steps(model, logprob_function: LogprobFunction, work: Workload) -> dict:
+    """Make one step, whose gradients are written to the file work["gradient"], so that they can be
+    compared. Then measure the time of further steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
-    loss = gradients(model, score, w)
-    save_file({name: p.grad.contiguous() for name, p in model.named_parameters()}, w["gradient"])
+    loss = add_gradients(model, logprob_function, work)
+    gradients = {name: p.grad.contiguous() for name, p in model.named_parameters()}
+    save_file(gradients, work["gradient"])
+    del gradients
     optimizer.step()
 
-    def one_more() -> None:
+    def one_step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        gradients(model, score, w)
+        add_gradients(model, logprob_function, work)
         optimizer.step()
 
-    return {"loss": loss, **timed(one_more, w["repeat"])}
+    return {"loss": loss, **timed(one_step, work["repeat"])}
 
 
 # -- Processes -------------------------------------------------------------------------------------
-
-
 ROLLOUTS = {
     "our_rollout": "this repository",
     "transformers_rollout": "transformers.generate",
@@ -298,165 +344,172 @@ STEPS = {
 }
 
 
-def run(name: str, w: dict, python: str = sys.executable) -> dict:
-    """What a contender returns, from a fresh process."""
+def run_contender(name: str, work: Workload, python: str = sys.executable) -> dict:
+    """Call a contender in a fresh process, and return its result."""
     with tempfile.TemporaryDirectory() as folder:
-        given, said = Path(folder) / "work.json", Path(folder) / "said.json"
-        given.write_text(json.dumps(w))
-        command = [python, __file__, "--contender", name, str(given), str(said)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-        return json.loads(said.read_text())
+        work_file, result_file = Path(folder) / "work.json", Path(folder) / "result.json"
+        work_file.write_text(json.dumps(work))
+        command = [python, __file__, "--contender", name, str(work_file), str(result_file)]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        if finished.returncode:
+            sys.exit(f"{name} failed:\n{finished.stderr[-3000:]}")
+        return json.loads(result_file.read_text())
 
 
 # -- The tables ------------------------------------------------------------------------------------
-
-
 def matrix_rate() -> float:
-    """Floating-point operations a second of a large matrix product."""
+    """Floating-point operations per second of a large matrix product."""
     a = torch.randn(2048, 2048)
     return 2 * 2048**3 / timed(lambda: a @ a, 10)["seconds"]
 
 
 @torch.no_grad()
-def agree(model: str, w: dict, one: list, other: list) -> None:
-    """Greedy turns must be equal up to a step where the two best logits are within 1e-3."""
-    network = Model.from_pretrained(model)
-    for context, a1, a2, b1, b2 in zip(w["contexts"], *one, *other, strict=True):
-        mine, theirs = (context + x1 + w["between"] + x2 for x1, x2 in ((a1, a2), (b1, b2)))
-        at = len(os.path.commonprefix([mine, theirs]))
-        if at < len(mine):
-            best = network(torch.tensor([mine[:at]]))[0, -1].topk(2).values
+def check_greedy_outputs(model_folder: str, work: Workload, ours: list, theirs: list) -> None:
+    """Exit unless the greedy turns of two contenders are equal, up to a token at which the two
+    largest logits differ by less than 1e-3."""
+    model = Model.from_pretrained(model_folder)
+    for context, *turns in zip(work["contexts"], *ours, *theirs, strict=True):
+        our_first, our_second, their_first, their_second = turns
+        our_ids = context + our_first + work["bridge"] + our_second
+        their_ids = context + their_first + work["bridge"] + their_second
+        equal = len(os.path.commonprefix([our_ids, their_ids]))
+        if equal < len(our_ids):
+            best = model(torch.tensor([our_ids[:equal]]))[0, -1].topk(2).values
             if best[0] - best[1] > 1e-3:
-                sys.exit(f"greedy outputs differ at token {at - len(context)}")
+                sys.exit(f"greedy outputs differ at token {equal - len(context)}")
 
 
-def rollout(args: argparse.Namespace, config: dict, w: dict) -> None:
-    rate, flop = matrix_rate(), rollout_flop(config, w)
-    found, limit, rows = {}, flop / rate, {}
-    tokens = 2 * NEW * args.failures * args.group
+def rollout(args: argparse.Namespace, config: dict, work: Workload) -> None:
+    """Measure all contenders for the rollout, and print their table."""
+    rate, flop, rows = matrix_rate(), rollout_flop(config, work), {}
+    limit, tokens = flop / rate, 2 * TURN_LENGTH * args.failures * args.group
     for name, label in ROLLOUTS.items():
         if name == "vllm_rollout" and not args.vllm:
             continue
-        found = run(name, w, args.vllm if name == "vllm_rollout" else sys.executable)
-        s = found["seconds"]
+        python = args.vllm if name == "vllm_rollout" else sys.executable
+        result = run_contender(name, work, python)
+        seconds = result["seconds"]
         if name == "our_rollout":
-            ours, greedy = s, found["greedy"]
-        agree(args.model, w, greedy, found["greedy"])
-        print(f"{label}: {s:.1f} s", flush=True)
+            our_seconds, our_greedy = seconds, result["greedy"]
+        check_greedy_outputs(args.model, work, our_greedy, result["greedy"])
+        print(f"{label}: {seconds:.1f} s", flush=True)
         rows[label] = {
-            "seconds": f"{s:.1f}", "new tokens/s": f"{tokens / s:.0f}",
-            "ours is faster by": f"{s / ours:.2f}x", "share of limit": f"{limit / s:.0%}",
-            "peak GB": f"{found['peak'] / 1e9:.2f}",
+            "seconds": f"{seconds:.1f}", "new tokens/s": f"{tokens / seconds:.0f}",
+            "ours is faster by": f"{seconds / our_seconds:.2f}x",
+            "fraction of limit": f"{limit / seconds:.0%}",
+            "peak GB": f"{result['peak'] / 1e9:.2f}",
         }  # fmt: skip
     rows["limit"] = {
         "seconds": f"{limit:.1f}", "new tokens/s": f"{tokens / limit:.0f}",
-        "ours is faster by": f"{limit / ours:.2f}x",
+        "ours is faster by": f"{limit / our_seconds:.2f}x",
     }  # fmt: skip
-    lengths = [len(context) for context in w["contexts"]]
+    lengths = [len(context) for context in work["contexts"]]
     title = (
-        f"rollout: {args.failures} failures x {args.group} reflections of {NEW} tokens x a retry "
-        f"of {NEW}, contexts of {min(lengths)} to {max(lengths)} tokens; "
+        f"rollout: {args.failures} failures x {args.group} reflections of {TURN_LENGTH} tokens, "
+        f"each with a retry of {TURN_LENGTH}; contexts of {min(lengths)} to {max(lengths)} tokens; "
         f"{flop / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s; equal greedy outputs"
     )
     print("\n" + r3.markdown({title: rows}), flush=True)
 
 
-def step(args: argparse.Namespace, config: dict, w: dict) -> None:
-    rate, parameters = matrix_rate(), sum(products(config))  # (norms are negligible)
-    rows = {}
+def step(args: argparse.Namespace, config: dict, work: Workload) -> None:
+    """Measure all contenders for the training step, and print their table."""
+    rate, rows = matrix_rate(), {}
+    parameters = sum(multiplications_per_token(config))  # approximately: without the norms
     for name, label in STEPS.items():
         with tempfile.TemporaryDirectory() as folder:
             file = str(Path(folder) / "gradient.safetensors")
-            found, gradient = run(name, {**w, "gradient": file}), load_file(file)
-        s = found["seconds"]
+            result = run_contender(name, {**work, "gradient": file})
+            gradient = load_file(file)
+        seconds = result["seconds"]
         if name == "our_step":
-            ours, loss, mine = s, found["loss"], gradient
-        cosine = dot(gradient, mine) / (dot(gradient, gradient) * dot(mine, mine)) ** 0.5
-        if cosine < 0.9999 or abs(found["loss"] - loss) > 1e-4:
-            sys.exit(f"{name} computes another step: cosine {cosine}, loss {found['loss']}")
-        print(f"{label}: {s:.1f} s", flush=True)
-        flop = step_flop(config, w, shared=name == "our_step")
+            our_seconds, our_loss, our_gradient = seconds, result["loss"], gradient
+        norms = (dot(gradient, gradient) * dot(our_gradient, our_gradient)) ** 0.5
+        cosine = dot(gradient, our_gradient) / norms
+        if cosine < 0.9999 or abs(result["loss"] - our_loss) > 1e-4:
+            sys.exit(f"{name} computes another step: cosine {cosine}, loss {result['loss']}")
+        print(f"{label}: {seconds:.1f} s", flush=True)
+        flop = step_flop(config, work, shared=name == "our_step")
         rows[label] = {
-            "seconds": f"{s:.1f}", "ours is faster by": f"{s / ours:.2f}x",
-            "TFLOP": f"{flop / 1e12:.2f}", "share of limit": f"{flop / rate / s:.0%}",
-            "cosine": f"{cosine:.6f}", "GB above weights, gradients, moments":
-            f"{(found['peak'] - 16 * parameters) / 1e9:.2f}",
+            "seconds": f"{seconds:.1f}", "ours is faster by": f"{seconds / our_seconds:.2f}x",
+            "TFLOP": f"{flop / 1e12:.2f}", "fraction of limit": f"{flop / rate / seconds:.0%}",
+            "cosine of gradients": f"{cosine:.6f}", "GB above weights, gradients, moments":
+            f"{(result['peak'] - 16 * parameters) / 1e9:.2f}",
         }  # fmt: skip
-    ratio = step_flop(config, w, False) / step_flop(config, w, True)
+    ratio = step_flop(config, work, shared=False) / step_flop(config, work, shared=True)
     title = (
-        f"training step: {args.failures} failures x {args.group} reflections of {NEW} tokens; "
-        f"{rate / 1e9:.0f} GFLOP/s; ratio of the arithmetic {ratio:.2f}"
+        f"training step: {args.failures} failures x {args.group} reflections of {TURN_LENGTH} "
+        f"tokens; {rate / 1e9:.0f} GFLOP/s; one row per reflection needs {ratio:.2f} times the "
+        "arithmetic"
     )
     print("\n" + r3.markdown({title: rows}), flush=True)
 
 
-def dot(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The dot product of two gradients, each a tensor for every parameter."""
     return sum((a[name] * b[name]).sum().item() for name in a)
 
 
 # -- The tiny model --------------------------------------------------------------------------------
-
-
 def tiny(args: argparse.Namespace) -> None:
-    """An R3 step of the tiny model: rollout and update, with and without what is shared."""
-    c = replace(r3.TINY, model=args.tiny_model)
-    agent = r3.load_agent(c)
+    """Measure an R3 step of the tiny model, rollout and update, with and without sharing."""
+    config = replace(r3.TINY, model=args.tiny_model)
+    agent, G, rng_key = r3.load_agent(config), config.group_size, (grpo.TRAIN, 0)
     problems = agent.task.load(split="train")
-    conversations = grpo.attempt_all(agent, problems, 1, (grpo.COLLECT, 0))
-    failures = [t for t in conversations if not t.attempt_verdict.correct][: c.batch_size]
-    key = (grpo.TRAIN, 0)
-    conversations = grpo.rollout(agent, failures, c.group_size, key)
-    groups = [
-        conversations[i : i + c.group_size] for i in range(0, len(conversations), c.group_size)
-    ]
-    A = grpo.group_advantages(torch.eye(c.group_size)[:1])[0]
+    attempts = grpo.attempt_all(agent, problems, 1, (grpo.COLLECT, 0))
+    failures = [c for c in attempts if not c.attempt_verdict.correct][: config.batch_size]
+    all_rows = [grpo.training_rows(group) for group in grpo.rollout(agent, failures, G, rng_key)]
+    A = grpo.group_advantages(torch.eye(G)[:1])[0]
 
-    def plain():
-        """Each sample reads its context itself, and each turn is read from the beginning."""
-        alone = [replace(f, attempt_index=g) for f in failures for g in range(c.group_size)]
-        reflected, _ = grpo.sample_reflections(agent, alone, 1, key)
-        return grpo.sample_retries(agent, reflected, key)
+    def plain_rollout() -> None:
+        """Each sample reads its context by itself, and each turn is read from the beginning."""
+        copies = [replace(f, attempt_index=g) for f in failures for g in range(G)]
+        reflected, _ = grpo.sample_reflections(agent, copies, 1, rng_key)
+        grpo.sample_retries(agent, reflected, rng_key)
 
-    def update(score):
-        for group in groups:
-            ids, mask, old = grpo.reflection_rows(group)
-            new = score(agent.model, ids, mask)
-            grpo.grpo_loss(new, old, None, A, mask, beta=0.0).backward()
+    def update(logprob_function: LogprobFunction) -> None:
+        for rows in all_rows:
+            logprobs = logprob_function(agent.model, rows)
+            grpo.grpo_loss(logprobs, rows.old_logprobs, None, A, rows.mask, beta=0.0).backward()
         agent.model.zero_grad()
 
     pairs = {
-        "rollout": (plain, lambda: grpo.rollout(agent, failures, c.group_size, key)),
+        "rollout": (plain_rollout, lambda: grpo.rollout(agent, failures, G, rng_key)),
         "update": (lambda: update(row_logprobs), lambda: update(grpo.token_logprobs)),
     }
-    rows = {}
-    for label, (one, other) in pairs.items():
-        one(), other()
-        a, b = (timed(each, 3)["seconds"] for each in (one, other))
-        rows[label] = {
-            "plain, s": f"{a:.2f}",
-            "shared, s": f"{b:.2f}",
-            "faster by": f"{a / b:.2f}x",
+    table = {}
+    for label, (plain, shared) in pairs.items():
+        plain(), shared()  # The first calls are slower, and are not measured.
+        plain_seconds, shared_seconds = (timed(f, 3)["seconds"] for f in (plain, shared))
+        table[label] = {
+            "plain, s": f"{plain_seconds:.2f}",
+            "shared, s": f"{shared_seconds:.2f}",
+            "faster by": f"{plain_seconds / shared_seconds:.2f}x",
         }
-    title = f"tiny model: {len(failures)} failures x {c.group_size} reflections x a retry"
-    print("\n" + r3.markdown({title: rows}))
+    title = f"tiny model: {len(failures)} failures x {G} reflections, each with a retry"
+    print("\n" + r3.markdown({title: table}))
 
 
 # -- The command line ------------------------------------------------------------------------------
+PARTS = ("rollout", "step", "tiny")
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", help="rollout, step, tiny (default: the first 2)")
-    parser.add_argument("--model", help="a Hugging Face folder (default: random, of a 135M shape)")
-    parser.add_argument("--data", help="a file of function-calling problems, for real contexts")
-    parser.add_argument("--vllm", help="a python that has vLLM's CPU build")
-    parser.add_argument("--tiny-model", default="tiny", help="for the part called tiny")
-    parser.add_argument("--failures", type=int, default=4, help="F")
-    parser.add_argument("--group", type=int, default=8, help="G, reflections a failure")
-    parser.add_argument("--context", type=int, help="tokens of random contexts, not real ones")
-    parser.add_argument("--repeat", type=int, default=2, help="runs, of which the fastest counts")
+    help_text = f"parts to measure: {', '.join(PARTS)} (default: rollout step)"
+    parser.add_argument("parts", nargs="*", metavar="PART", help=help_text)
+    help_text = "a Hugging Face folder (default: random weights in the shape of SmolLM2-135M)"
+    parser.add_argument("--model", help=help_text)
+    help_text = "a file of function-calling problems, from which contexts are made"
+    parser.add_argument("--data", help=help_text)
+    parser.add_argument("--vllm", help="path of a python that has vLLM's CPU build")
+    parser.add_argument("--tiny-model", default="tiny", help="the model for the part tiny")
+    parser.add_argument("--failures", type=int, default=4, help="F, the number of failures")
+    parser.add_argument("--group", type=int, default=8, help="G, reflections on each failure")
+    help_text = "use random contexts of this many tokens"
+    parser.add_argument("--context", type=int, help=help_text)
+    help_text = "number of runs; the fastest one counts"
+    parser.add_argument("--repeat", type=int, default=2, help=help_text)
     parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)
     return parser
 
@@ -464,21 +517,24 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     if args.contender:
-        name, given, said = args.contender
-        found = globals()[name](json.loads(Path(given).read_text()))
-        Path(said).write_text(json.dumps(found))
+        name, work_file, result_file = args.contender
+        result = globals()[name](json.loads(Path(work_file).read_text()))
+        Path(result_file).write_text(json.dumps(result))
         return
-    what = args.what or ["rollout", "step"]
-    if "tiny" in what:
+    parts = args.parts or ["rollout", "step"]
+    if not set(parts) <= set(PARTS):
+        sys.exit(f"bench.py: the parts are {', '.join(PARTS)}")
+    if "tiny" in parts:
         tiny(args)
     with tempfile.TemporaryDirectory() as folder:
-        if not args.model and {"rollout", "step"} & set(what):
+        if not args.model and {"rollout", "step"} & set(parts):
             torch.manual_seed(0)
-            Model(SMOL).save_pretrained(folder)
+            Model(SMOLLM2_135M).save_pretrained(folder)
             args.model = folder
-        for part, table in (("rollout", rollout), ("step", step)):
-            if part in what:
-                table(args, json.loads((Path(args.model) / "config.json").read_text()), work(args))
+        for part, function in (("rollout", rollout), ("step", step)):
+            if part in parts:
+                config = json.loads((Path(args.model) / "config.json").read_text())
+                function(args, config, make_workload(args))
 
 
 if __name__ == "__main__":

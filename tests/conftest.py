@@ -1,12 +1,19 @@
+"""Models, problems and a verifier that several test files share."""
+
+import contextlib
 import json
 import random
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
 
-import model as models
-from tasks import TinyCountdown
+import r3
+from grpo import Agent, Turn
+from model import Model, Tokenizer, tiny_model
+from tasks import TinyCountdown, Verdict
 
 
 @pytest.fixture(scope="session")
@@ -16,18 +23,69 @@ def task():
 
 @pytest.fixture
 def tiny(task):
-    """An untrained tiny model, its weights drawn wide enough that its choices are not uniform."""
-    model, tokenizer = models.tiny_model(task.words(), seed=1)
+    """An untrained tiny model, with weights that are large enough to make its choices uneven."""
+    model, tokenizer = tiny_model(task.words(), seed=1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
     return model, tokenizer
 
 
-def countdown_file(path, n=60) -> str:
-    """Write a data file of n Countdown problems, each of which can be solved; returns its path."""
+def one_layer_model(words: list[str], seed: int = 0) -> tuple[Model, Tokenizer]:
+    """`tiny_model` without its upper layers, which is three times as fast."""
+    model, tokenizer = tiny_model(words, seed)
+    small = Model({**model.config_dict, "num_hidden_layers": 1})
+    small.load_state_dict(model.state_dict(), strict=False)
+    return small, tokenizer
+
+
+def shrink_r3(patch: pytest.MonkeyPatch) -> None:
+    """Make the runs of r3.py quick: a small tiny model, which answers correctly only by chance, and
+    few problems for the learning curves."""
+    patch.setattr(r3, "tiny_model", one_layer_model)
+    patch.setitem(r3.COLD_START, "steps", 4)  # instead of 2,800
+    patch.setattr(r3, "CURVE_PROBLEMS", 3)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use a single thread. For tiny models, several threads are slower: they wait for
+    each other after each small operation, for very long if other processes use the cores."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(autouse=True)
+def use_one_thread():
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="session")
+def base_folder(task, tmp_path_factory):
+    """The folder of the tiny model of seed 0 in quick runs. It is made with one thread, as in the
+    runs that are compared with each other, because the number of threads may change roundings."""
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        shrink_r3(patch)
+        patch.setattr(r3, "RUNS", tmp_path_factory.mktemp("base"))
+        return r3.make_tiny_model(task, 0)
+
+
+def verdict_by_chance(agent: Agent, problem, turn: Turn) -> Verdict:
+    """A verdict that depends on the token ids alone, in place of `Agent.verify`. About a third of
+    the answers of an untrained model are correct."""
+    correct = sum(turn.tokens) % 3 == 0
+    return Verdict(correct, "correct" if correct else "wrong_value")
+
+
+def countdown_file(path: Path, num_problems: int = 60) -> str:
+    """Write a file of Countdown problems, each of which can be solved, and return its path."""
     rng, lines = random.Random(0), []
-    for _ in range(n):
+    for _ in range(num_problems):
         *added, last = numbers = rng.sample(range(1, 100), rng.choice((3, 4)))
         lines.append(json.dumps({"nums": numbers, "target": sum(added) - last}) + "\n")
     path.write_text("".join(lines))
@@ -42,13 +100,14 @@ CHATML = (
 
 @pytest.fixture
 def folder(tmp_path):
-    """An untrained model that reads any text, byte by byte: a Hugging Face folder."""
-    bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    words = {word: i for i, word in enumerate([*bytes_, "<|im_start|>", "<|im_end|>"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(words, []))
+    """A Hugging Face folder with an untrained model whose tokens are single bytes."""
+    byte_tokens = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    special_tokens = ["<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate([*byte_tokens, *special_tokens])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(words)[-2:])
+    tokenizer.add_special_tokens(special_tokens)
     settings = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     config = dict(
@@ -57,9 +116,9 @@ def folder(tmp_path):
         max_position_embeddings=8192, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = models.Model(config)
+    model = Model(config)
     with torch.no_grad():
-        model.model.embed_tokens.weight[257] *= 3  # turns end now and then
+        model.model.embed_tokens.weight[257] *= 3  # makes <|im_end|> likelier: some turns end
     model.save_pretrained(tmp_path / "letters")
-    models.Tokenizer(tokenizer, settings, {}).save_pretrained(tmp_path / "letters")
+    Tokenizer(tokenizer, settings, {}).save_pretrained(tmp_path / "letters")
     return tmp_path / "letters"

@@ -1,4 +1,4 @@
-"""APIGen with drawn problems, for tests and experiments without a data file."""
+"""APIGen with randomly drawn problems, for tests and experiments without a data file."""
 
 import json
 import random
@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from tasks import APIGen, APIGenProblem, split_of
 
-# Tools by name, each with a request whose slots are the tool's parameters; and the slots, with
-# their types and values.
+# TOOLS maps the name of a tool to a request whose slots, such as {city}, are the tool's parameters.
+# SLOTS maps the name of a slot to its type and its possible values.
 TOOLS = {
     "get_weather": "What is the weather in {city}?", "get_time": "What time is it in {city}?",
     "get_forecast": "How will the weather in {city} be on {date}?",
@@ -50,38 +50,42 @@ SLOTS = {
 }  # fmt: skip
 
 
-def slots_of(tool: str) -> list[str]:
-    """The parameters of a tool."""
-    return re.findall("{(.+?)}", TOOLS[tool])
+def slots_of(tool_name: str) -> list[str]:
+    """The names of a tool's parameters."""
+    return re.findall("{(.+?)}", TOOLS[tool_name])
 
 
 class DrawnAPIGen(APIGen):
-    """One to three requests for the tools above, among tools that are not needed."""
+    """One to three requests for the tools above. The model is offered other tools as well."""
 
     def draw_problems(
         self, split: str, limit: int | None, rng: random.Random
     ) -> list[APIGenProblem]:
-        """So many different problems of a split."""
-        found: dict[str, APIGenProblem] = {}
-        while len(found) < (limit or 1_000):
-            problem = self.draw(rng)
-            if split_of(self.key(problem)) == split:
-                found.setdefault(repr(problem), problem)
-        return [replace(problem, id=i) for i, problem in enumerate(found.values())]
+        """Draw `limit` different problems of a split, or 1,000 if it is None."""
+        problems: dict[str, APIGenProblem] = {}
+        while len(problems) < (limit or 1_000):
+            problem = self.draw_problem(rng)
+            if split_of(self.problem_key(problem)) == split:
+                problems.setdefault(repr(problem), problem)
+        return [replace(problem, id=i) for i, problem in enumerate(problems.values())]
 
-    def draw(self, rng: random.Random) -> APIGenProblem:
-        """A random problem."""
-        asked = rng.choices(list(TOOLS), k=rng.choice((1, 1, 2, 3)))
-        said, calls = [], []
-        for name in asked:
-            given = {slot: rng.choice(SLOTS[slot][1]) for slot in slots_of(name)}
-            said.append(TOOLS[name].format(**given))
-            calls.append({"name": name, "arguments": given})
-        offered = list(dict.fromkeys(asked))
-        offered += rng.sample([name for name in TOOLS if name not in asked], rng.randint(1, 4))
+    def draw_problem(self, rng: random.Random) -> APIGenProblem:
+        """Draw one problem, of any split."""
+        needed_tools = rng.choices(list(TOOLS), k=rng.choice((1, 1, 2, 3)))
+        requests, calls = [], []
+        for name in needed_tools:
+            arguments = {slot: rng.choice(SLOTS[slot][1]) for slot in slots_of(name)}
+            requests.append(TOOLS[name].format(**arguments))
+            calls.append({"name": name, "arguments": arguments})
+        other_tools = [name for name in TOOLS if name not in needed_tools]
+        offered_tools = list(dict.fromkeys(needed_tools))
+        offered_tools += rng.sample(other_tools, rng.randint(1, 4))
         tools = []
-        for name in rng.sample(offered, len(offered)):
-            slots = {s: {"type": SLOTS[s][0], "description": f"The {s}."} for s in slots_of(name)}
-            about = f"Answers requests like: {TOOLS[name]}"
-            tools.append({"name": name, "description": about, "parameters": slots})
-        return APIGenProblem(0, " ".join(said), json.dumps(calls), json.dumps(tools))
+        for name in rng.sample(offered_tools, len(offered_tools)):
+            parameters = {
+                slot: {"type": SLOTS[slot][0], "description": f"The {slot}."}
+                for slot in slots_of(name)
+            }
+            description = f"Answers requests like: {TOOLS[name]}"
+            tools.append({"name": name, "description": description, "parameters": parameters})
+        return APIGenProblem(0, " ".join(requests), json.dumps(calls), json.dumps(tools))

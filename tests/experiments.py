@@ -1,30 +1,40 @@
-"""Experiments around R3. Each command prints Markdown tables, and what it has done is not redone.
+"""Experiments around R3. Each command prints Markdown tables and keeps what it sampled in files, so
+that running it again continues where it stopped.
 
     python tests/experiments.py controls --run runs/NAME                what explains a run's gain
     python tests/experiments.py turns --run runs/NAME --train attempt   train other turns instead
-    python tests/experiments.py variants [--seeds 0 1 2]                variants beside each other
-    python tests/experiments.py seeds [--seeds 0 1 2]                   r3.py train, several seeds
+    python tests/experiments.py variants [--seeds 0 1 2]                compare variants of R3
+    python tests/experiments.py seeds [--seeds 0 1 2]                   r3.py train on several seeds
     python tests/experiments.py heldout --runs runs/A runs/B            runs on the same problems
-    python tests/experiments.py transfer --run runs/NAME                other tasks, other texts
+    python tests/experiments.py transfer --run runs/NAME                other tasks and other texts
 
 runs/NAME is a finished run of `r3.py train`. Its model and its failures are used as they are.
+
+One command is for authors of variants, who move lines that README.md quotes:
+
+    python tests/experiments.py readme    renew README's line numbers and its example of a task
 """
 
 import argparse
 import copy
-import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -33,476 +43,493 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import sentence  # makes its task known
+import sentence  # adds its task to TASKS
 
 import grpo
-import model as models
 import r3
-from grpo import Agent, Conversation, Conversations
+from grpo import Agent, Conversation, Group, RngKey, Turn, reward, rollout
+from model import Model, read_json, replace_file
 from tasks import TinyCountdown
 
+Rows = dict[str, dict]  # a table: {row: {column: value}}, for r3.markdown
+Tables = dict[str, Rows]  # {title: table}
+CORRECT = "% correct [95% interval]"  # ends the title of a table of accuracies
+
+
 # -- A finished run --------------------------------------------------------------------------------
-
-
 def open_run(run: Path) -> tuple[r3.Config, Agent]:
-    """The settings of a run of `r3.py train`, and its vanilla model. Raises ValueError where the
-    run is not finished."""
+    """The settings of a run of `r3.py train`, and its vanilla model. Raises ValueError if the run
+    has not finished."""
     if not (run / "report.json").exists():
-        raise ValueError(f"{run} is no finished run: python r3.py train makes one")
-    c = r3.load_config(run, "train")
-    return c, r3.load_agent(c, training=True)
+        raise ValueError(f"{run} is not a finished run; make one with: python r3.py train")
+    config = r3.load_config(run, "train")
+    return config, r3.load_agent(config, training=True)
 
 
-def with_weights(c: r3.Config, vanilla: Agent, folder: Path) -> Agent:
-    """The same chat with the weights in another folder."""
-    model = models.Model.from_pretrained(folder, getattr(torch, c.dtype), c.device)
+def load_trained(config: r3.Config, vanilla: Agent, folder: Path) -> Agent:
+    """The vanilla agent with the weights in another folder."""
+    model = Model.from_pretrained(folder, getattr(torch, config.dtype), config.device)
     model.vocab_size = vanilla.model.vocab_size
     return replace(vanilla, model=model)
 
 
-def in_order(conversations: Conversations) -> Conversations:
-    return sorted(conversations, key=lambda t: (t.problem.id, t.attempt_index))
+def sort_conversations(conversations: list[Conversation]) -> list[Conversation]:
+    """Sort by problem and attempt, the order in which two models' conversations are paired."""
+    return sorted(conversations, key=attrgetter("identity"))
+
+
+def distinct_problems(conversations: list[Conversation]) -> list:
+    """The problems of some conversations, each once, in order of appearance."""
+    return list({c.problem.id: c.problem for c in conversations}.values())
 
 
 # -- Controls: what else could explain the gain? ---------------------------------------------------
-
-GENERIC = (  # where the task has none of its own
+GENERIC_REFLECTION = (  # for tasks that do not define `generic_reflection`
     "I made a mistake. Next time I will read the problem carefully, work step by step, and check "
     "my result before I answer."
 )
-SWAPS = ("an empty reflection", "a fixed generic reflection", "another problem's reflection")
-EQUAL = 16  # tries at a failure, from which the chance for fewer is estimated
+EMPTY, GENERIC, ANOTHER = (  # reflections that replace a model's own
+    "an empty reflection", "a fixed generic reflection", "another problem's reflection",
+)  # fmt: skip
+REPLACEMENTS = (EMPTY, GENERIC, ANOTHER)
+MAX_TRIES = 16  # reflections and retries on a failure, from which pass@k is estimated
 
 
 def controls(
-    run: Path, on: Path | None = None, limit: int | None = None, crossed_only: bool = False
-) -> dict:
-    """The tables. Everything is measured on the vanilla model's failures, its wrong first tries.
-    What was sampled is kept in run/controls.
+    run: Path,
+    conversations_path: Path | None = None,
+    limit: int | None = None,
+    crossed_only: bool = False,
+) -> Tables:
+    """Measure what explains a run's gain: who reflects and who retries, and what happens after
+    other reflections. Everything is measured on the wrong first attempts of the vanilla model.
 
-    on: a file of the vanilla model's conversations, where not the run's own are to be taken
-    (`heldout` leaves one); limit: problems of it; crossed_only: nothing but who reflects and who
-    retries."""
-    c, vanilla = open_run(run)
+    conversations_path: a file of the vanilla model's conversations to take the failures from (for
+    example one that `heldout` wrote); by default, the run's own evaluation. limit: the maximum
+    number of problems. crossed_only: only measure who reflects and who retries. Samples are kept in
+    the folder run/controls. Raises ValueError if the vanilla model made no mistake.
+    """
+    config, vanilla = open_run(run)
     folder = run / "controls"
-    conversations = in_order(r3.load_conversations(on or run / "vanilla.jsonl", vanilla))
-    chosen = list(dict.fromkeys(t.problem.id for t in conversations))[:limit]
+    conversations = r3.load_conversations(conversations_path or run / "vanilla.jsonl", vanilla)
+    conversations = sort_conversations(conversations)
+    problem_ids = [problem.id for problem in distinct_problems(conversations)[:limit]]
     failures = [
-        t for t in conversations if t.problem.id in chosen and not t.attempt_verdict.correct
+        c for c in conversations if c.problem.id in problem_ids and not c.attempt_verdict.correct
     ]
     if not failures:
-        raise ValueError(f"{run}: the vanilla model got every problem right at once")
-    if not crossed_only:  # done first: no third model in memory
-        shuffled = shuffled_rewards(run, c, vanilla, failures)
-    trained = with_weights(c, vanilla, run / "model")
+        raise ValueError(f"{run}: the vanilla model solved every problem on the first try")
+    if not crossed_only:  # This comes first because it needs memory for a model of its own.
+        shuffled = shuffled_rewards(run, config, vanilla, failures)
+    trained = load_trained(config, vanilla, run / "model")
     agents = {"vanilla": vanilla, "trained": trained}
-    own = {"vanilla": failures}
-    own["trained"] = second_tries(trained, failures, 1, grpo.EVALUATE, folder / "trained.jsonl")
-    on = f"the vanilla model's {len(failures)} failures"
-    tables = {
-        f"Who reflects (rows) and who retries (columns), on {on}: % of retries right [95%]": {
+    own = {"vanilla": failures}  # each model's own reflections and retries
+    own["trained"] = reflect_and_retry(
+        trained, failures, 1, grpo.EVALUATE, folder / "trained.jsonl"
+    )
+    subset = f"the vanilla model's {len(failures)} failures"
+    title = f"Who reflects (rows) and who retries (columns), on {subset}: % of retries correct "
+    tables: Tables = {
+        f"{title}[95% interval]": {
             name: crossed(agents, name, own[name], folder) for name in agents
         },
-        f"Tokens in a reflection on {on}": {
-            name: {"mean": f"{np.mean([len(t.reflection) for t in own[name]]):.1f}"} for name in own
+        f"Tokens per reflection on {subset}": {
+            name: {"mean": f"{mean_tokens(own[name]):.1f}"} for name in own
         },
     }
     if crossed_only:
         return tables
-    rows = {"its own reflection": {name: right(own[name]) for name in own}}
-    for label in SWAPS:
+    rows: Rows = {"its own reflection": {name: retry_accuracy(own[name]) for name in own}}
+    for label in REPLACEMENTS:
         rows[label] = {}
         for name, agent in agents.items():
             path = folder / f"{name}, {label}.jsonl"
-            rows[label][name] = right(retries(agent, swapped(agent, own[name], label), path))
+            replaced = replace_reflections(agent, own[name], label)
+            rows[label][name] = retry_accuracy(retry_only(agent, replaced, path))
     rows["no failure in view: a second attempt"] = {
         name: second_attempts(agent, failures, folder / f"{name}, a second attempt.jsonl")
         for name, agent in agents.items()
     }
     rows["its own, trained on shuffled rewards"] = {"trained": shuffled}
     rows |= equal_tokens(vanilla, own["vanilla"], own["trained"], folder / "equal tokens.jsonl")
-    tables[f"Retries on {on}, after …: % right [95%]"] = rows
+    tables[f"Retries on {subset}, after …: {CORRECT}"] = rows
     if isinstance(vanilla.task, TinyCountdown):
-        title = "Texts like the cold start's, about development problems: nats a token"
+        title = "Dialogues like those of the cold start, about development problems: nats per token"
         tables[title] = {
-            name: {"nll": f"{forgetting(agent):.3f}"} for name, agent in agents.items()
+            name: {"nll": f"{cold_start_nll(agent):.3f}"} for name, agent in agents.items()
         }
     return tables
 
 
-def right(conversations: Conversations) -> list[float]:
-    """The share of retries that are right: [mean, low, high]."""
-    return r3.interval(
-        np.array([t.retry_verdict.correct for t in conversations], float), conversations
-    )
+def retry_accuracy(conversations: list[Conversation]) -> list[float]:
+    """The fraction of retries that are correct: [mean, low, high]."""
+    correct = np.array([c.retry_verdict.correct for c in conversations], float)
+    return r3.mean_with_interval(correct, conversations)
+
+
+def mean_tokens(conversations: list[Conversation]) -> float:
+    """The mean number of tokens in a reflection; 0 if there is none."""
+    return grpo.mean([len(c.reflection.tokens) for c in conversations])
 
 
 def crossed(
-    agents: dict[str, Agent], reflector: str, reflected: Conversations, folder: Path
-) -> dict:
-    """Retries after one model's reflections, by either model."""
+    agents: dict[str, Agent], reflector: str, reflected: list[Conversation], folder: Path
+) -> dict[str, list[float]]:
+    """The accuracy of each model's retries after the reflections of one model, the `reflector`.
+    reflected: that model's own reflections and retries."""
     row = {}
     for name, agent in agents.items():
         path = folder / f"{reflector} reflects, {name} retries.jsonl"
-        row[name] = right(reflected if name == reflector else retries(agent, reflected, path))
+        own = name == reflector
+        row[name] = retry_accuracy(reflected if own else retry_only(agent, reflected, path))
     return row
 
 
-def second_tries(
-    agent: Agent, failures: Conversations, samples: int, purpose: int, path: Path
-) -> Conversations:
-    """`samples` reflections on each failure with a retry each, kept in a file."""
+def reflect_and_retry(
+    agent: Agent, failures: list[Conversation], num_samples: int, purpose: int, path: Path
+) -> list[Conversation]:
+    """Reflect `num_samples` times on each failure and retry after each, unless the file exists."""
     if not path.exists():
         print(path.stem, file=sys.stderr)
-        r3.write_conversations(path, grpo.rollout(agent, failures, samples, (purpose, 0)), agent)
+        groups = rollout(agent, failures, num_samples, (purpose, 0))
+        r3.write_conversations(path, sum(groups, []), agent)
     return r3.load_conversations(path, agent)
 
 
-def retries(agent: Agent, reflected: Conversations, path: Path) -> Conversations:
-    """A retry after each of some reflections that this model did not write, kept in a file."""
+def retry_only(agent: Agent, reflected: list[Conversation], path: Path) -> list[Conversation]:
+    """Retry after reflections that this model did not write, unless the file exists."""
     if not path.exists():
-        conversations: Conversations = []
-        for some in tqdm(grpo.batches(agent, reflected, 1, turns=2), path.stem):
-            conversations += grpo.sample_retries(agent, some, (grpo.EVALUATE, 0))
-        r3.write_conversations(path, in_order(conversations), agent)
+        conversations: list[Conversation] = []
+        remaining = grpo.longest_first(agent, reflected)
+        with tqdm(total=len(remaining), desc=path.stem) as bar:
+            while remaining:
+                batch = grpo.next_batch(agent, remaining, 1, turns=2)
+                remaining = remaining[len(batch) :]
+                conversations += grpo.sample_retries(agent, batch, (grpo.EVALUATE, 0))
+                bar.update(len(batch))
+        r3.write_conversations(path, sort_conversations(conversations), agent)
     return r3.load_conversations(path, agent)
 
 
-def swapped(agent: Agent, conversations: Conversations, label: str) -> Conversations:
-    """The same conversations with other reflections; label: one of SWAPS."""
-    end = agent.tokenizer.stop_ids[:1]
-    generic = agent.tokenizer.encode(getattr(agent.task, "generic_reflection", GENERIC))
-    reflections = {
-        "an empty reflection": [end] * len(conversations),
-        "a fixed generic reflection": [generic[: agent.max_new_tokens - 1] + end]
-        * len(conversations),
-        "another problem's reflection": [
-            elsewhere(conversations, i) for i in range(len(conversations))
-        ],
-    }[label]
-    return [replace(t, reflection=r) for t, r in zip(conversations, reflections, strict=True)]
+def replace_reflections(
+    agent: Agent, conversations: list[Conversation], label: str
+) -> list[Conversation]:
+    """The same conversations with other reflections. label: one of REPLACEMENTS."""
+    end_of_turn = agent.tokenizer.stop_ids[:1]
+    generic = agent.tokenizer.encode(getattr(agent.task, "generic_reflection", GENERIC_REFLECTION))
+    generic = generic[: agent.max_new_tokens - 1] + end_of_turn
+    replaced = []
+    for index, conversation in enumerate(conversations):
+        tokens = {EMPTY: end_of_turn, GENERIC: generic}.get(label)
+        if label == ANOTHER:
+            tokens = another_reflection(conversations, index)
+        truncated = tokens[-1] not in agent.tokenizer.stop_ids
+        reflection = Turn(conversation.reflection.prompt, tokens, truncated)
+        replaced.append(replace(conversation, reflection=reflection))
+    return replaced
 
 
-def elsewhere(conversations: Conversations, number: int) -> list[int]:
-    """A reflection on another problem: on the next such failure from half-way round. (On the same
-    one, where all failures are of one problem.)"""
-    start = (number + len(conversations) // 2) % len(conversations)
-    others = (
-        t
-        for t in conversations[start:] + conversations[:start]
-        if t.problem.id != conversations[number].problem.id
-    )
-    return next(others, conversations[number]).reflection
+def another_reflection(conversations: list[Conversation], index: int) -> list[int]:
+    """The tokens of a reflection on another problem. The search for it starts half the list away
+    from conversation `index`. If all conversations are about one problem, they are its own."""
+    start = (index + len(conversations) // 2) % len(conversations)
+    for other in conversations[start:] + conversations[:start]:
+        if other.problem.id != conversations[index].problem.id:
+            return other.reflection.tokens
+    return conversations[index].reflection.tokens
 
 
-def second_attempts(agent: Agent, failures: Conversations, path: Path) -> list[float]:
-    """The share that is right of new attempts at the problems of the failures."""
+def second_attempts(agent: Agent, failures: list[Conversation], path: Path) -> list[float]:
+    """The accuracy of new attempts at the problems of the failures, as many as there are failures:
+    [mean, low, high]."""
     if not path.exists():
         print(path.stem, file=sys.stderr)
-        problems = list({f.problem.id: f.problem for f in failures}.values())
-        samples = 1 + max(f.attempt_index for f in failures)
-        r3.write_conversations(
-            path, grpo.attempt_all(agent, problems, samples, (grpo.PLAY, 0)), agent
-        )
-    failed = {(f.problem.id, f.attempt_index) for f in failures}
-    again = r3.load_conversations(path, agent)
-    again = [t for t in again if (t.problem.id, t.attempt_index) in failed]
-    return r3.interval(np.array([t.attempt_verdict.correct for t in again], float), again)
+        num_samples = 1 + max(failure.attempt_index for failure in failures)
+        problems = distinct_problems(failures)
+        attempts = grpo.attempt_all(agent, problems, num_samples, (grpo.PLAY, 0))
+        r3.write_conversations(path, attempts, agent)
+    failed = {failure.identity for failure in failures}
+    attempts = [c for c in r3.load_conversations(path, agent) if c.identity in failed]
+    correct = np.array([c.attempt_verdict.correct for c in attempts], float)
+    return r3.mean_with_interval(correct, attempts)
 
 
 def shuffled_rewards(
-    run: Path, c: r3.Config, vanilla: Agent, failures: Conversations
+    run: Path, config: r3.Config, vanilla: Agent, failures: list[Conversation]
 ) -> list[float]:
-    """The share of retries that are right after training on shuffled rewards."""
-    agent = trained_on(run, c, vanilla, "reflection", run / "shuffled", shuffle=True)
+    """The accuracy of retries after training on shuffled rewards: [mean, low, high]."""
+    agent = trained_on(run, config, vanilla, "shuffled", run / "shuffled")
     path = run / "controls/shuffled.jsonl"
-    return right(second_tries(agent, failures, 1, grpo.EVALUATE, path))
+    return retry_accuracy(reflect_and_retry(agent, failures, 1, grpo.EVALUATE, path))
 
 
-def equal_tokens(vanilla: Agent, before: Conversations, after: Conversations, path: Path) -> dict:
-    """The vanilla model with as many tokens a failure as the trained one spends, in more tries.
+def equal_tokens(
+    vanilla: Agent, before: list[Conversation], after: list[Conversation], path: Path
+) -> Rows:
+    """Give the vanilla model as many tokens per failure as the trained one uses, in several tries.
 
-    before, after: the two models' second tries at the same failures. k is the ratio of the tokens
-    that they spend on reflections and retries. A failure counts if any of k tries at it is right,
-    which needs an oracle to say which one. One failure a problem, to save time.
+    before, after: the two models' reflections and retries on the same failures. k is the ratio of
+    the tokens in them. The row compares the vanilla model's pass@k with the trained model's pass@1.
+    (pass@k counts a failure if any of k tries is correct, so it assumes an oracle that picks it.)
+    To save time, it is measured on one failure per problem.
     """
-    spent = [
-        sum(len(t.reflection) + len(t.retry) for t in conversations)
+    tokens_before, tokens_after = (
+        sum(len(c.reflection.tokens) + len(c.retry.tokens) for c in conversations)
         for conversations in (before, after)
-    ]
-    k = min(EQUAL, spent[1] / spent[0])
-    chosen = {t.problem.id: i for i, t in reversed(list(enumerate(before)))}.values()
-    failures = in_order([before[i] for i in chosen])
-    conversations = second_tries(vanilla, failures, EQUAL, grpo.PLAY, path)
-    successes = (
-        np.array([t.retry_verdict.correct for t in conversations]).reshape(-1, EQUAL).sum(axis=1)
     )
-    chances = np.array([any_of(k, EQUAL, int(r)) for r in successes])
-    row = {"vanilla": r3.interval(chances, failures)}
-    row["trained"] = right([after[i] for i in chosen])
-    return {f"its own, any of {k:.2f} tries; trained: one": row}
+    k = min(MAX_TRIES, tokens_after / tokens_before)
+    first_of_problem = {c.problem.id: i for i, c in reversed(list(enumerate(before)))}
+    failures = sort_conversations([before[i] for i in first_of_problem.values()])
+    tries = reflect_and_retry(vanilla, failures, MAX_TRIES, grpo.PLAY, path)
+    correct = np.array([c.retry_verdict.correct for c in tries]).reshape(-1, MAX_TRIES)
+    chances = np.array([pass_at_k(k, MAX_TRIES, int(n)) for n in correct.sum(axis=1)])
+    row = {
+        "vanilla": r3.mean_with_interval(chances, failures),
+        "trained": retry_accuracy([after[i] for i in first_of_problem.values()]),
+    }
+    return {f"its own, pass@{k:.2f} (trained model: pass@1)": row}
 
 
-def any_of(k: float, n: int, successes: int) -> float:
-    """The chance that any of k tries is right, without bias, where so many of n were: among the
-    subsets of k, those with a success. A broken k lies between its two neighbours."""
+def pass_at_k(k: float, n: int, successes: int) -> float:
+    """The unbiased estimate of the probability that any of k tries is correct, if `successes` of n
+    tries were: the fraction of subsets of size k that contain a success. If k is not an integer,
+    interpolate between its two neighbors."""
     below, above = (
-        1 - math.comb(n - successes, whole) / math.comb(n, whole)
-        for whole in (math.floor(k), math.ceil(k))
+        1 - math.comb(n - successes, size) / math.comb(n, size)
+        for size in (math.floor(k), math.ceil(k))
     )
     return below + (k - math.floor(k)) * (above - below)
 
 
 @torch.no_grad()
-def forgetting(agent: Agent) -> float:
-    """Nats a token of the tiny model on texts like the cold start's, about development problems."""
+def cold_start_nll(agent: Agent) -> float:
+    """The tiny model's mean negative log-likelihood, in nats per token, on dialogues like those of
+    its cold start, but about development problems. It rises if training makes it forget them."""
     problems = agent.task.load(split="dev", seed=agent.seed)
-    key = f"held out {agent.seed}"
-    total, tokens = 0.0, 0
-    for ids, mask in r3.dialogues(agent.task, agent.tokenizer, problems, key, diligent=False):
+    rng = random.Random(f"held out {agent.seed}")
+    total, num_tokens = 0.0, 0
+    for ids, mask in r3.dialogue_batches(agent.task, agent.tokenizer, problems, rng, False):
         log_p = agent.model(ids.to(agent.model.device)).log_softmax(-1)[:, :-1].cpu()  # (B, T-1, V)
-        chosen = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)[mask[:, 1:]]
-        total -= chosen.sum().item()
-        tokens += len(chosen)
-    return total / tokens
+        log_p = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)[mask[:, 1:]]  # (N,)
+        total -= log_p.sum().item()
+        num_tokens += len(log_p)
+    return total / num_tokens
 
 
 # -- Training other turns, or on shuffled rewards --------------------------------------------------
+class RetryTrained(Conversation):
+    """The retry is trained, and the reflection is not."""
 
-TURNS = {
-    "reflection": ("reflection",),  # R3
-    "retry": ("retry",),
-    "both": ("reflection", "retry"),
-    "attempt": ("attempt",),  # plain GRPO on the answer
+    def trained_turns(self) -> list[Turn]:
+        return [self.retry]
+
+
+class BothTrained(Conversation):
+    """The reflection and the retry are trained."""
+
+    def trained_turns(self) -> list[Turn]:
+        return [self.reflection, self.retry]
+
+
+class AttemptTrained(Conversation):
+    """The attempt is trained. There is no reflection and no retry: this is plain GRPO."""
+
+    def trained_turns(self) -> list[Turn]:
+        return [self.attempt]
+
+
+class RewardShuffled(Conversation):
+    """The reflection is trained, but its reward is that of a random conversation of the step."""
+
+    shuffled_reward = 0.0
+
+
+TRAINED = {  # the classes of conversations that `train_turns` can train
+    "reflection": Conversation,  # R3
+    "retry": RetryTrained,
+    "both": BothTrained,
+    "attempt": AttemptTrained,
+    "shuffled": RewardShuffled,  # only for `controls`
+}
+
+
+def rollout_attempts(
+    agent: Agent, failures: list[Conversation], group_size: int, rng_key: RngKey
+) -> list[Group]:
+    """Attempt the problem of each failure `group_size` times, instead of `grpo.rollout`."""
+    problems = distinct_problems(failures)
+    attempts = grpo.attempt_all(agent, problems, group_size, rng_key)
+    attempts = [AttemptTrained(**vars(attempt)) for attempt in attempts]
+    return [attempts[i : i + group_size] for i in range(0, len(attempts), group_size)]
+
+
+def rollout_shuffled(
+    agent: Agent, failures: list[Conversation], group_size: int, rng_key: RngKey
+) -> list[Group]:
+    """`grpo.rollout`, after which the rewards of the step are permuted at random."""
+    groups = rollout(agent, failures, group_size, rng_key)
+    conversations, (_, step) = sum(groups, []), rng_key
+    rewards = [reward(conversation) for conversation in conversations]
+    shuffled = np.random.default_rng([agent.seed, step]).permutation(rewards).tolist()
+    for conversation, shuffled_reward in zip(conversations, shuffled, strict=True):
+        conversation.shuffled_reward = shuffled_reward
+    return groups
+
+
+REPLACED: dict[str, dict[str, Callable]] = {  # the functions of grpo.py that are replaced
+    "attempt": {"rollout": rollout_attempts},
+    "shuffled": {"rollout": rollout_shuffled, "reward": attrgetter("shuffled_reward")},
 }
 
 
 def train_turns(
     agent: Agent,
-    reference,
-    failures: Conversations,
-    c: r3.Config,
+    reference: Model | None,
+    failures: list[Conversation],
+    config: r3.Config,
     folder: Path,
-    turns,
-    shuffle=False,
+    train: str,
 ) -> None:
-    """`grpo.train` with other turns trained. Changes chat.model in place.
+    """`grpo.train` with other turns trained. Changes agent.model in place.
 
-    turns: a value of TURNS. For the attempt, G answers are drawn to each failure's question. With
-    `shuffle` the rewards of a step are dealt out anew: nothing can be learnt from them.
+    train: a key of TRAINED. The class of the failures is what says which turns are trained, because
+    the conversations about a failure are made from it. Resumes from a checkpoint in the folder.
     """
-    agent.model.gradient_checkpointing = c.checkpointing
-    optimizer = grpo.MasterAdamW(agent.model, c.lr, c.offload)
-    start, _ = grpo.load_checkpoint(folder, optimizer)
-    for step in tqdm(range(start, c.steps), folder.name, c.steps, initial=start):
-        drawn, key = (
-            grpo.draw_failures(failures, step, c.batch_size, agent.seed),
-            (grpo.TRAIN, step),
-        )
-        if turns == ("attempt",):
-            problems = list({f.problem.id: f.problem for f in drawn}.values())
-            conversations = grpo.attempt_all(agent, problems, c.group_size, key)
-        else:
-            conversations = grpo.rollout(agent, drawn, c.group_size, key)
-        rewards = np.array([reward(agent, t, turns) for t in conversations], np.float32)
-        if shuffle:
-            rewards = np.random.default_rng([agent.seed, step]).permutation(rewards)
-        add_gradient(agent, reference, conversations, torch.tensor(rewards), c, turns, optimizer)
-        lr = c.lr * grpo.lr_multiplier(step, c.steps, c.warmup)
-        norm = optimizer.update(lr, c.max_grad_norm)
-        said = ("attempt",) if turns == ("attempt",) else ("reflection", "retry")
-        metrics = {"step": step + 1, "reward": float(rewards.mean()), "grad_norm": norm}
-        metrics["sampled_tokens"] = sum(
-            len(getattr(t, turn)) for t in conversations for turn in said
-        )
-        grpo.append_jsonl(folder / "metrics.jsonl", metrics)
-        if step + 1 == c.steps or (step + 1) % c.save_every == 0:
-            grpo.save_checkpoint(folder, step + 1, optimizer, {})
+    failures = [TRAINED[train](**vars(failure)) for failure in failures]
+    with ExitStack() as stack, tqdm(total=config.steps, desc=folder.name) as bar:
+        for name, function in REPLACED.get(train, {}).items():
+            stack.enter_context(patch.object(grpo, name, function))
+        for step, _ in grpo.train(agent, reference, failures, config, folder):
+            bar.update(step - bar.n)
 
 
-def reward(agent: Agent, t: Conversation, turns: tuple[str, ...]) -> float:
-    """1 if the last answer is right, and no trained turn was cut short; else 0."""
-    ended = all(getattr(t, turn)[-1] in agent.tokenizer.stop_ids for turn in turns)
-    return float(ended and (t.retry_verdict or t.attempt_verdict).correct)
-
-
-def add_gradient(
-    agent, reference, conversations: Conversations, rewards, c: r3.Config, turns, optimizer
-) -> None:
-    """The gradient of a step's loss, one group and turn at a time. A turn is a sequence.
-
-    tries: group by group; rewards: (P * G,).
-    """
-    advantages = grpo.group_advantages(
-        rewards.view(-1, c.group_size), scale=c.scale_advantages
-    )  # (P, G)
-    sequences = len(conversations) * len(turns)
-    tokens = sum(len(getattr(t, turn)) for t in conversations for turn in turns)
-    longest = sequences * agent.max_new_tokens
-    normalizer = {"dapo": tokens, "grpo": sequences, "dr_grpo": longest}[c.loss_type]
-    for p, A in enumerate(advantages.to(agent.model.device)):
-        if not A.any() and not c.beta:
-            continue  # all right or all wrong: no gradient comes from it
-        for turn in turns:
-            group = conversations[p * c.group_size :][: c.group_size]
-            ids, scored, trained = rows_of(agent, group, turn)
-            ref = None
-            if c.beta:
-                with torch.no_grad():
-                    ref = grpo.token_logprobs(reference, ids, scored, agent.temperature)
-            new = grpo.token_logprobs(agent.model, ids, scored, agent.temperature)  # (G, T)
-            old = new.detach()  # each step samples anew
-            if turn == "reflection":
-                old = grpo.reflection_rows(group)[2].to(new.device)  # as `grpo.train` does
-            trained = trained.to(new.device)
-            loss = grpo.grpo_loss(
-                new, old, ref, A, trained, c.clip, c.beta, c.loss_type, normalizer
-            )
-            loss.backward()
-            optimizer.accumulate_gradients()
-
-
-def rows_of(agent: Agent, group: Conversations, turn: str) -> tuple[torch.Tensor, ...]:
-    """One group's conversations up to the end of a turn, padded on the right.
-
-    Returns (G, T) each: the token ids; the mask of what comes after the context that the group
-    shares; and the mask of the turn's own tokens.
-    """
-    again = agent.tokenizer.bridge(agent.task.retry_instruction)
-    shared = group[0].attempt_prompt if turn == "attempt" else group[0].reflection_prompt
-    rows = []
-    for t in group:
-        between = agent.tokenizer.next_turn(t.reflection, again) if turn == "retry" else []
-        rows.append(shared + between + getattr(t, turn))
-    shape = len(rows), max(map(len, rows))
-    ids = torch.zeros(shape, dtype=torch.long)
-    scored, trained = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
-    for g, (t, row) in enumerate(zip(group, rows, strict=True)):
-        start = len(row) - len(getattr(t, turn))
-        ids[g, : len(row)] = torch.tensor(row)
-        scored[g, len(shared) : len(row)] = True
-        trained[g, start : len(row)] = True
-    return ids, scored, trained
-
-
-def trained_on(run: Path, c, vanilla: Agent, train: str, folder: Path, shuffle=False) -> Agent:
-    """The vanilla model of a run trained by `train_turns` on its failures; loaded, if it is there.
-    train: a key of TURNS."""
-    if not (folder / "model/model.safetensors").exists():
-        failures = r3.load_conversations(run / "failures.jsonl", vanilla)
-        trained = replace(vanilla, model=copy.deepcopy(vanilla.model))
-        reference = vanilla.model if c.beta else None
-        train_turns(trained, reference, failures, c, folder, TURNS[train], shuffle)
-        trained.model.save_pretrained(folder / "model")
-        return trained
-    return with_weights(c, vanilla, folder / "model")
+def trained_on(run: Path, config: r3.Config, vanilla: Agent, train: str, folder: Path) -> Agent:
+    """The vanilla model of a run after `train_turns` on the run's failures. If the trained model is
+    in the folder already, it is loaded. train: a key of TRAINED."""
+    if (folder / "model/model.safetensors").exists():
+        return load_trained(config, vanilla, folder / "model")
+    failures = r3.load_conversations(run / "failures.jsonl", vanilla)
+    trained = replace(vanilla, model=copy.deepcopy(vanilla.model))
+    reference = vanilla.model if config.beta else None
+    train_turns(trained, reference, failures, config, folder, train)
+    trained.model.save_pretrained(folder / "model")
+    return trained
 
 
 def turns(
     run: Path, train: str, group_size: int | None, steps: int | None, out: Path | None
 ) -> None:
-    """Train other turns than the reflection on a run's failures, and evaluate as the run did.
-    Leaves metrics.jsonl, trained.jsonl, report.json and the model in a folder of the run."""
-    c, vanilla = open_run(run)
-    c = replace(c, group_size=group_size or c.group_size, steps=steps or c.steps)
-    folder = out or run / f"{train}-group{c.group_size}-steps{c.steps}"
-    trained = trained_on(run, c, vanilla, train, folder)
-    before = in_order(r3.load_conversations(run / "vanilla.jsonl", vanilla))
-    problems = list({t.problem.id: t.problem for t in before}.values())
-    after = r3.evaluate(trained, problems, c.num_samples, folder.name, folder / "trained.jsonl")
+    """Train other turns than the reflection on a run's failures, and evaluate the result as the run
+    did. Metrics, samples, report and model go to a folder within the run's, or to `out`."""
+    config, vanilla = open_run(run)
+    config = replace(
+        config, group_size=group_size or config.group_size, steps=steps or config.steps
+    )
+    folder = out or run / f"{train}-group{config.group_size}-steps{config.steps}"
+    trained = trained_on(run, config, vanilla, train, folder)
+    before = sort_conversations(r3.load_conversations(run / "vanilla.jsonl", vanilla))
+    problems = distinct_problems(before)
+    path = folder / "trained.jsonl"
+    after = r3.evaluate(trained, problems, config.num_samples, folder.name, path)
     print(f"Trained: {train}")
-    r3.report(c, folder, vanilla=before, trained=after)
+    r3.report(config, folder, {"vanilla": before, "trained": after})
 
 
 # -- Several runs on the same held-out problems ----------------------------------------------------
+def heldout(
+    runs: list[Path], split: str, limit: int, num_samples: int, temperature: float
+) -> Tables:
+    """Compare the trained models of several runs, which started from the same vanilla model, on the
+    same held-out problems.
 
-
-def heldout(runs: list[Path], split: str, limit: int, num_samples: int, temperature: float) -> dict:
-    """The vanilla and the trained models of some runs (of one vanilla model), on the same problems
-    with the same random numbers: those of the first run's seed. The vanilla model is evaluated
-    once. What was sampled is kept in each run's folder. Temperature 0 is greedy: one sample."""
-    c, vanilla = open_run(runs[0])
-    problems = r3.load_problems(c, vanilla, split, limit)
-    vanilla, num_samples = (
-        replace(vanilla, temperature=temperature),
-        num_samples if temperature else 1,
-    )
-    way = f"temperature-{temperature:g}"
-    file = f"heldout/{split}-{limit}-{way}.jsonl"
-    conversations = {
-        "vanilla": evaluated(vanilla, problems, num_samples, runs[0] / f"vanilla-{file}")
-    }
-    gains, reflections = {}, {"vanilla": about_reflections(vanilla, conversations["vanilla"])}
+    All models use the same random numbers: those of the first run's seed. The vanilla model is
+    evaluated once. Samples are kept in the runs' folders. temperature: 0 means greedy decoding, one
+    sample per problem.
+    """
+    config, vanilla = open_run(runs[0])
+    problems = r3.load_problems(config, vanilla, split, limit)
+    vanilla = replace(vanilla, temperature=temperature)
+    num_samples = num_samples if temperature else 1
+    file = f"heldout/{split}-{limit}-temperature-{temperature:g}.jsonl"
+    before = evaluate(vanilla, problems, num_samples, runs[0] / f"vanilla-{file}")
+    conversations = {"vanilla": before}
+    reflections = {"vanilla": describe_reflections(vanilla, before)}
+    gains: dict[str, Rows] = {}
     for run in runs:
-        trained, name = with_weights(c, vanilla, run / "model"), run.name
-        conversations[name] = evaluated(trained, problems, num_samples, run / f"trained-{file}")
-        gains[name] = r3.accuracy(vanilla=conversations["vanilla"], trained=conversations[name])
-        reflections[name] = about_reflections(vanilla, conversations[name])
+        trained = load_trained(config, vanilla, run / "model")
+        after = evaluate(trained, problems, num_samples, run / f"trained-{file}")
+        conversations[run.name] = after
+        gains[run.name] = r3.accuracy({"vanilla": before, "trained": after})
+        reflections[run.name] = describe_reflections(vanilla, after)
         if temperature:
-            reflections[name]["KL"] = f"{divergence(trained, vanilla, conversations[name]):.3f}"
-    on = f"{len(problems)} {split} problems, {num_samples} samples each, {way}"
+            reflections[run.name]["KL"] = f"{divergence(trained, vanilla, after):.3f}"
+    subset = f"{len(problems)} {split} problems, {r3.plural(num_samples, 'sample')} each, "
+    subset += f"temperature {temperature:g}"
     return {
-        f"{on}: % right [95%]": seed_rows(gains),
-        f"The verifier's reasons, {on}": reasons(**conversations),
-        f"Reflections, {on}": reflections,
+        f"{subset}: {CORRECT}": seed_rows(gains),
+        f"The verifier's reasons, {subset}": count_reasons(conversations),
+        f"Reflections, {subset}": reflections,
     }
 
 
-def evaluated(agent: Agent, problems: list, samples: int, path: Path) -> Conversations:
-    """`r3.evaluate`, kept in a file and taken from there."""
-    return in_order(r3.evaluate(agent, problems, samples, path.stem, path))
+def evaluate(agent: Agent, problems: list, num_samples: int, path: Path) -> list[Conversation]:
+    """`r3.evaluate`, with the file's name as its title."""
+    return sort_conversations(r3.evaluate(agent, problems, num_samples, path.stem, path))
 
 
-def reasons(**by_model: Conversations) -> dict:
-    """How often the verifier gave which reason, at the first try and at the retry."""
+def count_reasons(by_model: dict[str, list[Conversation]]) -> dict[str, Counter]:
+    """How often the verifier gave each reason, for first attempts and for retries."""
     rows = {}
     for name, conversations in by_model.items():
-        rows[f"{name}, 1st try"] = Counter(t.attempt_verdict.reason for t in conversations)
-        rows[f"{name}, retry"] = Counter(
-            t.retry_verdict.reason for t in conversations if t.retry_verdict
-        )
+        retried = [c for c in conversations if c.retry_verdict]
+        rows[f"{name}, 1st try"] = Counter(c.attempt_verdict.reason for c in conversations)
+        rows[f"{name}, retry"] = Counter(c.retry_verdict.reason for c in retried)
     return rows
 
 
-def about_reflections(agent: Agent, conversations: Conversations) -> dict[str, str]:
-    """How many reflections there are, how long they are, and the share that the verifier would take
-    for a right answer. For tests/sentence.py also how often they name the word that is to be used,
-    and the share of retries that are right if so, and if not."""
-    conversations = [t for t in conversations if t.reflection]
-    lengths = [len(t.reflection) for t in conversations]
-    row = {"reflections": str(len(conversations)), "tokens": f"{np.mean(lengths or [0]):.1f}"}
-    answers = np.array([agent.verify(t.problem, t.reflection).correct for t in conversations])
-    row["right answers"] = percent(answers)
+def describe_reflections(agent: Agent, conversations: list[Conversation]) -> dict[str, str]:
+    """A row about a model's reflections: how many there are, their mean length, and the percentage
+    that the verifier would accept as an answer.
+
+    For tests/sentence.py also the percentage that name the required word, and the accuracy of the
+    retries after those that do and after those that do not."""
+    conversations = [c for c in conversations if c.reflection]
+    answers = np.array([agent.verify(c.problem, c.reflection).correct for c in conversations])
+    row = {
+        "reflections": str(len(conversations)),
+        "tokens": f"{mean_tokens(conversations):.1f}",
+        "correct answers": percent(answers),
+    }
     if isinstance(agent.task, sentence.Sentence):
-        said = [
-            re.findall("[a-z]+", agent.tokenizer.decode(t.reflection).lower())
-            for t in conversations
-        ]
-        named = np.array(
-            [t.problem.use in words for t, words in zip(conversations, said, strict=True)]
-        )
-        good = np.array([t.retry_verdict.correct for t in conversations])
-        row |= {"name the word": percent(named)}
-        row |= {"right if so": percent(good[named]), "right if not": percent(good[~named])}
+        texts = [agent.tokenizer.decode(c.reflection.tokens).lower() for c in conversations]
+        words = [re.findall("[a-z]+", text) for text in texts]
+        required = [c.problem.required_word for c in conversations]
+        named = np.array([r in found for r, found in zip(required, words, strict=True)], bool)
+        correct = np.array([c.retry_verdict.correct for c in conversations], bool)
+        row["name the word"] = percent(named)
+        row["retry correct if named"] = percent(correct[named])
+        row["retry correct if not"] = percent(correct[~named])
     return row
 
 
 def percent(values: np.ndarray) -> str:
+    """The percentage of true values; empty if there are none at all."""
     return f"{100 * values.mean():.1f}" if len(values) else ""
 
 
 @torch.no_grad()
 def divergence(
-    trained: Agent, vanilla: Agent, conversations: Conversations, most: int = 64
+    trained: Agent, vanilla: Agent, conversations: list[Conversation], max_reflections: int = 64
 ) -> float:
-    """KL(trained || vanilla) in nats per reflection token, estimated on `most` reflections of the
-    trained model: the mean of log pi - log pi_vanilla over their tokens."""
+    """Estimate KL(trained || vanilla) in nats per reflection token: the mean of
+    log pi - log pi_vanilla over the tokens of reflections that the trained model sampled."""
     differences = []
-    for t in [t for t in conversations if t.reflection][:most]:
-        ids = torch.tensor([t.reflection_prompt + t.reflection])
-        mask = torch.arange(ids.shape[1])[None] >= len(t.reflection_prompt)
+    for c in [c for c in conversations if c.reflection][:max_reflections]:
+        # A file of conversations has no log-probabilities, and none are needed here.
+        reflection = replace(c.reflection, logprobs=[0.0] * len(c.reflection.tokens))
+        rows = grpo.training_rows([replace(c, reflection=reflection)])
         new, old = (
-            grpo.token_logprobs(agent.model, ids, mask, trained.temperature).cpu()[mask]
+            grpo.token_logprobs(agent.model, rows, trained.temperature).cpu()[rows.mask]
             for agent in (trained, vanilla)
         )
         differences.append(new - old)
@@ -510,13 +537,11 @@ def divergence(
 
 
 # -- Transfer and forgetting -----------------------------------------------------------------------
-
-
 class Both(sentence.Sentence):
-    """The opposite condition: the other word is to be used, too."""
+    """The opposite condition: the second word must be used as well."""
 
     question = "Write one short sentence about life {}. Use the word {}, and the word {}."
-    answer = "I put one boot on a stone before a long walk uphill."
+    example_answer = "I put one boot on a stone before a long walk uphill."
     reflection_instruction = "That is wrong. Which two words must you use?"
     retry_instruction = "Now write one sentence with them."
 
@@ -526,10 +551,10 @@ class Both(sentence.Sentence):
 
 
 class Question(sentence.Sentence):
-    """Another kind of sentence, with one word."""
+    """Another kind of sentence: a question that uses one word."""
 
     question = "Ask one short question about life {}. Use the word {}."
-    answer = "Why do I need more than one boot up here?"
+    example_answer = "Why do I need more than one boot up here?"
     retry_instruction = "Now write one question with it."
 
     def faults(self, problem, text):
@@ -538,268 +563,369 @@ class Question(sentence.Sentence):
 
 
 def prose() -> dict[str, str]:
-    """Two English texts that every Python has: its licence, and its reference manual in part."""
-    licence = Path(sysconfig.get_path("stdlib")) / "LICENSE.txt"
+    """Two English texts that come with every Python: its license, and a part of its reference
+    manual."""
+    license_text = (Path(sysconfig.get_path("stdlib")) / "LICENSE.txt").read_text()
     manual = "\n\n".join(topics[name] for name in ("objects", "execmodel", "exceptions"))
-    return {"the Python licence": licence.read_text()[:8_000], "the Python manual": manual[:8_000]}
+    return {"the Python license": license_text[:8_000], "the Python manual": manual[:8_000]}
 
 
-def transfer(run: Path, split: str, limit: int, num_samples: int) -> dict:
-    """What a run changed beyond its task: accuracy on two tasks that were never trained, and
-    perplexity on English prose. Only for runs of tests/sentence.py."""
-    c, vanilla = open_run(run)
-    agents = {"vanilla": vanilla, "trained": with_weights(c, vanilla, run / "model")}
-    tables = {}
+def transfer(run: Path, split: str, limit: int, num_samples: int) -> Tables:
+    """Measure what a run changed beyond its task: the accuracy on two tasks that were not trained,
+    and the perplexity of English prose. Only for runs of tests/sentence.py."""
+    config, vanilla = open_run(run)
+    agents = {"vanilla": vanilla, "trained": load_trained(config, vanilla, run / "model")}
+    tables: Tables = {}
     for task in (Both(), Question()):
-        name = type(task).__name__.lower()
-        problems, conversations = task.load(split=split, limit=limit, seed=c.seed), {}
-        for who, agent in agents.items():
-            path = run / f"transfer/{name}-{split}-{limit}-{who}.jsonl"
-            conversations[who] = evaluated(replace(agent, task=task), problems, num_samples, path)
-        on = f"{name}: {limit} {split} problems, {num_samples} samples each"
-        tables[f"{on}: % right [95%]"] = r3.accuracy(**conversations)
-        tables[f"The verifier's reasons, {on}"] = reasons(**conversations)
+        task_name = type(task).__name__.lower()
+        problems = task.load(split=split, limit=limit, seed=config.seed)
+        conversations = {}
+        for name, agent in agents.items():
+            path = run / f"transfer/{task_name}-{split}-{limit}-{name}.jsonl"
+            conversations[name] = evaluate(replace(agent, task=task), problems, num_samples, path)
+        subset = f"{task_name}: {limit} {split} problems, {r3.plural(num_samples, 'sample')} each"
+        tables[f"{subset}: {CORRECT}"] = r3.accuracy(conversations)
+        tables[f"The verifier's reasons, {subset}"] = count_reasons(conversations)
     tables["Perplexity"] = {
-        title: {who: f"{perplexity(agent, text):.2f}" for who, agent in agents.items()}
+        title: {name: f"{perplexity(agent, text):.2f}" for name, agent in agents.items()}
         for title, text in prose().items()
     }
     return tables
 
 
 @torch.no_grad()
-def perplexity(agent: Agent, text: str, width: int = 512) -> float:
-    """exp of the mean negative log-probability of a text's tokens, in rows of `width` tokens."""
-    total, tokens = 0.0, 0
-    for row in torch.tensor(agent.tokenizer.encode(text)).split(width):
-        log_p = agent.model(row[None].to(agent.model.device))[0].log_softmax(-1)  # (T, V)
-        total -= log_p[:-1].cpu().gather(1, row[1:, None]).sum().item()
-        tokens += len(row) - 1
-    return math.exp(total / tokens)
+def perplexity(agent: Agent, text: str, chunk_length: int = 512) -> float:
+    """The perplexity of a text, computed in chunks of `chunk_length` tokens."""
+    total, num_tokens = 0.0, 0
+    for chunk in torch.tensor(agent.tokenizer.encode(text)).split(chunk_length):
+        log_p = agent.model(chunk[None].to(agent.model.device))[0].log_softmax(-1)  # (T, V)
+        total -= log_p[:-1].cpu().gather(1, chunk[1:, None]).sum().item()
+        num_tokens += len(chunk) - 1
+    return math.exp(total / num_tokens)
 
 
 # -- Variants --------------------------------------------------------------------------------------
-
 FILES = ("r3.py", "grpo.py", "model.py", "tasks.py")
 
-# What is compared: a name, flags, and the title of a diff in README. Flags that begin with `turns`
-# are of this file's command of that name; others, of `r3.py train`.
-COMPARED = [
-    ("reflection: the paper's R3", "", None),
-    ("retry", "turns --train retry", None),
-    ("reflection and retry", "turns --train both", None),
-    ("attempt: plain GRPO on the answer", "turns --train attempt --group-size 16 --steps 20", None),
-    (
-        "no division by the deviation, no length bias",
+
+class Variant(NamedTuple):
+    """A variant of R3, compared with R3 by `variants`."""
+
+    name: str
+    flags: str  # of `r3.py train`; or, if they begin with "turns", of this file's command `turns`
+    diff: str | None = None  # the title of a diff in README that is applied to the code first
+
+
+PAPER = Variant("reflection: the paper's R3", "")
+OTHERS = (
+    Variant("retry", "turns --train retry"),
+    Variant("reflection and retry", "turns --train both"),
+    Variant("attempt: plain GRPO", "turns --train attempt --group-size 16 --steps 20"),
+    Variant(
+        "no division by the standard deviation, no length bias",
         "--no-scale-advantages --loss-type dr_grpo",
-        None,
     ),
-    ("no KL", "--beta 0", None),
-    ("two updates per batch", "--steps 36 --save-every 2", "several updates per batch"),
-]
+    Variant("no KL penalty", "--beta 0"),
+    Variant("two updates per batch", "--updates 2"),
+)
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # number of seeds: 97.5% quantile
 
 
-def variants(seeds: list[int], jobs: int, folder: Path) -> dict:
-    """The table of COMPARED. Every run of a seed starts from the same base model and the same
-    failures, so that rows differ in the variant alone. It takes minutes a run and a process."""
+def variants(seeds: list[int], jobs: int, folder: Path) -> Tables:
+    """Train the tiny model with each variant from each seed, and compare the gains. All runs of a
+    seed start from the same base model and the same failures. A run takes minutes."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[Path]] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        for rows in (COMPARED[:1], COMPARED[1:]):  # the others take the paper's failures
-            made = [(row[0], pool.submit(variant, folder, s, row)) for row in rows for s in seeds]
-            for name, run in made:
-                runs.setdefault(name, []).append(run.result())
-    measured = {name: gains(of) for name, of in runs.items()}
-    paper, _ = measured[COMPARED[0][0]]
-    title = "Points over the vanilla model; apart: from the paper's, mean ± 95% over seeds"
-    return {title: {name: variant_row(*of, paper) for name, of in measured.items()}}
+        for group in ((PAPER,), OTHERS):  # The others train on the failures of the paper's runs.
+            futures = [
+                (v.name, pool.submit(run_variant, folder, s, v)) for v in group for s in seeds
+            ]
+            for name, future in futures:
+                runs.setdefault(name, []).append(future.result())
+    measured = {name: gains(folders) for name, folders in runs.items()}
+    paper, _ = measured[PAPER.name]
+    title = "Gain over the vanilla model in points: mean (each seed); and its difference from R3's "
+    title += "gain: mean ± 95% interval"
+    return {title: {name: variant_row(*gain, paper) for name, gain in measured.items()}}
 
 
-def variant(folder: Path, seed: int, row: tuple[str, str, str | None]) -> Path:
-    """Make one run of a row of COMPARED, unless it is there. Returns its folder."""
-    name, flags, title = row
-    paper = folder / "runs" / f"seed-{seed}"
-    run = paper
-    if row != COMPARED[0]:
-        run = folder / "runs" / f"{re.sub(r'[^a-zA-Z]+', '-', name)}-{seed}"
+def run_variant(folder: Path, seed: int, variant: Variant) -> Path:
+    """Make the run of a variant from a seed, unless it is finished. Returns the run's folder.
+    Raises ValueError if it fails."""
+    paper = run = folder / "runs" / f"seed-{seed}"
+    if variant != PAPER:
+        run = folder / "runs" / f"{re.sub(r'[^a-zA-Z]+', '-', variant.name)}-{seed}"
     if (run / "report.json").exists():
         return run
-    if flags.startswith("turns"):
-        command = [__file__, *flags.split(), "--run", str(paper), "--out", str(run)]
+    if variant.flags.startswith("turns"):
+        command = [__file__, *variant.flags.split(), "--run", str(paper), "--out", str(run)]
     else:
-        place = folder / "code" / run.name
-        code(place, title)
-        command = [str(place / "r3.py"), "train"]
+        code_folder = folder / "code" / run.name
+        code(code_folder, variant.diff)
+        command = [str(code_folder / "r3.py"), "train"]
         if (run / "config.json").exists():
             command += ["--resume", f"runs/{run.name}"]
         else:
-            command += [*flags.split(), "--seed", str(seed), "--name", run.name]
-            command += ["--failures", str(paper / "failures.jsonl")] if run != paper else []
+            command += [*variant.flags.split(), "--seed", str(seed), "--name", run.name]
+            if run != paper:
+                command += ["--failures", str(paper / "failures.jsonl")]
     log = folder / f"{run.name}.log"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # Small matrices: one core per run.
     with open(log, "w") as file:
-        one = {**os.environ, "OMP_NUM_THREADS": "1"}  # small matrices: a run a core is faster
-        command = [sys.executable, *command]
-        done = subprocess.run(command, cwd=folder, stdout=file, stderr=file, env=one)
-    if done.returncode:
+        finished = subprocess.run(
+            [sys.executable, *command], cwd=folder, stdout=file, stderr=file, env=environment
+        )
+    if finished.returncode:
         raise ValueError(f"{run.name} failed: see {log}")
     return run
 
 
-def diffs(readme: str) -> dict[str, tuple[str, list[tuple[str, str]]]]:
-    """README's diffs: {title: (file, [(old text, new text), …])}.
+def gains(runs: list[Path]) -> tuple[dict[str, np.ndarray], float]:
+    """How much the runs of a variant gained over the vanilla model, in points, seed by seed; and
+    how many million tokens a run sampled in training, on average."""
+    points: dict[str, list[float]] = {"1st try": [], "within two": []}
+    tokens = []
+    for run in runs:
+        tables = read_json(run / "report.json")["tables"]
+        rows = next(table for table in tables.values() if "gain" in table)
+        for column, values in points.items():
+            values.append(100 * rows["gain"][column][0])
+        metrics = r3.read_jsonl(run / "metrics.jsonl", "step")
+        tokens.append(sum(record.get("sampled_tokens", 0) for record in metrics) / 1e6)
+    return {name: np.array(values) for name, values in points.items()}, float(np.mean(tokens))
 
-    A diff's first line is `--- FILE: title`, and `@@` parts its hunks.
+
+def variant_row(
+    gain: dict[str, np.ndarray], tokens: float, paper: dict[str, np.ndarray]
+) -> dict[str, str]:
+    """The row of a variant: its gains, and their differences from those of the paper's R3."""
+    row = {}
+    for name, values in gain.items():
+        by_seed = ", ".join(f"{value:+.1f}" for value in values)
+        row[f"gain, {name}"] = f"{values.mean():+.1f} ({by_seed})"
+        difference, n = values - paper[name], len(values)
+        half_width = math.nan
+        if n > 1:
+            half_width = STUDENT_T.get(n, math.nan) * np.std(difference, ddof=1) / n**0.5
+        cell = f"{difference.mean():+.1f} ± {half_width:.1f}" if difference.any() else ""
+        row[f"difference, {name}"] = cell
+    return row | {"M tokens": f"{tokens:.2f}"}
+
+
+# -- README's diffs, links and example -------------------------------------------------------------
+Hunk = tuple[str, str]  # old text and new text, whole lines
+LINK = re.compile(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)")  # [`code`](file.py#L12)
+
+
+def diffs(readme: str) -> dict[str, tuple[str, list[Hunk]]]:
+    """README's diffs: {title: (file, hunks)}.
+
+    The first line of a diff is `--- FILE: title`, and `@@` separates its hunks.
     """
     found = {}
     for block in re.findall(r"```diff\n--- (.*?)```", readme, re.DOTALL):
-        head, _, body = block.partition("\n")
-        file, _, title = head.partition(": ")
+        heading, _, body = block.partition("\n")
+        file, _, title = heading.partition(": ")
         hunks = []
         for hunk in re.split(r"^@@\n", body, flags=re.MULTILINE):
             lines = [(line[:1], line[1:]) for line in hunk.splitlines()]
-            old, new = (
-                "".join(text + "\n" for mark, text in lines if mark != other) for other in "+-"
-            )
+            old = "".join(text + "\n" for mark, text in lines if mark != "+")
+            new = "".join(text + "\n" for mark, text in lines if mark != "-")
             hunks.append((old, new))
         found[title] = file, hunks
     return found
 
 
 def code(folder: Path, title: str | None) -> None:
-    """A copy of the code in a folder, with a diff of README applied to it. Raises ValueError where
-    the diff does not fit the code."""
+    """Copy the code to a folder, and apply the diff with this title in README, if one is given.
+    Raises ValueError if the diff does not apply."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copy(ROOT / name, folder)
     if title:
         file, hunks = diffs((ROOT / "README.md").read_text())[title]
-        text = (folder / file).read_text()
-        for old, new in hunks:
-            if text.count(old) != 1:
-                raise ValueError(f"{title}: these lines are not once in {file}:\n{old}")
-            text = text.replace(old, new)
-        (folder / file).write_text(text)
+        source, reasons = apply_hunks((folder / file).read_text(), hunks)
+        if reasons:
+            message = f"the diff {title!r} does not apply to {file}:"
+            raise ValueError("\n  ".join([message, *reasons]))
+        (folder / file).write_text(source)
 
 
-def gains(runs: list[Path]) -> tuple[dict[str, np.ndarray], float]:
-    """What the runs of a variant gained over the vanilla model, in points, seed by seed; and how
-    many million tokens they sampled in training, on average."""
-    found, tokens = {"1st try": [], "within two": []}, []
-    for run in runs:
-        tables = models.read_json(run / "report.json")["tables"]
-        sampled = next(
-            rows for name, rows in tables.items() if "samples each" in name and "gain" in rows
-        )
-        for column, values in found.items():
-            values.append(100 * sampled["gain"][column][0])
-        lines = r3.read_lines(run / "metrics.jsonl", "step")
-        # Two updates on one batch report it twice: each batch counts once.
-        batches = {
-            (line["sampled_tokens"], line["reward"]) for line in lines if "sampled_tokens" in line
-        }
-        tokens.append(sum(sampled for sampled, _ in batches) / 1e6)
-    return {name: np.array(values) for name, values in found.items()}, float(np.mean(tokens))
+def apply_hunks(source: str, hunks: list[Hunk]) -> tuple[str, list[str]]:
+    """Apply the hunks of a diff to a file's text. The old lines of a hunk must stand in it exactly
+    once, one after another. Returns the new text, and the reasons why hunks were not applied: a
+    reason names a line and how often it was found."""
+    source, reasons = "\n" + source, []  # so that every line follows a newline
+    for old, new in hunks:
+        if source.count("\n" + old) == 1:
+            source = source.replace("\n" + old, "\n" + new)
+            continue
+        lines, old_lines = source.splitlines(), [line for line in old.splitlines() if line]
+        counts = [(line, lines.count(line)) for line in old_lines]
+        wrong = [f"found {count} times: {line}" for line, count in counts if count != 1]
+        reasons += wrong or [f"found, but not in this order, the lines after: {old_lines[0]}"]
+    return source.removeprefix("\n"), reasons
 
 
-def variant_row(found: dict[str, np.ndarray], tokens: float, paper: dict) -> dict[str, str]:
-    """Each gain: mean (seed by seed), and how far it is from the paper's, with a 95% interval."""
-    row = {}
-    for name, values in found.items():
-        each = ", ".join(f"{value:+.1f}" for value in values)
-        row[f"gain, {name}"] = f"{values.mean():+.1f} ({each})"
-        apart, n = values - paper[name], len(values)
-        t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, math.nan)  # Student's, n - 1 degrees
-        half = t * np.std(apart, ddof=1) / n**0.5 if n > 1 else math.nan
-        row[f"apart, {name}"] = f"{apart.mean():+.1f} ± {half:.1f}" if apart.any() else ""
-    return row | {"M tokens": f"{tokens:.2f}"}
+def renew_readme(path: Path | None = None) -> None:
+    """Renew README.md in place after the code has changed: the line numbers of its links to code,
+    and the Python block that shows tests/sentence.py whole. Then check that all diffs apply.
+
+    The diffs are those of README.md and of tests/VARIANTS.md. Raises ValueError with a list of what
+    the author has to mend: linked code that does not stand on exactly one line of its file, an
+    example that is not found, and diffs that no longer apply, with the lines that are the cause.
+    """
+    path = path or ROOT / "README.md"
+    root = path.parent
+    readme, misfits = renew_links(path.read_text(), root)
+    readme, example_misfits = renew_example(readme, root / "tests/sentence.py")
+    if readme != path.read_text():
+        replace_file(path, readme)
+        print(f"{path.name} was renewed")
+    misfits = [f"{path.name}: {misfit}" for misfit in misfits + example_misfits]
+    for page in (path, root / "tests/VARIANTS.md"):
+        for title, (file, hunks) in diffs(page.read_text() if page.exists() else "").items():
+            _, reasons = apply_hunks((root / file).read_text(), hunks)
+            if reasons:
+                misfits.append(f"{page.name}: the diff {title!r} does not apply to {file}:")
+                misfits += [f"  {reason}" for reason in reasons]
+    if misfits:
+        raise ValueError("this needs to be mended by hand:\n  " + "\n  ".join(misfits))
+
+
+def renew_links(readme: str, root: Path) -> tuple[str, list[str]]:
+    """Renew the line numbers of the links of the form [`code`](file.py#L12). Returns the new text,
+    and a line about each link whose code does not stand on exactly one line of its file."""
+    misfits = []
+
+    def renew(link: re.Match) -> str:
+        fragment, file, _ = link.groups()
+        lines = (root / file).read_text().splitlines()
+        numbers = [number for number, line in enumerate(lines, 1) if fragment in line]
+        if len(numbers) == 1:
+            return f"[`{fragment}`]({file}#L{numbers[0]})"
+        places = f"on the lines {', '.join(map(str, numbers))}" if numbers else "nowhere"
+        misfits.append(f"the link {fragment!r} must stand on one line of {file}; it is {places}")
+        return link[0]
+
+    return LINK.sub(renew, readme), misfits
+
+
+def renew_example(readme: str, path: Path) -> tuple[str, list[str]]:
+    """Replace the Python block that begins with the docstring of a file by the whole file. Returns
+    the new text, and a line if there is not exactly one such block."""
+    source = path.read_text()
+    docstring = source[: source.index('"""', 3) + 3]
+    block = re.compile(rf"(?<=^```python\n){re.escape(docstring)}.*?(?=^```$)", re.M | re.S)
+    count = len(block.findall(readme))
+    if count != 1:
+        return readme, [f"{count} Python blocks begin with the docstring of {path.name}, not one"]
+    return block.sub(lambda _: source, readme), []
 
 
 # -- Seeds -----------------------------------------------------------------------------------------
-
-
-def seeds_table(seeds: list[int]) -> dict:
-    """`r3.py train --split test` from each seed, and a table a way of sampling: a row a seed."""
-    found: dict[str, dict] = {}
+def seeds_table(seeds: list[int]) -> Tables:
+    """Run `r3.py train --split test` with each seed, and show the accuracies, a row for each seed.
+    Finished runs are not repeated, and interrupted ones are resumed."""
+    tables: dict[str, dict[str, Rows]] = {}  # {title: {seed: rows}}
     for seed in seeds:
         run = r3.RUNS / f"test-seed{seed}"
         if not (run / "report.json").exists():
-            given = ["--seed", str(seed), "--split", "test", "--name", run.name]
-            given = ["--resume", str(run)] if (run / "config.json").exists() else given
-            if subprocess.run([sys.executable, str(ROOT / "r3.py"), "train", *given]).returncode:
-                raise ValueError(f"{run} is not finished: the same command goes on with it")
-        for title, rows in models.read_json(run / "report.json")["tables"].items():
+            flags = ["--seed", str(seed), "--split", "test", "--name", run.name]
+            if (run / "config.json").exists():
+                flags = ["--resume", str(run)]
+            if subprocess.run([sys.executable, str(ROOT / "r3.py"), "train", *flags]).returncode:
+                raise ValueError(f"{run} did not finish; run the same command again to resume it")
+        for title, rows in read_json(run / "report.json")["tables"].items():
             if "gain" in rows:
-                found.setdefault(title, {})[f"seed {seed}"] = rows
-    return {title: seed_rows(by_seed) for title, by_seed in found.items()}
+                tables.setdefault(title, {})[f"seed {seed}"] = rows
+    return {title: seed_rows(by_seed) for title, by_seed in tables.items()}
 
 
-def seed_rows(by_seed: dict[str, dict]) -> dict[str, dict]:
-    """{seed: r3.accuracy's rows} -> {seed: one row of them all}, and the mean over the seeds."""
-    rows: dict[str, dict] = {name: {} for name in [*by_seed, "mean"]}
+def seed_rows(by_seed: dict[str, Rows]) -> Rows:
+    """Put the rows of `r3.accuracy` for each seed into one row, and add a row with their means."""
+    rows: Rows = {name: {} for name in [*by_seed, "mean"]}
     for label in ("1st try", "within two"):
-        for who in ("vanilla", "trained", "gain"):
-            values = {seed: found[who][label] for seed, found in by_seed.items()}
-            sign, column = "+" if who == "gain" else "", f"{label}, {who}"
-            for seed, three in values.items():
-                mean, low, high = (f"{100 * x:{sign}.1f}" for x in three)
+        for name in ("vanilla", "trained", "gain"):
+            sign, column = "+" if name == "gain" else "", f"{label}, {name}"
+            intervals = {seed: accuracies[name][label] for seed, accuracies in by_seed.items()}
+            for seed, interval in intervals.items():
+                mean, low, high = (f"{100 * x:{sign}.1f}" for x in interval)
                 rows[seed][column] = f"{mean} [{low}, {high}]"
-            mean = 100 * np.mean([three[0] for three in values.values()])
+            mean = 100 * np.mean([interval[0] for interval in intervals.values()])
             rows["mean"][column] = f"{mean:{sign}.1f}"
     return rows
 
 
 # -- The command line ------------------------------------------------------------------------------
+TABLES: dict[str, Callable[..., Tables]] = {
+    "controls": controls, "variants": variants, "seeds": seeds_table, "heldout": heldout,
+    "transfer": transfer,
+}  # fmt: skip
+COMMANDS = {**TABLES, "turns": turns, "readme": renew_readme}
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    subs = parser.add_subparsers(dest="command", required=True)
-    subs.add_parser("controls", help=controls.__doc__)
-    train = subs.add_parser("turns", help=turns.__doc__)
-    for sub in (subs.choices["controls"], train):
-        sub.add_argument("--run", type=Path, required=True, help="a finished run of r3.py train")
-    train.add_argument("--train", choices=list(TURNS), required=True, help="the trained turns")
-    train.add_argument("--group-size", type=int, help="G (default: the run's)")
-    train.add_argument("--steps", type=int, help="optimizer steps (default: the run's)")
-    train.add_argument("--out", type=Path, help="where to leave files (default: in the run)")
-    subs.choices["controls"].add_argument("--on", type=Path, help="conversations; see `controls`")
-    subs.choices["controls"].add_argument("--limit", type=int, help="so many problems of them")
-    about = "only who reflects and who retries"
-    subs.choices["controls"].add_argument("--crossed-only", action="store_true", help=about)
-    several = subs.add_parser("heldout", help=heldout.__doc__)
-    several.add_argument("--runs", type=Path, nargs="+", required=True, help="finished runs")
-    several.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
-    other = subs.add_parser("transfer", help=transfer.__doc__)
-    other.add_argument("--run", type=Path, required=True, help="a finished run")
-    for sub in (several, other):
-        sub.add_argument("--split", choices=("dev", "test"), default="dev")
-        sub.add_argument("--limit", type=int, default=200, help="so many problems")
-        sub.add_argument("--num-samples", type=int, default=2, help="first tries at each")
-    subs.add_parser("variants", help=variants.__doc__)
-    subs.add_parser("seeds", help=seeds_table.__doc__)
-    for sub in (subs.choices["variants"], subs.choices["seeds"]):
-        sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    sub = subs.choices["variants"]
-    sub.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
-    sub.add_argument("--folder", type=Path, default=Path("runs/variants"), help="of all runs")
+    """The parser of the command line. A command's help is the first paragraph of its docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.partition(". ")[0] + ".")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = {}
+    for name, function in COMMANDS.items():
+        summary = function.__doc__.partition("\n\n")[0]
+        commands[name] = subparsers.add_parser(name, help=summary, description=summary)
+    for name in ("controls", "turns", "transfer"):
+        help_text = "folder of a finished run of r3.py train"
+        commands[name].add_argument("--run", type=Path, required=True, help=help_text)
+
+    add = commands["controls"].add_argument
+    help_text = "take the failures from this file of conversations (default: the run's evaluation)"
+    add("--on", type=Path, dest="conversations_path", metavar="FILE", help=help_text)
+    add("--limit", type=int, help="maximum number of problems")
+    add("--crossed-only", action="store_true", help="only measure who reflects and who retries")
+
+    add = commands["turns"].add_argument
+    choices = [name for name in TRAINED if name != "shuffled"]
+    add("--train", choices=choices, required=True, help="the turns that are trained")
+    add("--group-size", type=int, help="G, samples per group (default: the run's)")
+    add("--steps", type=int, help="number of training steps (default: the run's)")
+    add("--out", type=Path, help="folder for the results (default: a folder within the run's)")
+
+    add = commands["heldout"].add_argument
+    add("--runs", type=Path, nargs="+", required=True, help="folders of finished runs")
+    help_text = "sampling temperature; 0, the default, means greedy decoding"
+    add("--temperature", type=float, default=0.0, help=help_text)
+    for name in ("heldout", "transfer"):
+        add = commands[name].add_argument
+        add("--split", choices=("dev", "test"), default="dev", help="default: dev")
+        add("--limit", type=int, default=200, help="maximum number of problems (default: 200)")
+        help_text = "attempts at each problem (default: 2)"
+        add("--num-samples", type=int, default=2, help=help_text)
+
+    for name in ("variants", "seeds"):
+        help_text = "default: 0 1 2"
+        commands[name].add_argument(
+            "--seeds", type=int, nargs="+", default=[0, 1, 2], help=help_text
+        )
+    add = commands["variants"].add_argument
+    add(
+        "--jobs", type=int, default=2, help="number of runs at a time, one thread each (default: 2)"
+    )
+    help_text = "folder of all runs (default: runs/variants)"
+    add("--folder", type=Path, default=Path("runs/variants"), help=help_text)
     return parser
 
 
-TABLES = {
-    "controls": controls, "heldout": heldout, "transfer": transfer, "variants": variants,
-    "seeds": seeds_table,
-}  # fmt: skip
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = vars(parser().parse_args(argv))
-    command = args.pop("command")
+    """Run a command. An error that a user can fix is reported in one line."""
+    flags = vars(parser().parse_args(argv))
+    command = flags.pop("command")
     try:
-        if command == "turns":
-            turns(**args)
-        else:
-            print("\n" + r3.markdown(TABLES[command](**args)))
-    except (ValueError, OSError, json.JSONDecodeError) as error:
+        result = COMMANDS[command](**flags)
+        if command in TABLES:
+            print("\n" + r3.markdown(result))
+    except (ValueError, OSError) as error:  # JSONDecodeError is a ValueError
         sys.exit(f"experiments.py: {error}")
 
 

@@ -1,16 +1,19 @@
-"""What this code does on a device, in figures: one table for each shape of model.
+"""Measure what this code does on a device: one table for each shape of model.
 
-    python tests/gpu.py                              the three real shapes, on a GPU if there is one
-    python tests/gpu.py --shape tiny --device cpu    every line of the table, in less than a minute
+    python tests/gpu.py                              three real shapes, on a GPU if there is one
+    python tests/gpu.py --shape tiny --device cpu    every line of the table in less than a minute
     python tests/gpu.py --shape smollm2-135m --new 32 --failures 4
 
-Weights are random, in bfloat16, and shapes are those of real checkpoints: nothing is downloaded. A
-line of the table says pass or fail where there is a bound, "figure" where there is none, and why
-where it was skipped (no room for the model, no transformers, no vLLM). The exit code is 1 if a
-line failed.
+The models have random weights in bfloat16 and the shapes of real checkpoints, so nothing is
+downloaded. If a line of the table has a bound, its verdict is pass or fail; otherwise it is
+"figure". If something is missing (memory for the model, transformers, vLLM), the line is "skipped"
+and says why. The exit code is 1 if a line failed.
 
-On a GPU the 135M model should take a few minutes, the 8B model some twenty and 17 GB of disk; this
-is a guess: it has run on CPUs only.
+This is the one place that compares the estimate of memory, `r3.memory_needed`, with the peaks that
+are measured.
+
+On a GPU, the 135M model should take a few minutes, and the 8B model about twenty minutes and 17 GB
+of disk. This is a guess, because so far the table was only measured on CPUs.
 """
 
 import argparse
@@ -19,7 +22,6 @@ import gc
 import importlib.util
 import io
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,10 +29,10 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +45,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bench
 
 import grpo
-import model as models
 import r3
-from model import Model
+from grpo import Agent, Conversation, Group, Turn
+from model import Model, tiny_model
 from tasks import TinyCountdown
 
 TINY = dict(
@@ -53,77 +55,97 @@ TINY = dict(
     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=4096, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
 )  # fmt: skip
-REAL = ("smollm2-135m", "qwen2.5-1.5b", "llama-3.1-8b")
-MODES = {  # of training, with what they change in a Config
+REAL_SHAPES = ("smollm2-135m", "qwen2.5-1.5b", "llama-3.1-8b")
+MODES = {  # modes of training, with the settings that they change
     "": {},
     " --offload": {"offload": True},
     " --checkpointing": {"checkpointing": True},
     " --offload --checkpointing": {"offload": True, "checkpointing": True},
 }
-Rows = dict[str, dict[str, str]]  # of a table: line, column, cell
-LINE = "| {:61} | {:15} | {:66} | {:7} |"
+Rows = dict[str, dict[str, str]]  # a table: {line: {column: cell}}
+LINE = "| {:65} | {:15} | {:66} | {:7} |"
+LR, MAX_GRAD_NORM = 5e-7, 1.0  # the paper's learning rate; clip the gradient norm to this value
+MODE_NORMS: dict[str, float] = {}  # the gradient norm of the first step in each mode of a table
 
 
 @dataclass
-class Work:
+class Workload:
     """What is measured: a model's folder and shape, and how much is sampled and trained."""
 
     folder: Path
     config: dict  # the contents of config.json
     device: str
     failures: int
-    group: int  # reflections on each failure
-    context: int  # tokens before a reflection
-    new: int  # tokens a turn
+    group_size: int  # reflections on each failure
+    context_length: int  # tokens before a reflection
+    turn_length: int  # tokens per turn
 
-    def settings(self, **mode) -> r3.Config:
+    def settings(self, **mode: bool) -> r3.Config:
+        """The settings of a run. mode: a value of MODES."""
         return r3.Config(
-            model=str(self.folder), device=self.device, dtype="bfloat16", group_size=self.group,
-            max_new_tokens=self.new, lr=5e-7, **mode,
+            model=str(self.folder), device=self.device, dtype="bfloat16", lr=LR,
+            group_size=self.group_size, max_new_tokens=self.turn_length, **mode,
         )  # fmt: skip
 
 
 # -- Lines of the table ----------------------------------------------------------------------------
-def figure(result: str, beside: str = "") -> dict[str, str]:
-    return {"result": result, "beside": beside, "verdict": "figure"}
+def figure(result: str, note: str = "") -> dict[str, str]:
+    """A line without a bound."""
+    return {"result": result, "note": note, "verdict": "figure"}
 
 
-def check(passed: bool, result: str, beside: str) -> dict[str, str]:
-    """beside: what is asked, in words."""
-    return {"result": result, "beside": beside, "verdict": "pass" if passed else "fail"}
+def check(passed: bool, result: str, note: str) -> dict[str, str]:
+    """A line with a bound. note: the bound in words."""
+    return {"result": result, "note": note, "verdict": "pass" if passed else "fail"}
 
 
-def skipped(why: str) -> dict[str, str]:
-    return {"result": "", "beside": why, "verdict": "skipped"}
+def skipped(reason: str) -> dict[str, str]:
+    """A line about something that could not be measured."""
+    return {"result": "", "note": reason, "verdict": "skipped"}
+
+
+def check_memory(
+    measured: float, expected: float, note: str = "", lower: float = 0.0, upper: float = 1.1
+) -> dict[str, str]:
+    """A line about memory: the measured bytes must lie between `lower` times and `upper` times the
+    estimate."""
+    passed = lower * expected <= measured <= upper * expected
+    bound = f"at most {upper:g} x the estimate, {gigabytes(expected)}"
+    return check(passed, gigabytes(measured), note + bound)
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
 
 
 # -- The device ------------------------------------------------------------------------------------
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished what was launched."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
-def seconds(device: str, function: Callable, repeat: int = 1) -> float:
-    """The least of a few runs."""
+def timed(device: str, function: Callable[[], Any], repeat: int = 1) -> float:
+    """Call a function `repeat` times. Returns the seconds of the fastest call."""
     times = []
     for _ in range(repeat):
         synchronize(device)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         function()
         synchronize(device)
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return min(times)
 
 
 def matrix_rate(device: str) -> float:
-    """Floating-point operations a second of a large bfloat16 matrix product, as layers make it."""
+    """Floating-point operations per second of a large bfloat16 matrix product like a layer's."""
     size = 8192 if device.startswith("cuda") else 1024
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    return 2 * size**3 / seconds(device, lambda: torch.nn.functional.linear(a, a), 5)
+    return 2 * size**3 / timed(device, lambda: torch.nn.functional.linear(a, a), 5)
 
 
 def free_memory(device: str) -> int:
+    """The free memory of a device in bytes."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -131,61 +153,63 @@ def free_memory(device: str) -> int:
 
 
 class Allocated(TorchDispatchMode):
-    """The bytes that the tensors made meanwhile hold, now and at most: for a CPU, whose allocator
-    keeps no account. What an operator takes and gives back inside itself is not seen."""
+    """Counts the bytes of the tensors that are created while it is active: those that are alive
+    now, and their peak. It is meant for the CPU, whose allocator keeps no statistics. Memory that
+    an operator allocates and frees internally is not seen."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.most = 0
+        self.alive = self.peak = 0
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
+        output = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
-                # An operator that writes in place, or a view, gives a storage that was there.
-                fresh = storage._cdata not in self.known and not owned_by(args, kwargs, storage)
-                if fresh and storage.nbytes():
+                # A view, or an operator that writes in place, returns a storage that exists.
+                existed = storage._cdata in self.known or is_input(storage, args, kwargs)
+                if storage.nbytes() and not existed:
                     self.known.add(storage._cdata)
-                    self.now += storage.nbytes()
+                    self.alive += storage.nbytes()
                     weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-        self.most = max(self.most, self.now)
-        return out
+        self.peak = max(self.peak, self.alive)
+        return output
 
-    def freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
+    def freed(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.alive -= size
 
 
-def owned_by(args, kwargs, storage) -> bool:
-    given = torch.utils._pytree.tree_leaves((args, kwargs))
+def is_input(storage, args, kwargs) -> bool:
+    """Whether a storage belongs to one of the tensors that an operator was called with."""
+    inputs = torch.utils._pytree.tree_leaves((args, kwargs))
     return any(
-        isinstance(x, Tensor) and x.untyped_storage()._cdata == storage._cdata for x in given
+        isinstance(x, Tensor) and x.untyped_storage()._cdata == storage._cdata for x in inputs
     )
 
 
-def memory(device: str, function: Callable) -> tuple[object, int, int]:
-    """What a function returns, and the bytes that it took on the device: those that are still
-    taken, and the most at any time."""
+def measure_memory(device: str, function: Callable[[], Any]) -> tuple[Any, int, int]:
+    """Call a function. Returns its result, the bytes on the device that it left allocated, and the
+    peak of the bytes that it allocated."""
     if not device.startswith("cuda"):
         with Allocated() as allocated:
-            returned = function()
-        return returned, allocated.now, allocated.most
+            result = function()
+        return result, allocated.alive, allocated.peak
     synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    returned = function()
+    result = function()
     synchronize(device)
-    most = torch.cuda.max_memory_allocated(device)
-    return returned, torch.cuda.memory_allocated(device) - before, most - before
+    peak = torch.cuda.max_memory_allocated(device)
+    return result, torch.cuda.memory_allocated(device) - before, peak - before
 
 
 # -- The model and the failures --------------------------------------------------------------------
 def save_random(shape: str, folder: Path, device: str) -> dict:
-    """Write a model of this shape, with random weights in bfloat16, and a tokenizer of as many
-    words. Returns its config."""
-    config = {"tiny": TINY, "smollm2-135m": bench.SMOL}.get(shape)
+    """Write a model of this shape, with random weights in bfloat16, and a tokenizer with the same
+    number of words. Returns the model's config."""
+    config = {"tiny": TINY, "smollm2-135m": bench.SMOLLM2_135M}.get(shape)
     config = config or json.loads((ROOT / f"tests/configs/{shape}.json").read_text())
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -199,438 +223,475 @@ def save_random(shape: str, folder: Path, device: str) -> dict:
                 parameter.fill_(1.0 if "norm" in name else 0.0)
     model.save_pretrained(folder)
     words = TinyCountdown().words()
-    words += [f"filler{i}" for i in range(config["vocab_size"] - 3 - len(set(words)))]
-    models.tiny_model(words)[1].save_pretrained(folder)
+    num_special = 3  # <|end|>, <|user|>, <|assistant|>
+    words += [f"filler{i}" for i in range(config["vocab_size"] - num_special - len(set(words)))]
+    tiny_model(words)[1].save_pretrained(folder)
     return config
 
 
-def load_agent(c: r3.Config) -> tuple[grpo.Agent, dict[str, float]]:
-    """r3.load_agent, and the bytes of the estimate that it prints, by part."""
-    with redirect_stdout(io.StringIO()) as printed:
-        agent = r3.load_agent(c, training=True)
-    return agent, estimate(printed.getvalue())
+def load_agent(config: r3.Config) -> Agent:
+    """`r3.load_agent` without the line that it prints."""
+    with redirect_stdout(io.StringIO()):
+        return r3.load_agent(config, training=True)
 
 
-def estimate(printed: str) -> dict[str, float]:
-    """The parts of "… GB, about: weights 0.269, reference 0.269, …", in bytes."""
-    listed = printed.partition("GB, about: ")[2].strip()
-    parts = (part.rpartition(" ") for part in re.split(r"(?<=\d), ", listed))
-    return {name: 1e9 * float(size) for name, _, size in parts}
+def estimate_memory(work: Workload, **mode: bool) -> tuple[dict[str, float], float, int]:
+    """What r3 expects of a training run, from shapes alone: the bytes for each purpose, the bytes
+    per token in the KV cache, and the number of parameters. mode: a value of MODES."""
+    model = Model.from_pretrained(work.folder, torch.bfloat16, "meta")
+    needed, bytes_per_token = r3.memory_needed(work.settings(**mode), model, training=True)
+    return needed, bytes_per_token, sum(p.numel() for p in model.parameters())
 
 
-def make_failures(agent: grpo.Agent, w: Work) -> grpo.Conversations:
-    """Failures whose contexts, up to and with "reflect", are w.context random tokens long."""
+def reason_not_to_train(work: Workload, mode: dict[str, bool]) -> str:
+    """Why a training step in this mode would not fit in memory, by r3's estimate; empty if it
+    fits. The KV cache does not count: it gets the memory that is left."""
+    needed, _, parameters = estimate_memory(work, **mode)
+    needed_on = {work.device: sum(needed.values())}
+    if mode.get("offload"):  # float32 master weights, their gradients, and two moments
+        needed_on["cpu"] = needed_on.get("cpu", 0) + 16 * parameters
+    for device, size in needed_on.items():
+        free = free_memory(device)
+        if size > free:
+            return f"needs {gigabytes(size)} on {device}, where {gigabytes(free)} are free"
+    return ""
+
+
+def make_failures(agent: Agent, work: Workload) -> list[Conversation]:
+    """Failures of random tokens. With the instruction to reflect, each has the context length of
+    the workload."""
     bridge = agent.tokenizer.bridge(agent.task.reflection_instruction)
-    length = w.context - len(bridge)
-    draws = torch.Generator().manual_seed(0)
+    length = work.context_length - len(bridge)
+    rng = torch.Generator().manual_seed(0)
     failures = []
-    for problem in agent.task.load(split="train", limit=w.failures):
-        ids = torch.randint(3, agent.model.vocab_size, (length,), generator=draws).tolist()
-        prompt, attempt = ids[: length // 2], [*ids[length // 2 :], agent.tokenizer.stop_ids[0]]
-        verdict = agent.verify(problem, attempt)
-        failures.append(grpo.Conversation(problem, 0, prompt, attempt, verdict))
+    for problem in agent.task.load(split="train", limit=work.failures):
+        ids = torch.randint(3, agent.model.vocab_size, (length,), generator=rng).tolist()
+        prompt, tokens = ids[: length // 2], [*ids[length // 2 :], agent.tokenizer.stop_ids[0]]
+        attempt = Turn(prompt, tokens, truncated=False)
+        failures.append(Conversation(problem, 0, attempt, agent.verify(problem, attempt)))
     return failures
 
 
-def make_groups(agent: grpo.Agent, w: Work) -> list[grpo.Conversations]:
-    """Reflections on each failure, of w.new random tokens, as if the model had drawn them."""
-    draws, groups = torch.Generator().manual_seed(1), []
-    for f in make_failures(agent, w):
-        f.reflection_prompt = agent.reflection_prompt(f)
-        turns = torch.randint(3, agent.model.vocab_size, (w.group, w.new), generator=draws).tolist()
-        said = [{"reflection": turn, "reflection_logprobs": [0.0] * w.new} for turn in turns]
-        groups.append([grpo.replace(f, **one) for one in said])
+def make_groups(agent: Agent, work: Workload) -> list[Group]:
+    """Reflections of random tokens on each failure, as if the model had sampled them."""
+    rng, groups = torch.Generator().manual_seed(1), []
+    shape, logprobs = (work.group_size, work.turn_length), [0.0] * work.turn_length
+    for failure in make_failures(agent, work):
+        prompt = agent.reflection_prompt(failure)
+        ids = torch.randint(3, agent.model.vocab_size, shape, generator=rng).tolist()
+        groups.append(
+            [replace(failure, reflection=Turn(prompt, tokens, True, logprobs)) for tokens in ids]
+        )
     return groups
 
 
 # -- Precision -------------------------------------------------------------------------------------
 @torch.no_grad()
-def logits(w: Work) -> Rows:
-    """The same weights in bfloat16 and in float32: what changes in the logits."""
-    found = []
+def logits(work: Workload) -> Rows:
+    """How far the logits in bfloat16 are from those of the same weights in float32."""
+    by_dtype = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = Model.from_pretrained(w.folder, dtype, w.device)
-        draws = torch.Generator().manual_seed(2)
-        ids = torch.randint(0, model.vocab_size, (2, min(w.context, 512)), generator=draws)
-        found.append(model(ids.to(w.device)).cpu())
+        model = Model.from_pretrained(work.folder, dtype, work.device)
+        rng = torch.Generator().manual_seed(2)
+        shape = 2, min(work.context_length, 512)
+        ids = torch.randint(0, model.vocab_size, shape, generator=rng)
+        by_dtype.append(model(ids.to(work.device)).cpu())
         del model
-    exact, rounded = found
+    exact, rounded = by_dtype
     difference = ((rounded - exact).abs().max() / exact.abs().max()).item()
-    agree = (rounded.argmax(-1) == exact.argmax(-1)).float().mean().item()
+    agreement = (rounded.argmax(-1) == exact.argmax(-1)).float().mean().item()
     return {
         "logits in bfloat16 and float32: largest difference": check(
-            difference < 0.05, f"{difference:.4f}", "of the largest logit, below 0.05"
+            difference < 0.05, f"{difference:.4f}", "of the largest logit; below 0.05"
         ),
-        "… : greedy tokens that agree": check(
-            agree > 0.8, f"{agree:.1%}", "above 80%: random weights have close seconds"
+        "logits in bfloat16 and float32: equal greedy tokens": check(
+            agreement > 0.8, f"{agreement:.1%}", "above 80%; random weights have many near ties"
         ),
     }
 
 
 @torch.no_grad()
-def mismatch(w: Work) -> Rows:
-    """Log-probabilities of drawn tokens, when they were drawn and when they are trained."""
-    agent, _ = load_agent(w.settings())
-    few = make_failures(agent, w)[:2]
-    conversations, _ = grpo.sample_reflections(agent, few, w.group, rng_key=(grpo.TRAIN, 0))
-    gaps = []
-    for i in range(0, len(conversations), w.group):
-        ids, mask, old = grpo.reflection_rows(conversations[i : i + w.group])
-        new = grpo.token_logprobs(agent.model, ids, mask, agent.temperature).cpu()
-        gaps.append((new - old)[mask].abs())
-    gap = torch.cat(gaps)
+def mismatch(work: Workload) -> Rows:
+    """The difference of the log-probabilities that the sampler recorded and those that the trainer
+    computes for the same tokens."""
+    agent = load_agent(work.settings())
+    failures = make_failures(agent, work)[:2]
+    G, differences = work.group_size, []
+    conversations, _ = grpo.sample_reflections(agent, failures, G, rng_key=(grpo.TRAIN, 0))
+    for i in range(0, len(conversations), G):
+        rows = grpo.training_rows(conversations[i : i + G])
+        logprobs = grpo.token_logprobs(agent.model, rows, agent.temperature).cpu()
+        differences.append((logprobs - rows.old_logprobs)[rows.mask].abs())
+    difference = torch.cat(differences)
+    largest, mean = difference.max().item(), difference.mean().item()
+    name = "mismatch of sampler and trainer"
     return {
-        "mismatch of sampler and trainer: largest": check(
-            gap.max().item() < 0.1, f"{gap.max():.4f}", "nats, below 0.1"
-        ),
-        "… : mean": check(gap.mean().item() < 0.02, f"{gap.mean():.5f}", "nats, below 0.02"),
+        f"{name}: largest": check(largest < 0.1, f"{largest:.4f}", "nats; below 0.1"),
+        f"{name}: mean": check(mean < 0.02, f"{mean:.5f}", "nats; below 0.02"),
     }
 
 
-def kernel(w: Work) -> Rows:
-    """Which attention kernel a reflection gets in a packed row. MATH stores all heads' scores."""
-    c = models.read_config(w.config)
-    length = w.context + w.new
-    how = {"device": w.device, "dtype": torch.bfloat16, "requires_grad": True}
+def attention_kernel(work: Workload) -> Rows:
+    """Which attention kernel PyTorch chooses for a reflection in a packed row. MATH would store the
+    scores of all heads."""
+    H = work.config["num_attention_heads"]
+    D = work.config.get("head_dim") or work.config["hidden_size"] // H
+    total_length = work.context_length + work.turn_length
+    options = {"device": work.device, "dtype": torch.bfloat16, "requires_grad": True}
     q, k, v = (
-        torch.empty(1, c.num_attention_heads, tokens, c.head_dim, **how)
-        for tokens in (w.new, length, length)
+        torch.empty(1, H, length, D, **options)
+        for length in (work.turn_length, total_length, total_length)
     )
-    mask = torch.ones(w.new, length, dtype=torch.bool, device=w.device)
+    mask = torch.ones(work.turn_length, total_length, dtype=torch.bool, device=work.device)
     name = SDPBackend(torch._fused_sdp_choice(q, k, v, attn_mask=mask)).name
     return {"attention kernel of a packed row": check(name != "MATH", name, "any but MATH")}
 
 
 # -- Rollout ---------------------------------------------------------------------------------------
-def rollout(w: Work) -> Rows:
-    """Reflect and retry, by this repository and by others: tokens a second, and memory."""
-    fits = [mode for mode in MODES.values() if not no_room(w, mode)]
-    if not fits:
-        return {"rollout: this repository": skipped(no_room(w, MODES[""]))}
-    agent, about = load_agent(w.settings(**fits[0]))
-    failures = make_failures(agent, w)
-    key = (grpo.TRAIN, 0)
-    *_, kv = about.items()  # the last part: keys and values, for so many tokens of the cache
-    two_turns = partial(grpo.rollout, agent, failures, w.group, key)
-    conversations, _, most = memory(w.device, two_turns)
-    tokens = sum(len(t.reflection) + len(t.retry) for t in conversations)
-    batches = grpo.batches(agent, failures, w.group, turns=2)
-    largest = grpo.cache_tokens_needed(agent, failures[0], w.group, 2) * len(batches[0])
-    expected = kv[1] / int(kv[0].split()[0].replace(",", "")) * largest
-    rows = len(batches[0]) * w.group
-    s = seconds(w.device, two_turns)  # once more: the first time was for the memory
-    contexts = [agent.reflection_prompt(f) for f in failures]
-    between = agent.tokenizer.bridge(agent.task.retry_instruction)
-    del agent, two_turns  # their memory is for the others
+def rollout(work: Workload) -> Rows:
+    """Reflect and retry, by this repository and by others: tokens per second, and memory."""
+    reasons = {mode: reason_not_to_train(work, settings) for mode, settings in MODES.items()}
+    fitting = [mode for mode, reason in reasons.items() if not reason]
+    if not fitting:
+        return {"rollout: this repository": skipped(reasons[""])}
+    agent = load_agent(work.settings(**MODES[fitting[0]]))
+    failures, G = make_failures(agent, work), work.group_size
+    two_turns = partial(grpo.rollout, agent, failures, G, (grpo.TRAIN, 0))
+    groups, _, peak = measure_memory(work.device, two_turns)
+    turns = [turn for group in groups for c in group for turn in (c.reflection, c.retry)]
+    tokens = sum(len(turn.tokens) for turn in turns)
+    batch = grpo.next_batch(agent, failures, G, turns=2)
+    cache_tokens = len(batch) * grpo.cache_tokens_needed(agent, failures[0], G, turns=2)
+    _, bytes_per_token, _ = estimate_memory(work)
+    num_batches = -(-len(failures) // len(batch))  # rounded up
+    seconds = timed(work.device, two_turns)  # again, because measuring memory takes time
+    contexts = [agent.reflection_prompt(failure) for failure in failures]
+    bridge = agent.tokenizer.bridge(agent.task.retry_instruction)
+    del agent, two_turns  # The others need their memory.
+    rate = tokens / seconds
     return {
         "rollout: this repository": figure(
-            f"{tokens / s:,.0f} tokens/s", f"{rows} rows in the largest of {len(batches)} batches"
+            f"{rate:,.0f} tokens/s",
+            f"{len(batch) * G} rows per batch; number of batches: {num_batches}",
         ),
-        "memory: keys and values": within(most, expected, f"{largest:,} tokens: "),
-        "rollout: transformers.generate": transformers_rollout(w, contexts, between, tokens / s),
-        "rollout: vLLM": vllm_rollout(w, contexts, between, tokens / s),
+        "memory: keys and values": check_memory(
+            peak, bytes_per_token * cache_tokens, f"{cache_tokens:,} tokens: "
+        ),
+        "rollout: transformers.generate": transformers_rollout(work, contexts, bridge, rate),
+        "rollout: vLLM": vllm_rollout(work, contexts, bridge, rate),
     }
 
 
-def within(
-    measured: float, expected: float, note: str = "", least: float = 0.0, most: float = 1.1
+def compare_rates(work: Workload, seconds: float, our_rate: float) -> dict[str, str]:
+    """The line of another implementation that took so many seconds for the two turns."""
+    rate = 2 * work.turn_length * work.failures * work.group_size / seconds
+    return figure(
+        f"{rate:,.0f} tokens/s", f"this repository is {our_rate / rate:.2f} times as fast"
+    )
+
+
+def transformers_rollout(
+    work: Workload, contexts: list[list[int]], bridge: list[int], our_rate: float
 ) -> dict[str, str]:
-    """A line of memory: what was measured lies between two multiples of the run's estimate."""
-    passed = least * expected <= measured <= most * expected
-    bound = f"at most {most:g} x the estimate, {gigabytes(expected)}"
-    return check(passed, gigabytes(measured), f"{note}{bound}")
-
-
-def activations_at_most(device: str) -> float:
-    """Times the estimate. On a CPU, RMSNorm is six operators, some of which keep float32 copies;
-    on a GPU it is one."""
-    return 1.1 if device.startswith("cuda") else 2.0
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.3g} GB"
-
-
-def transformers_rollout(w: Work, contexts: list, between: list, ours: float) -> dict:
-    """Two turns by transformers.generate, batched, its cache kept between the turns."""
+    """Two turns by transformers.generate, batched; the cache is kept between the turns."""
     if not importlib.util.find_spec("transformers"):
         return skipped("transformers is not installed")
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(w.folder, dtype=torch.bfloat16)
-    model = model.to(w.device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.bfloat16)
+    model = model.to(work.device)
     model.generation_config.eos_token_id = None
-    ids = torch.tensor(contexts, device=w.device)  # all of one length
-    options = dict(max_new_tokens=w.new, do_sample=True, top_k=0, pad_token_id=0)
+    ids = torch.tensor(contexts, device=work.device)  # All contexts have the same length.
+    options = dict(max_new_tokens=work.turn_length, do_sample=True, top_k=0, pad_token_id=0)
 
     def two_turns() -> None:
-        one = model.generate(
-            ids, attention_mask=torch.ones_like(ids), num_return_sequences=w.group,
+        first = model.generate(
+            ids, attention_mask=torch.ones_like(ids), num_return_sequences=work.group_size,
             return_dict_in_generate=True, **options,
         )  # fmt: skip
-        bridge = torch.tensor([between] * len(one.sequences), device=w.device)
-        told = torch.cat([one.sequences, bridge], dim=1)
-        cache = one.past_key_values
-        seen = torch.ones_like(told)
-        model.generate(told, attention_mask=seen, past_key_values=cache, **options)
+        rows = first.sequences
+        prompts = torch.cat([rows, torch.tensor([bridge] * len(rows), device=work.device)], dim=1)
+        mask = torch.ones_like(prompts)
+        cache = first.past_key_values
+        model.generate(prompts, attention_mask=mask, past_key_values=cache, **options)
 
-    rate = 2 * w.new * len(contexts) * w.group / seconds(w.device, two_turns)
-    return figure(f"{rate:,.0f} tokens/s", f"this repository: {ours / rate:.2f} times as fast")
+    return compare_rates(work, timed(work.device, two_turns), our_rate)
 
 
-def vllm_rollout(w: Work, contexts: list, between: list, ours: float) -> dict:
-    """Two turns by vLLM, in a process of its own: it takes most of the GPU's memory."""
+def vllm_rollout(
+    work: Workload, contexts: list[list[int]], bridge: list[int], our_rate: float
+) -> dict[str, str]:
+    """Two turns by vLLM, in a process of its own, because it takes most of the GPU's memory."""
     if not importlib.util.find_spec("vllm"):
         return skipped("vllm is not installed")
-    given = dict(folder=str(w.folder), contexts=contexts, between=between, G=w.group, new=w.new)
-    file = w.folder / "vllm.json"
-    file.write_text(json.dumps(given))
-    gc.collect()
-    if w.device.startswith("cuda"):
-        torch.cuda.empty_cache()
+    record = dict(
+        folder=str(work.folder), contexts=contexts, bridge=bridge, group_size=work.group_size,
+        turn_length=work.turn_length,
+    )  # fmt: skip
+    file = work.folder / "vllm.json"
+    file.write_text(json.dumps(record))
+    free_cache(work.device)
     command = [sys.executable, __file__, "--vllm", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return check(False, "", f"fails: {done.stderr.strip().splitlines()[-1][:80]}")
-    rate = 2 * w.new * len(contexts) * w.group / float(done.stdout.split()[-1])
-    return figure(f"{rate:,.0f} tokens/s", f"this repository: {ours / rate:.2f} times as fast")
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        return check(False, "", f"fails: {finished.stderr.strip().splitlines()[-1][:80]}")
+    return compare_rates(work, float(finished.stdout.split()[-1]), our_rate)
 
 
 def run_vllm(file: Path) -> None:
-    """Print the seconds of two turns."""
+    """Print the seconds that vLLM takes for two turns. file: what `vllm_rollout` wrote."""
     from vllm import LLM, SamplingParams
 
-    given = json.loads(file.read_text())
-    longest = len(given["contexts"][0]) + 2 * given["new"] + len(given["between"]) + 1
+    record = json.loads(file.read_text())
+    contexts, bridge = record["contexts"], record["bridge"]
+    G, length = record["group_size"], record["turn_length"]
     llm = LLM(
-        given["folder"], dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=True,
-        max_model_len=longest,
+        record["folder"], dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=True,
+        max_model_len=len(contexts[0]) + 2 * length + len(bridge) + 1,
     )  # fmt: skip
 
-    def draw(prompts: list, n: int) -> list:
-        limits = dict(max_tokens=given["new"], min_tokens=given["new"], ignore_eos=True)
-        how = SamplingParams(n=n, temperature=1.0, detokenize=False, **limits)
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], how, use_tqdm=False)
-        return [list(o.token_ids) for output in outputs for o in output.outputs]
+    def sample(prompts: list[list[int]], num_samples: int) -> list[list[int]]:
+        sampling = SamplingParams(
+            n=num_samples, temperature=1.0, detokenize=False, ignore_eos=True, max_tokens=length,
+            min_tokens=length,
+        )  # fmt: skip
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        results = llm.generate(inputs, sampling, use_tqdm=False)
+        return [list(output.token_ids) for result in results for output in result.outputs]
 
-    draw([given["contexts"][0][:64]], 1)  # to load kernels
-    begun = time.perf_counter()
-    turns = draw(given["contexts"], given["G"])
-    told = [
-        given["contexts"][i // given["G"]] + turn + given["between"] for i, turn in enumerate(turns)
-    ]
-    draw(told, 1)
-    print(time.perf_counter() - begun)
+    sample([contexts[0][:64]], 1)  # loads the kernels
+    start = time.perf_counter()
+    turns = sample(contexts, G)
+    sample([contexts[i // G] + turn + bridge for i, turn in enumerate(turns)], 1)
+    print(time.perf_counter() - start)
 
 
 # -- The training step -----------------------------------------------------------------------------
-def backward(agent: grpo.Agent, reference: Model, group: grpo.Conversations, total: int) -> float:
-    """The gradient of one failure, as in grpo.train: every third reflection is rewarded."""
-    ids, mask, old = grpo.reflection_rows(group)
+def backward(agent: Agent, reference: Model, group: Group, num_tokens: int) -> None:
+    """Backpropagate the loss of one group, as grpo.train does. Every third reflection is rewarded.
+    num_tokens: the number of trained tokens in the step."""
+    rows, device = grpo.training_rows(group), agent.model.device
     rewards = torch.tensor([[float(g % 3 == 0) for g in range(len(group))]])
-    A = grpo.group_advantages(rewards)[0].to(agent.model.device)
+    A = grpo.group_advantages(rewards)[0].to(device)
+    weights = torch.full((len(group),), 1 / num_tokens, device=device)
     with torch.no_grad():
-        ref = grpo.token_logprobs(reference, ids, mask)
-    new = grpo.token_logprobs(agent.model, ids, mask)
-    mask = mask.to(agent.model.device)
-    loss = grpo.grpo_loss(new, new.detach(), ref, A, mask, normalizer=total)
+        ref_logprobs = grpo.token_logprobs(reference, rows)
+    logprobs = grpo.token_logprobs(agent.model, rows)
+    mask = rows.mask.to(device)
+    loss = grpo.grpo_loss(logprobs, logprobs.detach(), ref_logprobs, A, mask, weights=weights)
     loss.backward()
-    return loss.item()
 
 
-def step(w: Work, mode: str, rate: float) -> Rows:
-    """One training step in a mode: seconds, share of the matrix rate, memory by part."""
-    why = no_room(w, MODES[mode])
-    if why:
-        return {f"step{mode}": skipped(why)}
-    device, settings = w.device, w.settings(**MODES[mode])
-    (agent, about), weights, _ = memory(device, lambda: load_agent(settings))
-    reference, copied, _ = memory(device, lambda: copy.deepcopy(agent.model))
-    agent.model.gradient_checkpointing = settings.checkpointing
-    groups = make_groups(agent, w)
-    total = w.failures * w.group * w.new
-    norms = []
+def step(work: Workload, mode: str, rate: float) -> Rows:
+    """One training step in a mode: seconds, its percentage of the matrix rate, and its memory."""
+    reason = reason_not_to_train(work, MODES[mode])
+    if reason:
+        return {f"step{mode}": skipped(reason)}
+    device, config = work.device, work.settings(**MODES[mode])
+    agent, weights, _ = measure_memory(device, lambda: load_agent(config))
+    reference, reference_size, _ = measure_memory(device, lambda: copy.deepcopy(agent.model))
+    agent.model.gradient_checkpointing = config.checkpointing
+    groups = make_groups(agent, work)
+    num_tokens, norms = work.failures * work.group_size * work.turn_length, []
 
     def one_step(optimizer: grpo.MasterAdamW) -> None:
         for group in groups:
-            backward(agent, reference, group, total)
+            backward(agent, reference, group, num_tokens)
             optimizer.accumulate_gradients()
-        norms.append(optimizer.update(5e-7, 1.0))
+        norms.append(optimizer.update(LR, MAX_GRAD_NORM))
 
-    def hold() -> grpo.MasterAdamW:
-        """Until all exist: masters, moments, their gradients and the weights'."""
-        optimizer = grpo.MasterAdamW(agent.model, 5e-7, settings.offload)
+    def fill_memory() -> grpo.MasterAdamW:
+        """Continue until all of these exist: masters, moments, gradients of masters and weights."""
+        optimizer = grpo.MasterAdamW(agent.model, LR, config.offload)
         one_step(optimizer)
-        backward(agent, reference, groups[0], total)
+        backward(agent, reference, groups[0], num_tokens)
         optimizer.accumulate_gradients()
-        backward(agent, reference, groups[0], total)
+        backward(agent, reference, groups[0], num_tokens)
         return optimizer
 
-    optimizer, held, _ = memory(device, hold)
-    expected = about["gradients, masters, moments"]
-    if settings.offload and not device.startswith("cuda"):
-        expected += 8 * weights  # 16 bytes a parameter in main memory, which is the device here
-    tokens = w.context + w.group * w.new  # the run's estimate counts 2 turns for the context
-    expected_kept = about["activations"] * tokens / ((w.group + 2) * w.new)
-    logits = 12 * min(
-        w.group * w.new * agent.model.vocab_size, grpo.MAX_LOGITS
-    )  # float32, three times
-    # The head's gradient, before it is added; where it is the embeddings', too, both and their sum.
-    head = agent.model.lm_head.weight.nbytes
-    tied = agent.model.config.tie_word_embeddings
-    expected_most = max(expected_kept + logits + head, 3 * head * tied)
-    _, _, most = memory(device, lambda: backward(agent, reference, groups[0], total))
+    optimizer, optimizer_size, _ = measure_memory(device, fill_memory)
+    _, _, peak = measure_memory(device, lambda: backward(agent, reference, groups[0], num_tokens))
     optimizer.accumulate_gradients()
     optimizer.zero_grad()
-    s = seconds(device, lambda: one_step(optimizer))
-    bench.NEW = w.new
-    given = {"contexts": [group[0].reflection_prompt for group in groups], "group": w.group}
-    flop = bench.step_flop(w.config, given, shared=True) * 4 / 3  # and the reference's forward
-    share = f"{flop / s / rate:.1%} of the {rate / 1e9:,.0f} GFLOP/s of a matrix product"
+    seconds = timed(device, lambda: one_step(optimizer))
+    needed, _, parameters = estimate_memory(work, **MODES[mode])
+    expected = needed["gradients, masters and moments"]
+    if config.offload and not device.startswith("cuda"):
+        expected += 16 * parameters  # The offloaded part is in CPU memory, which is the device's.
+    # On a CPU, RMSNorm is six operators, and some of them keep float32 copies.
+    upper = 1.1 if device.startswith("cuda") else 2.0
     return {
-        f"step{mode}": figure(f"{s:.2f} s", share),
-        f"step{mode}: norm of the gradient": norm_line(norms, mode),
-        f"memory{mode}: weights": within(weights, about["weights"], least=0.9),
-        f"memory{mode}: reference": within(copied, about["reference"], least=0.9),
-        f"memory{mode}: gradients, masters, moments": within(held, expected, least=0.9),
-        f"memory{mode}: activations": within(
-            most, expected_most, "logits, head's gradient: ", most=activations_at_most(device)
+        f"step{mode}": figure(f"{seconds:.2f} s", step_rate(work, seconds, rate)),
+        f"step{mode}: norm of the gradient": check_norm(norms[0], mode),
+        f"memory{mode}: weights": check_memory(weights, needed["weights"], lower=0.9),
+        f"memory{mode}: reference model": check_memory(
+            reference_size, needed["reference model"], lower=0.9
         ),
-    }
+        f"memory{mode}: gradients, masters and moments": check_memory(
+            optimizer_size, expected, lower=0.9
+        ),
+        f"memory{mode}: activations": check_memory(
+            peak, expected_peak(work, agent, needed["activations"]),
+            "logits, head's gradient: ", upper=upper,
+        ),
+    }  # fmt: skip
 
 
-NORMS: dict[str, float] = {}  # of the first step in each mode, for comparison
+def expected_peak(work: Workload, agent: Agent, activations: float) -> float:
+    """The bytes that the backward pass of a group allocates at its peak. activations: the estimate,
+    which counts G + 2 turns of the largest length; here it is scaled to the true length."""
+    G, turn_length = work.group_size, work.turn_length
+    tokens = work.context_length + G * turn_length
+    activations *= tokens / ((G + 2) * turn_length)
+    logits = 12 * min(G * turn_length * agent.model.vocab_size, grpo.MAX_LOGITS)  # 3 x float32
+    # The head's gradient stays for a while. If the embeddings share the head's weights, there are
+    # three such tensors at the end of the backward pass: both gradients, and their sum.
+    head = agent.model.lm_head.weight.nbytes
+    tied = agent.model.config.tie_word_embeddings
+    return max(activations + logits + head, 3 * head * tied)
 
 
-def norm_line(norms: list[float], mode: str) -> dict:
-    """The modes compute one gradient, in different places and orders."""
-    NORMS[mode] = norms[0]
-    first = next(iter(NORMS.values()))
-    if len(NORMS) == 1:
-        return figure(f"{norms[0]:.5g}", "the other modes are compared with it")
-    passed = abs(norms[0] / first - 1) < 0.02
-    return check(passed, f"{norms[0]:.5g}", f"as in the first mode, {first:.5g}, to 2%")
+def step_rate(work: Workload, seconds: float, rate: float) -> str:
+    """The arithmetic of a step in percent of what the matrix rate would allow, in words."""
+    bench.TURN_LENGTH = work.turn_length
+    contexts = [[0] * work.context_length] * work.failures
+    workload = {"contexts": contexts, "group_size": work.group_size}
+    flop = bench.step_flop(work.config, workload, shared=True)
+    flop *= 4 / 3  # and the forward pass of the reference model
+    return f"{flop / seconds / rate:.1%} of the {rate / 1e9:,.0f} GFLOP/s of a matrix product"
 
 
-def no_room(w: Work, mode: dict) -> str:
-    """Why a training step does not fit, by the estimate of r3.load_agent; empty where it does."""
-    load = Model.from_pretrained
-    with patch.object(Model, "from_pretrained", lambda path, dtype, _: load(path, dtype, "meta")):
-        agent, about = load_agent(w.settings(**mode))  # shapes alone
-    needs = {w.device: sum(list(about.values())[:-1])}  # keys and values take what is left
-    if mode.get("offload"):
-        masters = 16 * sum(p.numel() for p in agent.model.parameters())
-        needs["cpu"] = needs.get("cpu", 0) + masters
-    for device, size in needs.items():
-        if size > free_memory(device):
-            free = gigabytes(free_memory(device))
-            return f"needs {gigabytes(size)} on {device}, {free} are free"
-    return ""
+def check_norm(norm: float, mode: str) -> dict[str, str]:
+    """The line about the norm of the gradient, which must be the same in all modes."""
+    MODE_NORMS[mode] = norm
+    first = next(iter(MODE_NORMS.values()))
+    if len(MODE_NORMS) == 1:
+        return figure(f"{norm:.5g}", "the other modes are compared with it")
+    passed = abs(norm / first - 1) < 0.02
+    return check(passed, f"{norm:.5g}", f"within 2% of the first mode, {first:.5g}")
 
 
-def ten_steps(w: Work) -> Rows:
-    """Weights that change in ten steps of 5e-7: with float32 masters, and all in bfloat16."""
-    why = no_room(w, MODES[""])
-    if why:
-        return {"weights that 10 steps of 5e-7 change": skipped(why)}
-    changed = {}
-    for name in ("float32 masters", "bfloat16"):
-        agent, _ = load_agent(w.settings())
-        model = agent.model
-        few = Work(**{**vars(w), "failures": 1, "group": 2, "context": 64, "new": 16})
-        [group] = make_groups(agent, few)
-        before = [p.detach().flatten()[:100_000].clone() for p in model.parameters()]
-        masters = name == "float32 masters"
-        kind = grpo.MasterAdamW if masters else torch.optim.AdamW
-        optimizer = kind(model if masters else model.parameters(), lr=5e-7)
-        for _ in range(10):
-            backward(agent, model, group, total=32)
-            if masters:
-                optimizer.accumulate_gradients()
-                optimizer.update(5e-7, 1.0)
-            else:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-        after = [p.detach().flatten()[:100_000] for p in model.parameters()]
-        moved = sum((a != b).sum().item() for a, b in zip(before, after, strict=True))
-        changed[name] = moved / sum(map(len, before))
-    shares = f"{changed['float32 masters']:.2%}"
-    passed = changed["float32 masters"] > 3 * changed["bfloat16"]
-    beside = f"3 times the {changed['bfloat16']:.2%} of pure bfloat16, or more"
-    return {"weights that 10 steps of 5e-7 change": check(passed, shares, beside)}
+def ten_steps(work: Workload) -> Rows:
+    """How many weights change in ten steps with a learning rate of 5e-7: with float32 master
+    weights, and with everything in bfloat16."""
+    name = "weights that 10 steps of 5e-7 change"
+    reason = reason_not_to_train(work, MODES[""])
+    if reason:
+        return {name: skipped(reason)}
+    masters, bfloat16 = (changed_weights(work, with_masters) for with_masters in (True, False))
+    note = f"at least 3 times the {bfloat16:.2%} of pure bfloat16"
+    return {name: check(masters > 3 * bfloat16, f"{masters:.2%}", note)}
+
+
+def changed_weights(work: Workload, with_masters: bool) -> float:
+    """The fraction of weights that ten steps change, among the first 100,000 of each parameter."""
+    agent = load_agent(work.settings())
+    model = agent.model
+    small = replace(work, failures=1, group_size=2, context_length=64, turn_length=16)
+    [group] = make_groups(agent, small)
+    before = [p.detach().flatten()[:100_000].clone() for p in model.parameters()]
+    if with_masters:
+        optimizer = grpo.MasterAdamW(model, lr=LR)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    for _ in range(10):
+        backward(agent, model, group, num_tokens=32)
+        if with_masters:
+            optimizer.accumulate_gradients()
+            optimizer.update(LR, MAX_GRAD_NORM)
+        else:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+    after = [p.detach().flatten()[:100_000] for p in model.parameters()]
+    changed = sum((a != b).sum().item() for a, b in zip(before, after, strict=True))
+    return changed / sum(map(len, before))
 
 
 # -- The command line ------------------------------------------------------------------------------
-def table(w: Work) -> Rows:
-    """All lines about one model, printed as they are found. A part that breaks is a line that
-    failed; the rest goes on."""
-    rate = matrix_rate(w.device)
+def free_cache(device: str) -> None:
+    """Give unused memory back to the device."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def make_table(work: Workload) -> Rows:
+    """All lines about one model, printed as soon as they are known. If a part raises an error, it
+    is a line that failed, and the other parts are measured all the same."""
+    rate = matrix_rate(work.device)
     parts: dict[str, Callable[[], Rows]] = {
-        "logits": lambda: logits(w),
-        "mismatch": lambda: mismatch(w),
-        "attention kernel": lambda: kernel(w),
-        "rollout": lambda: rollout(w),
-        **{f"step{mode}": partial(step, w, mode, rate) for mode in MODES},
-        "ten steps": lambda: ten_steps(w),
+        "logits": lambda: logits(work),
+        "mismatch": lambda: mismatch(work),
+        "attention kernel": lambda: attention_kernel(work),
+        "rollout": lambda: rollout(work),
+        **{f"step{mode}": partial(step, work, mode, rate) for mode in MODES},
+        "ten steps": lambda: ten_steps(work),
     }
-    rows: Rows = {}
-    NORMS.clear()
-    print(LINE.format("", "result", "beside", "verdict"))
+    table: Rows = {}
+    MODE_NORMS.clear()
+    print(LINE.format("", "result", "note", "verdict"))
     print(LINE.format(*4 * ["---"]), flush=True)
     for name, part in parts.items():
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
-            found = part()
-        except Exception as error:  # of many kinds, out of memory among them
+            rows = part()
+        except Exception as error:  # of any kind, for example out of memory
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-            found = {name: check(False, "", reason)}
-        rows |= found
-        for line, row in found.items():
+            rows = {name: check(False, "", reason)}
+        table |= rows
+        for line, row in rows.items():
             print(LINE.format(line, *row.values()), flush=True)
-        gc.collect()
-        if w.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        print(f"  {name}: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
-    return rows
+        free_cache(work.device)
+        print(f"  {name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+    return table
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--shape", nargs="+", choices=("tiny", *REAL), default=REAL)
-    parser.add_argument("--device", default=default)
-    parser.add_argument("--failures", type=int, help="default: 16; of tiny: 2")
-    parser.add_argument("--group", type=int, help="reflections on each; default: 8; of tiny: 4")
-    parser.add_argument("--context", type=int, help="tokens before them; default: 500; of tiny: 64")
-    parser.add_argument("--new", type=int, help="tokens a turn; default: 256; of tiny: 16")
-    parser.add_argument("--folder", type=Path, help="where a model is written, for a while")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    help_text = f"shapes of models (default: {' '.join(REAL_SHAPES)})"
+    shapes = ("tiny", *REAL_SHAPES)
+    parser.add_argument("--shape", nargs="+", choices=shapes, default=REAL_SHAPES, help=help_text)
+    parser.add_argument("--device", default=device, help=f"default: {device}")
+    help_text = "number of failures (default: 16, or 2 with the shape tiny)"
+    parser.add_argument("--failures", type=int, help=help_text)
+    help_text = "reflections on each failure (default: 8, or 4 with the shape tiny)"
+    parser.add_argument("--group", type=int, help=help_text)
+    help_text = "tokens before a reflection (default: 500, or 64 with the shape tiny)"
+    parser.add_argument("--context", type=int, help=help_text)
+    help_text = "tokens per turn (default: 256, or 16 with the shape tiny)"
+    parser.add_argument("--new", type=int, help=help_text)
+    help_text = "existing folder in which the model is written, and deleted at the end"
+    parser.add_argument("--folder", type=Path, help=help_text)
     parser.add_argument("--vllm", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict[str, Rows]:
+    """Print the tables of the chosen shapes, and return them: {title: table}."""
     args = parser().parse_args(argv)
     if args.vllm:
         run_vllm(args.vllm)
         return {}
     tables = {}
     for shape in args.shape:
-        sizes = (2, 4, 64, 16) if shape == "tiny" else (16, 8, 500, 256)
-        given = (args.failures, args.group, args.context, args.new)
+        defaults = (2, 4, 64, 16) if shape == "tiny" else (16, 8, 500, 256)
+        flags = (args.failures, args.group, args.context, args.new)
+        sizes = [flag or default for flag, default in zip(flags, defaults, strict=True)]
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             config = save_random(shape, Path(folder), args.device)
-            chosen = [own or default for own, default in zip(given, sizes, strict=True)]
-            w = Work(Path(folder), config, args.device, *chosen)
+            work = Workload(Path(folder), config, args.device, *sizes)
             title = (
-                f"{shape} on {args.device}: {w.failures} failures x {w.group}, contexts of "
-                f"{w.context} tokens, turns of {w.new}, bfloat16, torch {torch.__version__}"
+                f"{shape} on {args.device}: {work.failures} failures x {work.group_size}, contexts "
+                f"of {work.context_length} tokens, turns of {work.turn_length}, bfloat16, "
+                f"torch {torch.__version__}"
             )
             print(f"\n{title}\n", flush=True)
-            tables[title] = table(w)
+            tables[title] = make_table(work)
     return tables
 
 
 if __name__ == "__main__":
-    found = main()
-    sys.exit(any(row["verdict"] == "fail" for rows in found.values() for row in rows.values()))
+    tables = main()
+    sys.exit(any(row["verdict"] == "fail" for rows in tables.values() for row in rows.values()))

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_model import in_pieces
+from test_model import assert_close, logits_in_pieces, padded_hidden
 
-from model import Model, Tokenizer, causal_mask, generate, read_config
+from model import Model, ModelConfig, Tokenizer, generate
 
 INDEX = "model.safetensors.index.json"
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.json"))
@@ -28,6 +28,10 @@ KINDS = {
     "qwen2": ("Qwen2", dict(sliding_window=8)),  # not used, so it limits nothing
     "qwen3": ("Qwen3", dict(head_dim=12)),
     "qwen3, biases": ("Qwen3", dict(head_dim=12, attention_bias=True)),
+    "mistral": ("Mistral", dict(sliding_window=None)),
+    "mistral, window": ("Mistral", dict(sliding_window=128, head_dim=12)),  # as long as the context
+    "olmo2": ("Olmo2", dict()),
+    "olmo2, biases, tied": ("Olmo2", dict(attention_bias=True, tie_word_embeddings=True)),
 }
 T = 40  # beyond the original context of llama3
 
@@ -51,10 +55,6 @@ def made(kind, path, **more):
     return theirs, Model.from_pretrained(path)
 
 
-def close(ours, theirs):
-    assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_logits_equal_transformers(kind, tmp_path):
@@ -63,16 +63,16 @@ def test_logits_equal_transformers(kind, tmp_path):
     ids = torch.randint(0, 61, (4, T))
     ids[1, :7], ids[3, :7] = ids[0, :7], ids[2, :7]
     want = theirs(ids).logits
-    close(ours(ids), want)
-    close(ours(ids[:, :10]), theirs(ids[:, :10]).logits)
+    assert_close(ours(ids), want)
+    assert_close(ours(ids[:, :10]), theirs(ids[:, :10]).logits)
     for side in (slice(0, 13), slice(27, T)):
         mask = torch.ones(4, T, dtype=torch.bool)
         mask[1, side], mask[2, slice(0, 30) if side.start == 0 else slice(10, T)] = False, False
-        got = ours.head(ours.hidden(ids, *causal_mask(mask, T)))
+        got = ours.head(padded_hidden(ours, ids, mask))
         for row in range(3):
-            close(got[row][mask[row]], theirs(ids[row][mask[row]][None]).logits[0])
-    close(in_pieces(ours, ids, range(7, T + 1)), want)
-    close(in_pieces(ours, ids, (7, 8, 20, T), num_samples=2), want)
+            assert_close(got[row][mask[row]], theirs(ids[row][mask[row]][None]).logits[0])
+    assert_close(logits_in_pieces(ours, ids, range(7, T + 1)), want)
+    assert_close(logits_in_pieces(ours, ids, (7, 8, 20, T), num_samples=2), want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,8 +88,8 @@ def test_what_we_save_transformers_opens(kind, tmp_path):
     theirs.save_pretrained(b, max_shard_size="30KB")  # what is saved over it wins
     assert (b / INDEX).exists()
     ours.save_pretrained(b)
-    close(transformers.AutoModelForCausalLM.from_pretrained(b)(ids).logits, want)
-    close(Model.from_pretrained(b)(ids), want)
+    assert_close(transformers.AutoModelForCausalLM.from_pretrained(b)(ids).logits, want)
+    assert_close(Model.from_pretrained(b)(ids), want)
     names = set(theirs.state_dict()) - ({"lm_head.weight"} if "tied" in kind else set())
     assert set(dict(ours.named_parameters())) == names  # the original ones
     half = Model.from_pretrained(b, dtype=torch.bfloat16)
@@ -101,7 +101,7 @@ def test_what_we_save_transformers_opens(kind, tmp_path):
     assert opened.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["llama, llama3", "qwen2", "qwen3, biases"])
+@pytest.mark.parametrize("kind", ["llama, llama3", "qwen2", "qwen3, biases", "olmo2"])
 @torch.no_grad()
 def test_a_sampled_conversation_of_two_turns(kind, tmp_path):
     """Two greedy turns of rows of many lengths: each token is the full pass's."""
@@ -119,13 +119,13 @@ def test_a_sampled_conversation_of_two_turns(kind, tmp_path):
                 assert logits.max() - logits[token] < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "olmo2"])
 def test_what_a_config_does_not_say_is_as_in_transformers(kind):
     said = dict(
         model_type=kind, vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=8, max_position_embeddings=8192, pad_token_id=0,
+        num_attention_heads=8, max_position_embeddings=4096, pad_token_id=0,
     )  # fmt: skip
-    ours, theirs = read_config(said), transformers.AutoConfig.for_model(**said)
+    ours, theirs = ModelConfig.from_dict(said), transformers.AutoConfig.for_model(**said)
     for name in ("rms_norm_eps", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name, None), name
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 32 // 8)
@@ -162,7 +162,7 @@ def test_the_old_form_of_the_scaling_is_the_new_one(old, tmp_path):
     config["rope_scaling"] = rope
     (tmp_path / "config.json").write_text(json.dumps(config))
     ids = torch.randint(0, 61, (1, T))
-    close(Model.from_pretrained(tmp_path)(ids), theirs(ids).logits)
+    assert_close(Model.from_pretrained(tmp_path)(ids), theirs(ids).logits)
     for other in ("yarn", "linear", "dynamic", "longrope"):
         config["rope_scaling"] = {"type": other, "factor": 2.0}
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -171,12 +171,14 @@ def test_the_old_form_of_the_scaling_is_the_new_one(old, tmp_path):
             Model.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["llama, tied", "llama, llama3", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "kind", ["llama, tied", "llama, llama3", "qwen2", "qwen3", "mistral", "olmo2"]
+)
 @torch.no_grad()
 def test_beyond_what_is_computed_here_is_refused(kind, tmp_path):
     theirs, ours = made(kind, tmp_path, max_position_embeddings=16)
     ids = torch.randint(0, 61, (1, 17))
-    close(ours(ids[:, :16]), theirs(ids[:, :16]).logits)
+    assert_close(ours(ids[:, :16]), theirs(ids[:, :16]).logits)
     refused = pytest.raises(ValueError, match="17 tokens do not fit the model's context of 16")
     with refused:
         ours(ids)
@@ -187,13 +189,28 @@ def test_beyond_what_is_computed_here_is_refused(kind, tmp_path):
         generate(ours, [[5, 6]], max_new_tokens=3, cache=first.cache)
 
 
+def test_a_sliding_window_is_refused_if_it_limits_anything():
+    config = dict(
+        model_type="mistral", vocab_size=61, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=8192,
+    )  # fmt: skip
+    for window in (None, 8192, 10_000):
+        ModelConfig.from_dict({**config, "sliding_window": window})
+    for entry, window in (({"sliding_window": 8191}, 8191), ({}, 4096)):  # 4096 by default
+        with pytest.raises(
+            ValueError, match=f"^sliding_window {window} is not supported; .* 8192$"
+        ):
+            ModelConfig.from_dict({**config, **entry})
+    ModelConfig.from_dict({**config, "model_type": "llama", "sliding_window": 16})  # ignored there
+
+
 def test_shards_and_strangers(tmp_path):
     theirs, _ = made("llama, tied", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     theirs.save_pretrained(tmp_path, max_shard_size="30KB")
     ids = torch.randint(0, 61, (1, 9))
     with torch.no_grad():
-        close(Model.from_pretrained(tmp_path)(ids), theirs(ids).logits)
+        assert_close(Model.from_pretrained(tmp_path)(ids), theirs(ids).logits)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     index = json.loads((tmp_path / INDEX).read_text())
     first = sorted(tmp_path.glob("*.safetensors"))[0]
@@ -232,7 +249,7 @@ def test_what_old_checkpoints_hold_besides(tmp_path):
     stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(stored, tmp_path / "model.safetensors")
     ids = torch.randint(0, 61, (1, 9))
-    close(Model.from_pretrained(tmp_path)(ids), theirs(ids).logits)
+    assert_close(Model.from_pretrained(tmp_path)(ids), theirs(ids).logits)
 
 
 @torch.no_grad()
@@ -260,7 +277,6 @@ def test_a_packed_row_is_its_rows_one_by_one(kind, checkpointing, tmp_path):
     rng = torch.Generator().manual_seed(0)
     context, lengths = torch.randint(0, 61, (12,), generator=rng), (2, 9, 3)
     parts = [torch.randint(0, 61, (length,), generator=rng) for length in lengths]
-    positions = torch.cat([torch.arange(12), *(12 + torch.arange(n) for n in lengths)])
     weights = [torch.randn(length, 61, generator=rng) for length in lengths]
 
     def gradients(outputs):
@@ -272,10 +288,10 @@ def test_a_packed_row_is_its_rows_one_by_one(kind, checkpointing, tmp_path):
     want = gradients(plain)
     ours.gradient_checkpointing = checkpointing
     packed = torch.cat([context, *parts])[None]
-    hidden = ours.hidden(packed, positions[None], lengths=[12, *lengths])
+    hidden = ours.hidden(packed, lengths=[12, *lengths])
     got = ours.head(hidden)[0, 12:].split(lengths)
     for x, y in zip(got, plain, strict=True):
-        close(x, y)
+        assert_close(x, y)
     assert ((gradients(got) - want).norm() / want.norm()).item() < 1e-4
 
 
@@ -292,8 +308,7 @@ def test_padding_gets_no_gradient_and_gives_none(tmp_path):
     ours.zero_grad(set_to_none=True)
     ids = torch.stack([torch.cat([torch.zeros(4, dtype=torch.long), rows[0]]), rows[1]])
     mask = torch.arange(9) >= torch.tensor([[4], [0]])
-    assert causal_mask(mask, 9)[0].tolist() == [[0, 0, 0, 0, 0, 1, 2, 3, 4], list(range(9))]
-    (ours.head(ours.hidden(ids, *causal_mask(mask, 9)))[mask] @ weights).sum().backward()
+    (ours.head(padded_hidden(ours, ids, mask))[mask] @ weights).sum().backward()
     got = torch.cat([p.grad.flatten() for p in ours.parameters()])
     assert ((got - total).norm() / total.norm()).item() < 1e-4
 

@@ -1,245 +1,321 @@
-"""The experiments measure what their tables say."""
+"""The experiments measure what the titles of their tables say."""
 
 import copy
 import itertools
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import experiments
 import numpy as np
 import pytest
+import sentence
 import torch
 from conftest import countdown_file
 
 import grpo
 import r3
+from grpo import Conversation, Turn
 from tasks import Verdict
 
 
-class Lenient(grpo.Agent):
-    """A verifier that an untrained model satisfies now and then. It keeps what was read."""
+class LenientAgent(grpo.Agent):
+    """An agent whose verifier an untrained model satisfies now and then. It records all prompts."""
 
-    read: list = []
+    prompts: list = []
 
     def verify(self, problem, turn):
-        right = sum(turn) % 2 == 0
-        return Verdict(right, "correct" if right else "wrong_value")
+        correct = sum(turn.tokens) % 2 == 0
+        return Verdict(correct, "correct" if correct else "wrong_value")
 
-    def generate(self, prompts, *rest):
-        self.read = [*self.read, *prompts]
-        return super().generate(prompts, *rest)
+    def sample_turns(self, prompts, *arguments):
+        self.prompts = [*self.prompts, *prompts]
+        return super().sample_turns(prompts, *arguments)
 
 
 @pytest.fixture
 def agent(tiny, task):
     model, tokenizer = tiny
-    tokenizer.stop_ids = list(range(40))  # so that many turns end
-    return Lenient(model, tokenizer, task, max_new_tokens=10, seed=3)
-
-
-TWO_TURNS = ("reflection", "retry", "both")
+    tokenizer.stop_ids = list(range(40))  # so that many turns end before the length limit
+    return LenientAgent(model, tokenizer, task, max_new_tokens=10, seed=3)
 
 
 @pytest.fixture
 def failures(agent, task):
-    """Wrong first tries at a few problems."""
-    conversations = grpo.attempt_all(agent, task.load(split="dev", limit=16), 1, (grpo.COLLECT, 0))
-    return [t for t in conversations if not t.attempt_verdict.correct]
+    """Wrong first attempts at a few problems."""
+    attempts = grpo.attempt_all(agent, task.load(split="dev", limit=16), 1, (grpo.COLLECT, 0))
+    return [c for c in attempts if not c.attempt_verdict.correct]
 
 
-def settings(**given) -> r3.Config:
-    return replace(r3.TINY, **{"steps": 2, "batch_size": 4, "group_size": 3, **given})
+def make_config(**settings) -> r3.Config:
+    return replace(r3.TINY, **{"steps": 2, "batch_size": 4, "group_size": 3, **settings})
 
 
-def weights(model) -> torch.Tensor:
+def copy_agent(agent) -> LenientAgent:
+    return replace(agent, model=copy.deepcopy(agent.model))
+
+
+def all_weights(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_equal_tokens_is_the_chance_of_any_of_k():
+def retry_each(agent, failures) -> list[Conversation]:
+    """One reflection and one retry on each failure."""
+    return sum(grpo.rollout(agent, failures, 1, (grpo.EVALUATE, 0)), [])
+
+
+# -- Controls --------------------------------------------------------------------------------------
+def test_pass_at_k_is_the_fraction_of_subsets_that_contain_a_success():
     n = 6
     for k, successes in itertools.product(range(1, n + 1), range(n + 1)):
         subsets = list(itertools.combinations(range(n), k))
-        share = sum(min(chosen) < successes for chosen in subsets) / len(subsets)
-        assert experiments.any_of(k, n, successes) == pytest.approx(share)
-    two, three = (experiments.any_of(k, n, 2) for k in (2, 3))
-    assert experiments.any_of(2.25, n, 2) == pytest.approx(0.75 * two + 0.25 * three)
+        fraction = sum(min(subset) < successes for subset in subsets) / len(subsets)
+        assert experiments.pass_at_k(k, n, successes) == pytest.approx(fraction)
+    two, three = (experiments.pass_at_k(k, n, 2) for k in (2, 3))
+    assert experiments.pass_at_k(2.25, n, 2) == pytest.approx(0.75 * two + 0.25 * three)
 
 
-def test_equal_tokens_spends_what_the_trained_model_spends(agent, failures, tmp_path):
-    before = grpo.rollout(agent, failures, 1, (grpo.EVALUATE, 0))
-    after = [replace(t, reflection=t.reflection * 3, retry=t.retry * 3) for t in before]
-    [[label, row]] = experiments.equal_tokens(agent, before, after, tmp_path / "kept").items()
-    assert label == "its own, any of 3.00 tries; trained: one"
-    conversations = grpo.rollout(agent, failures, experiments.EQUAL, (grpo.PLAY, 0))
-    each = [
-        sum(t.retry_verdict.correct for t in conversations[i * 16 : i * 16 + 16])
-        for i in range(len(failures))
-    ]
-    chances = [experiments.any_of(3.0, 16, successes) for successes in each]
-    assert row["vanilla"][0] == pytest.approx(np.mean(chances)) and 0 < row["vanilla"][0] < 1
-    assert row["trained"][0] == pytest.approx(np.mean([t.retry_verdict.correct for t in after]))
-
-
-@pytest.mark.parametrize("label", experiments.SWAPS)
-def test_a_control_changes_the_reflection_and_nothing_else(agent, failures, tmp_path, label):
-    own = grpo.rollout(agent, failures, 1, (grpo.EVALUATE, 0))
-    other = experiments.swapped(agent, own, label)
-    said = {tuple(t.reflection): t.problem.id for t in own}
-    end = agent.tokenizer.stop_ids[0]
-    for before, after in zip(own, other, strict=True):
-        assert replace(after, reflection=before.reflection) == before
-        assert after.reflection != before.reflection
-        if label == "an empty reflection":
-            assert after.reflection == [end]
-        elif label == "a fixed generic reflection":
-            assert agent.tokenizer.decode(after.reflection) == agent.task.generic_reflection
-        else:
-            assert said[tuple(after.reflection)] != before.problem.id
-    agent.read = []
-    found = experiments.retries(agent, other, tmp_path / "kept")
-    again = agent.tokenizer.bridge(agent.task.retry_instruction)
-    asked = [t.reflection_prompt + agent.tokenizer.next_turn(t.reflection, again) for t in other]
-    assert sorted(agent.read) == sorted(asked)
-    assert [t.reflection for t in found] == [t.reflection for t in other]
-
-
-def textbook(agent, reference, conversations, rewards, c, turns) -> torch.Tensor:
-    """The formula, one sequence at a time by the plain forward pass: the gradient."""
-    again, A = agent.tokenizer.bridge(agent.task.retry_instruction), []
-    for group in rewards.view(-1, c.group_size):
-        A += [(r - group.mean()) / (group.std() + 1e-4) for r in group]
-    kept = [(t, a, turn) for t, a in zip(conversations, A, strict=True) for turn in turns]
-    tokens = sum(len(getattr(t, turn)) for t, _, turn in kept)
-    total = 0.0
-    for t, a, turn in kept:
-        before = {"attempt": t.attempt_prompt, "reflection": t.reflection_prompt}
-        before["retry"] = t.reflection_prompt + agent.tokenizer.next_turn(t.reflection, again)
-        own, start = getattr(t, turn), len(before[turn])
-        ids = torch.tensor([before[turn] + own])
-        new, ref = (
-            (m(ids)[0].log_softmax(-1)[range(start - 1, start - 1 + len(own)), own])
-            for m in (agent.model, reference)
+def test_equal_tokens_gives_the_vanilla_model_the_tokens_of_the_trained_one(
+    agent, failures, tmp_path
+):
+    before = retry_each(agent, failures)
+    after = [
+        replace(
+            c,
+            reflection=replace(c.reflection, tokens=c.reflection.tokens * 3),
+            retry=replace(c.retry, tokens=c.retry.tokens * 3),
         )
-        old = torch.tensor(t.reflection_logprobs) if turn == "reflection" else new.detach()
-        ratio = (new - old).exp()
-        surrogate = torch.minimum(ratio * a, ratio.clamp(1 - c.clip, 1 + c.clip) * a)
-        d = ref.detach() - new
-        per_token = surrogate - c.beta * (d.exp() - d - 1)
-        weigh = {"dapo": tokens, "grpo": len(kept) * len(own)}
-        weigh["dr_grpo"] = len(kept) * agent.max_new_tokens
-        total = total - per_token.sum() / weigh[c.loss_type]
+        for c in before
+    ]
+    [[label, row]] = experiments.equal_tokens(agent, before, after, tmp_path / "kept").items()
+    assert label == "its own, pass@3.00 (trained model: pass@1)"
+    groups = grpo.rollout(agent, failures, experiments.MAX_TRIES, (grpo.PLAY, 0))
+    successes = [sum(c.retry_verdict.correct for c in group) for group in groups]
+    chances = [experiments.pass_at_k(3.0, 16, count) for count in successes]
+    assert row["vanilla"][0] == pytest.approx(np.mean(chances)) and 0 < row["vanilla"][0] < 1
+    assert row["trained"][0] == pytest.approx(np.mean([c.retry_verdict.correct for c in after]))
+
+
+@pytest.mark.parametrize("label", experiments.REPLACEMENTS)
+def test_a_control_changes_the_reflection_and_nothing_else(agent, failures, tmp_path, label):
+    own = retry_each(agent, failures)
+    replaced = experiments.replace_reflections(agent, own, label)
+    problem_of = {tuple(c.reflection.tokens): c.problem.id for c in own}
+    end_of_turn = agent.tokenizer.stop_ids[0]
+    for before, after in zip(own, replaced, strict=True):
+        assert replace(after, reflection=before.reflection) == before
+        assert after.reflection.tokens != before.reflection.tokens
+        assert after.reflection.prompt == before.reflection.prompt
+        ended = after.reflection.tokens[-1] in agent.tokenizer.stop_ids
+        assert after.reflection.truncated is not ended
+        if label == experiments.EMPTY:
+            assert after.reflection.tokens == [end_of_turn]
+        elif label == experiments.GENERIC:
+            text = agent.tokenizer.decode(after.reflection.tokens)
+            assert text == agent.task.generic_reflection
+        else:
+            assert problem_of[tuple(after.reflection.tokens)] != before.problem.id
+    agent.prompts = []
+    retried = experiments.retry_only(agent, replaced, tmp_path / "kept")
+    bridge = agent.tokenizer.bridge(agent.task.retry_instruction)
+    expected = [
+        c.reflection.prompt + agent.tokenizer.next_turn(c.reflection.tokens, bridge)
+        for c in replaced
+    ]
+    assert sorted(agent.prompts) == sorted(expected)
+    assert [c.reflection for c in retried] == [c.reflection for c in replaced]
+
+
+# -- Training other turns --------------------------------------------------------------------------
+def textbook_gradient(agent, reference, groups, rewards, config, turn_names) -> torch.Tensor:
+    """The gradient of the formula, one turn at a time by the plain forward pass.
+
+    rewards: (P, G). turn_names: the trained turns.
+    """
+    conversations = sum(groups, [])
+    advantages = []
+    for group_rewards in rewards:
+        deviation = group_rewards.std() + 1e-4
+        advantages += [(r - group_rewards.mean()) / deviation for r in group_rewards]
+    reflect, retry = (
+        agent.tokenizer.bridge(text)
+        for text in (agent.task.reflection_instruction, agent.task.retry_instruction)
+    )
+    lengths = [sum(len(getattr(c, name).tokens) for name in turn_names) for c in conversations]
+    loss = 0.0
+    for c, A, length in zip(conversations, advantages, lengths, strict=True):
+        weight = {"dapo": 1 / sum(lengths), "grpo": 1 / (len(conversations) * length)}
+        max_length = len(turn_names) * agent.max_new_tokens
+        weight["dr_grpo"] = 1 / (len(conversations) * max_length)
+        prompts = {"attempt": agent.attempt_prompt(c.problem)}
+        end = agent.tokenizer.next_turn(c.attempt.tokens, reflect)
+        prompts["reflection"] = prompts["attempt"] + end
+        if c.reflection:
+            end = agent.tokenizer.next_turn(c.reflection.tokens, retry)
+            prompts["retry"] = prompts["reflection"] + end
+        for name in turn_names:
+            prompt, tokens = prompts[name], getattr(c, name).tokens
+            predictors = range(len(prompt) - 1, len(prompt) - 1 + len(tokens))
+            ids = torch.tensor([prompt + tokens])
+            logprobs, ref_logprobs = (
+                model(ids)[0].log_softmax(-1)[predictors, tokens]
+                for model in (agent.model, reference)
+            )
+            ratio = (logprobs - torch.tensor(getattr(c, name).logprobs)).exp()
+            clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+            d = ref_logprobs.detach() - logprobs
+            per_token = torch.minimum(ratio * A, clipped * A) - config.beta * (d.exp() - d - 1)
+            loss = loss - weight[config.loss_type] * per_token.sum()
     agent.model.zero_grad()
-    total.backward()
+    loss.backward()
     return torch.cat([p.grad.flatten() for p in agent.model.parameters()])
 
 
 @pytest.mark.parametrize(
-    "train, loss",
-    [("attempt", "dapo"), ("attempt", "grpo"), ("attempt", "dr_grpo"), ("retry", "dapo"),
-     ("both", "dapo")],
+    "train, loss_type",
+    [
+        ("attempt", "dapo"), ("attempt", "grpo"), ("attempt", "dr_grpo"),
+        ("retry", "dapo"), ("retry", "grpo"), ("retry", "dr_grpo"),
+        ("both", "dapo"), ("both", "grpo"), ("both", "dr_grpo"),
+    ],
 )  # fmt: skip
-def test_the_gradient_of_other_turns_is_the_textbooks(agent, failures, train, loss):
-    turns, c = experiments.TURNS[train], settings(beta=0.3, loss_type=loss)
+def test_the_gradient_of_other_turns_is_that_of_the_textbook(agent, failures, train, loss_type):
+    config = make_config(beta=0.3, loss_type=loss_type)
+    turn_names = ("reflection", "retry") if train == "both" else (train,)
     reference = copy.deepcopy(agent.model)
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.7)
-    if train == "attempt":
-        problems = [f.problem for f in failures[:4]]
-        conversations = grpo.attempt_all(agent, problems, c.group_size, (grpo.TRAIN, 0))
-    else:
-        conversations = grpo.rollout(agent, failures[:4], c.group_size, (grpo.TRAIN, 0))
+    failures = [experiments.TRAINED[train](**vars(failure)) for failure in failures[:4]]
+    rollout = experiments.REPLACED.get(train, {}).get("rollout", grpo.rollout)
+    groups = rollout(agent, failures, config.group_size, (grpo.TRAIN, 0))
     rng = torch.Generator().manual_seed(0)
-    for t in conversations:  # so that some ratios of reflections are clipped
-        noise = 0.3 * torch.randn(len(t.reflection), generator=rng)
-        t.reflection_logprobs = (torch.tensor(t.reflection_logprobs) + noise).tolist()
-    rewards = torch.tensor([float(i % 3 == 0 or i > 9) for i in range(len(conversations))])
-    theirs = textbook(agent, reference, conversations, rewards, c, turns)
-    optimizer = grpo.MasterAdamW(agent.model, c.lr)
+    for conversation in sum(groups, []):  # so that the ratios of some tokens are clipped
+        for name in turn_names:
+            turn = getattr(conversation, name)
+            noise = 0.3 * torch.randn(len(turn.tokens), generator=rng)
+            turn.logprobs = (torch.tensor(turn.logprobs) + noise).tolist()
+    rewards = torch.tensor([float(i % 3 == 0 or i > 9) for i in range(sum(map(len, groups)))])
+    rewards = rewards.view(-1, config.group_size)
+    expected = textbook_gradient(agent, reference, groups, rewards, config, turn_names)
+    optimizer = grpo.MasterAdamW(agent.model, config.lr)
     optimizer.zero_grad()
-    experiments.add_gradient(agent, reference, conversations, rewards, c, turns, optimizer)
-    ours = torch.cat([p.grad.flatten() for p in agent.model.parameters()])
-    assert theirs.norm() > 0.01
-    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    advantages = grpo.group_advantages(rewards)
+    grpo.add_gradient(agent, reference, groups, advantages, config, optimizer)
+    gradient = torch.cat([p.grad.flatten() for p in agent.model.parameters()])
+    assert expected.norm() > 0.01
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_trained_on_reflections_it_is_r3(agent, failures, tmp_path):
-    c, one, other = settings(), *(replace(agent, model=copy.deepcopy(agent.model)) for _ in "12")
-    for _ in grpo.train(one, agent.model, failures, c, tmp_path / "r3"):
+def test_training_reflections_is_r3_bit_for_bit(agent, failures, tmp_path):
+    config, one, other = make_config(), copy_agent(agent), copy_agent(agent)
+    for _ in grpo.train(one, agent.model, failures, config, tmp_path / "r3"):
         pass
-    turns = experiments.TURNS["reflection"]
-    experiments.train_turns(other, agent.model, failures, c, tmp_path / "loop", turns)
-    assert not torch.equal(weights(one.model), weights(agent.model))
-    assert torch.equal(weights(one.model), weights(other.model))
+    experiments.train_turns(
+        other, agent.model, failures, config, tmp_path / "turns", train="reflection"
+    )
+    assert not torch.equal(all_weights(one.model), all_weights(agent.model))
+    assert torch.equal(all_weights(one.model), all_weights(other.model))
+    for log in ("metrics.jsonl", "samples.jsonl"):
+        assert (tmp_path / "r3" / log).read_bytes() == (tmp_path / "turns" / log).read_bytes()
 
 
-def test_a_stopped_loop_goes_on_to_the_same_weights(agent, failures, tmp_path, monkeypatch):
-    """Its checkpoint after the first step is put back, as if the second had never been."""
-    c, turns, found = settings(beta=0.0, save_every=1), experiments.TURNS["attempt"], []
-    save = grpo.save_checkpoint
+@pytest.mark.parametrize("train", ["retry", "attempt", "shuffled"])
+def test_resumed_training_ends_with_the_same_weights(agent, failures, tmp_path, monkeypatch, train):
+    """After the run, its checkpoint from the first step is restored, and the run is resumed."""
+    config, results = make_config(beta=0.0, save_every=1), []
+    save_checkpoint = grpo.save_checkpoint
 
-    def keep(folder, step, *rest):
-        save(folder, step, *rest)
+    def save_and_keep(folder, step, *arguments):
+        save_checkpoint(folder, step, *arguments)
         if step == 1:
             shutil.copy(folder / "checkpoint.safetensors", folder / "at step 1")
 
-    monkeypatch.setattr(grpo, "save_checkpoint", keep)
+    monkeypatch.setattr(grpo, "save_checkpoint", save_and_keep)
     for _ in range(2):
-        trained = replace(agent, model=copy.deepcopy(agent.model))
-        experiments.train_turns(trained, None, failures, c, tmp_path, turns)
-        lines = r3.read_lines(tmp_path / "metrics.jsonl", "step")
-        found.append((weights(trained.model), lines))
-        if len(found) == 1:
+        trained = copy_agent(agent)
+        experiments.train_turns(trained, None, failures, config, tmp_path, train)
+        metrics = list(r3.read_jsonl(tmp_path / "metrics.jsonl", "step"))
+        results.append((all_weights(trained.model), metrics))
+        if len(results) == 1:
             shutil.move(tmp_path / "at step 1", tmp_path / "checkpoint.safetensors")
-    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
-    assert [line["step"] for line in lines] == [1, 2] and lines[0]["sampled_tokens"] > 0
+    assert not torch.equal(all_weights(agent.model), results[0][0])
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+    assert [record["step"] for record in metrics] == [0, 1, 2]
+    assert metrics[1]["sampled_tokens"] > 0
 
 
-def test_shuffled_rewards_are_the_same_rewards_elsewhere(agent, failures, tmp_path, monkeypatch):
-    given = []
-
-    def keep(agent, reference, conversations, rewards, *rest):
-        given.append(
-            (rewards, [experiments.reward(agent, t, ("reflection",)) for t in conversations])
-        )
-
-    monkeypatch.setattr(experiments, "add_gradient", keep)
-    turns, c = experiments.TURNS["reflection"], settings(steps=1)
-    experiments.train_turns(agent, None, failures, c, tmp_path, turns, shuffle=True)
-    [(rewards, earned)] = given
-    assert sorted(rewards.tolist()) == sorted(earned) and rewards.tolist() != earned
+def test_other_turns_leave_the_functions_of_grpo_as_they_were(agent, failures, tmp_path):
+    names = ("rollout", "reward")
+    before = [getattr(grpo, name) for name in names]
+    for train in ("attempt", "shuffled"):
+        config, folder = make_config(steps=1, beta=0.0), tmp_path / train
+        experiments.train_turns(copy_agent(agent), None, failures, config, folder, train)
+    assert [getattr(grpo, name) for name in names] == before
 
 
-def test_a_reward_needs_a_right_answer_and_ended_turns(agent):
-    end, right, wrong = agent.tokenizer.stop_ids[0], *(SimpleNamespace(correct=r) for r in (1, 0))
-    t = SimpleNamespace(
-        reflection=[99], retry=[99, end], attempt_verdict=wrong, retry_verdict=right
-    )
-    rewards = {name: experiments.reward(agent, t, experiments.TURNS[name]) for name in TWO_TURNS}
-    assert rewards == {"reflection": 0, "retry": 1, "both": 0}
-    t.retry_verdict = wrong
-    assert experiments.reward(agent, t, ("retry",)) == 0
-    answers = [
-        SimpleNamespace(attempt=[end], attempt_verdict=v, retry_verdict=None)
-        for v in (right, wrong)
-    ]
-    assert [experiments.reward(agent, t, ("attempt",)) for t in answers] == [1, 0]
+def test_shuffled_rewards_are_the_same_rewards_in_another_order(
+    agent, failures, tmp_path, monkeypatch
+):
+    recorded, reward = [], grpo.reward
+
+    def record(path, step, groups, rewards, advantages, tokenizer):
+        earned = torch.tensor([[reward(c) for c in group] for group in groups])
+        recorded.append((earned, rewards, advantages))
+
+    monkeypatch.setattr(grpo, "log_samples", record)
+    experiments.train_turns(agent, None, failures, make_config(beta=0.0), tmp_path, "shuffled")
+    assert len(recorded) == 2
+    for earned, rewards, advantages in recorded:
+        assert 0 < earned.sum() < earned.numel()
+        assert rewards.sum() == earned.sum() and not torch.equal(rewards, earned)
+        assert torch.equal(advantages, grpo.group_advantages(rewards))
 
 
+def test_a_reward_needs_a_correct_answer_and_trained_turns_that_ended():
+    wrong, correct = Verdict(False, "wrong_value"), Verdict(True, "correct")
+    ended, truncated = Turn([1], [2, 0], truncated=False), Turn([1], [2, 2], truncated=True)
+
+    def reward(train, retry_verdict):
+        c = Conversation(None, 0, ended, wrong, 0, truncated, ended, retry_verdict)
+        return grpo.reward(experiments.TRAINED[train](**vars(c)))
+
+    turns = ("reflection", "retry", "both")
+    assert {train: reward(train, correct) for train in turns} == {
+        "reflection": 0, "retry": 1, "both": 0,
+    }  # fmt: skip
+    assert reward("retry", wrong) == 0
+    for turn, verdict, expected in (
+        (ended, correct, 1),
+        (ended, wrong, 0),
+        (truncated, correct, 0),
+    ):
+        assert grpo.reward(experiments.AttemptTrained(None, 0, turn, verdict)) == expected
+
+
+def test_the_examples_in_the_prompts_of_other_tasks_are_correct():
+    problem = sentence.SentenceProblem(0, "in the mountains", "boot", "stone")
+    for task in (experiments.Both(), experiments.Question()):
+        [_, example_answer, question], _ = task.messages(problem)
+        assert task.verify(problem, example_answer["content"]).correct
+        assert "the word boot" in question["content"]
+        assert not task.verify(problem, sentence.Sentence.example_answer).correct
+
+
+# -- Whole experiments -----------------------------------------------------------------------------
 @pytest.mark.parametrize("model", ["tiny", "letters"])
-def test_a_runs_controls_and_its_other_turns(model, folder, monkeypatch, tmp_path, capsys):
-    """The whole of it in seconds, for the tiny model and for a folder; done twice, nothing is
-    sampled again."""
+def test_the_controls_of_a_run_and_its_other_turns(model, folder, monkeypatch, tmp_path, capsys):
+    """The whole experiment in seconds, for the tiny model and for a folder. A second call samples
+    nothing."""
     monkeypatch.setitem(r3.COLD_START, "steps", 8)
     monkeypatch.setattr(r3, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(r3, "CURVE_SIZE", (2, 1))
-    monkeypatch.setattr(grpo.Agent, "verify", Lenient.verify)
+    monkeypatch.setattr(r3, "CURVE_PROBLEMS", 2)
+    monkeypatch.setattr(r3, "CURVE_SAMPLES", 1)
+    monkeypatch.setattr(grpo.Agent, "verify", LenientAgent.verify)
     monkeypatch.chdir(tmp_path)
-    few = "--steps 2 --batch-size 3 --group-size 3 --limit 5 --num-samples 2"
-    few += " --max-attempts 1 --num-problems 8"
+    flags = "--steps 2 --batch-size 3 --group-size 3 --limit 5 --num-samples 2"
+    flags += " --max-attempts 1 --num-problems 8 --max-new-tokens 12 --name run"
     data = countdown_file(tmp_path / "countdown.jsonl")
-    given = ["--model", str(folder), "--data", data] if model == "letters" else []
-    r3.main(["train", *few.split(), "--max-new-tokens", "12", "--name", "run", *given])
+    model_flags = ["--model", str(folder), "--data", data] if model == "letters" else []
+    r3.main(["train", *flags.split(), *model_flags])
     run = tmp_path / "runs/run"
     tables = experiments.controls(run)
     crossed, lengths, retries = list(tables.values())[:3]
@@ -257,19 +333,148 @@ def test_a_runs_controls_and_its_other_turns(model, folder, monkeypatch, tmp_pat
     assert "| its own reflection " in capsys.readouterr().out
 
 
-def test_a_run_that_is_not_finished_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="no finished run"):
+def test_an_unfinished_run_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="not a finished run"):
         experiments.main(["controls", "--run", str(tmp_path)])
 
 
 def test_the_tables_of_variants_and_seeds():
     paper = {"1st try": np.array([5.0, 7.0]), "within two": np.array([20.0, 30.0])}
-    found = {"1st try": np.array([6.0, 9.0]), "within two": paper["within two"]}
-    row = experiments.variant_row(found, 0.314, paper)
+    gain = {"1st try": np.array([6.0, 9.0]), "within two": paper["within two"]}
+    row = experiments.variant_row(gain, 0.314, paper)
     assert row["gain, 1st try"] == "+7.5 (+6.0, +9.0)" and row["M tokens"] == "0.31"
-    assert row["apart, 1st try"] == "+1.5 ± 6.4" and row["apart, within two"] == ""
-    each = {"1st try": [0.1, 0.0, 0.2], "within two": [0.5, 0.4, 0.6]}
-    by_seed = {name: dict.fromkeys(("vanilla", "trained", "gain"), each) for name in ("a", "b")}
+    assert row["difference, 1st try"] == "+1.5 ± 6.4" and row["difference, within two"] == ""
+    accuracies = {"1st try": [0.1, 0.0, 0.2], "within two": [0.5, 0.4, 0.6]}
+    by_seed = {
+        seed: dict.fromkeys(("vanilla", "trained", "gain"), accuracies) for seed in ("a", "b")
+    }
     rows = experiments.seed_rows(by_seed)
     assert rows["a"]["1st try, gain"] == "+10.0 [+0.0, +20.0]"
     assert rows["mean"]["within two, trained"] == "50.0"
+
+
+# -- README ----------------------------------------------------------------------------------------
+SOURCE = """\
+def first(x):
+    y = x + 1
+    return y
+
+
+def second(x):
+    y = x + 1
+    return 2 * y
+"""
+EXAMPLE = '"""A task."""\n\nANSWER = 42\n'
+README = '''\
+See [`def second(`](code.py#L2), and [`return 2`](code.py#L8).
+
+```python
+"""Another example."""
+```
+
+```python
+"""A task."""
+
+ANSWER = 41
+```
+
+```diff
+--- code.py: triple
+-    return 2 * y
++    return 3 * y
+@@
+ def first(x):
++    print(x)
+```
+'''
+
+
+@pytest.fixture
+def readme(tmp_path):
+    """A small repository with a README that quotes its code. Returns the README's path."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "code.py").write_text(SOURCE)
+    (tmp_path / "tests/sentence.py").write_text(EXAMPLE)
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path / "README.md"
+
+
+def test_readme_gets_new_line_numbers_and_the_new_example(readme, capsys):
+    experiments.renew_readme(readme)
+    expected = README.replace("#L2", "#L6").replace("ANSWER = 41", "ANSWER = 42")
+    assert readme.read_text() == expected
+    assert capsys.readouterr().out == "README.md was renewed\n"
+    experiments.renew_readme(readme)
+    assert readme.read_text() == expected and capsys.readouterr().out == ""
+
+
+def test_what_cannot_be_renewed_in_readme_is_named(readme):
+    (readme.parent / "tests/sentence.py").write_text(EXAMPLE.replace("A task", "A new task"))
+    link = "[`y = x + 1`](code.py#L2) and [`return 4`](code.py#L8) and [`def second(`](code.py#L2)."
+    readme.write_text(README.replace("[`return 2`](code.py#L8).", link))
+    with pytest.raises(ValueError) as error:
+        experiments.renew_readme(readme)
+    assert str(error.value).splitlines()[1:] == [
+        "  README.md: the link 'y = x + 1' must stand on one line of code.py; it is on the lines "
+        "2, 7",
+        "  README.md: the link 'return 4' must stand on one line of code.py; it is nowhere",
+        "  README.md: 0 Python blocks begin with the docstring of sentence.py, not one",
+    ]
+    renewed = README.replace("#L2", "#L6")  # what can be renewed is
+    assert readme.read_text() == renewed.replace(
+        "[`return 2`](code.py#L8).",
+        link.replace("def second(`](code.py#L2", "def second(`](code.py#L6"),
+    )
+
+
+def test_a_diff_that_no_longer_applies_is_reported_with_its_lines(readme):
+    experiments.renew_readme(readme)
+    (readme.parent / "code.py").write_text(SOURCE.replace("2 * y", "y * 2"))
+    variants = readme.parent / "tests/VARIANTS.md"
+    variants.write_text(
+        "```diff\n--- code.py: no sum\n-    y = x + 1\n+    y = x\n```\n"
+        "```diff\n--- code.py: shorter\n def first(x):\n-    return y\n+    return x\n```\n"
+    )
+    readme.write_text(readme.read_text().replace("[`return 2`](code.py#L8)", "`return 2`"))
+    with pytest.raises(ValueError) as error:
+        experiments.renew_readme(readme)
+    assert str(error.value).splitlines()[1:] == [
+        "  README.md: the diff 'triple' does not apply to code.py:",
+        "    found 0 times:     return 2 * y",
+        "  VARIANTS.md: the diff 'no sum' does not apply to code.py:",
+        "    found 2 times:     y = x + 1",
+        "  VARIANTS.md: the diff 'shorter' does not apply to code.py:",
+        "    found, but not in this order, the lines after: def first(x):",
+    ]
+
+
+def test_a_variant_whose_diff_does_not_apply_is_refused(readme, tmp_path, monkeypatch):
+    for name in experiments.FILES:
+        (readme.parent / name).write_text(SOURCE)
+    readme.write_text(README.replace("code.py: triple", "grpo.py: triple"))
+    monkeypatch.setattr(experiments, "ROOT", readme.parent)
+    experiments.code(tmp_path / "copy", "triple")
+    assert "3 * y" in (tmp_path / "copy/grpo.py").read_text()
+    assert (tmp_path / "copy/model.py").read_text() == SOURCE
+    (readme.parent / "grpo.py").write_text(SOURCE.replace("2 * y", "y * 2"))
+    with pytest.raises(ValueError, match="'triple' does not apply to grpo.py:\n  found 0 times"):
+        experiments.code(tmp_path / "copy", "triple")
+
+
+def test_a_hunk_matches_whole_lines(readme):
+    [(file, hunks)] = experiments.diffs(README).values()
+    source, reasons = experiments.apply_hunks(SOURCE, hunks)
+    assert file == "code.py" and not reasons
+    changed = SOURCE.replace("2 * y", "3 * y").replace("first(x):\n", "first(x):\n    print(x)\n")
+    assert source == changed
+    _, reasons = experiments.apply_hunks("if x:\n    return y\n", [("return y\n", "return x\n")])
+    assert reasons == ["found 0 times: return y"]
+
+
+def test_the_command_renews_the_readme_and_names_what_it_cannot(readme, monkeypatch):
+    monkeypatch.setattr(experiments, "ROOT", readme.parent)
+    experiments.main(["readme"])
+    assert "code.py#L6" in readme.read_text()
+    readme.write_text(readme.read_text().replace("return 2`", "return 5`"))
+    with pytest.raises(SystemExit, match="return 5"):
+        experiments.main(["readme"])

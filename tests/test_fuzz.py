@@ -1,7 +1,7 @@
-"""Thousands of bad inputs: no exception but the documented ones, no reward that was not earned.
+"""Fuzzing: bad inputs raise only the documented exceptions, and wrong answers are never rewarded.
 
-Time is bounded by the limits on length and depth in tasks.py, not by a clock. A few hundred inputs
-of each kind here, thousands behind `pytest -m slow`.
+The time for an input is bounded by the limits on length and depth in tasks.py, so that no test
+needs a timeout. Each test tries a few hundred inputs, and thousands with `pytest -m slow`.
 """
 
 import ast
@@ -21,21 +21,21 @@ import model as models
 import tasks
 from tasks import APIGen, Countdown, CountdownProblem, TinyCountdown
 
-AMOUNTS = [200, pytest.param(5_000, marks=pytest.mark.slow)]
-
+NUM_INPUTS = [200, pytest.param(5_000, marks=pytest.mark.slow)]
 
 COUNTDOWN_REASONS = {"correct", "wrong_value", "wrong_numbers", "malformed", "no_answer"}
 APIGEN_REASONS = COUNTDOWN_REASONS - {"wrong_value", "wrong_numbers"}
 APIGEN_REASONS |= {"wrong_arguments", "wrong_tool", "wrong_count"}
 
 
-def fuzz(amount: int, check, *strategies) -> None:
-    quiet = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    settings(max_examples=amount, **quiet)(given(*strategies)(check))()
+def fuzz(num_inputs: int, check, *strategies) -> None:
+    """Call `check` with inputs that hypothesis draws from the strategies."""
+    options = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    settings(max_examples=num_inputs, **options)(given(*strategies)(check))()
 
 
 def pieces(*words: str):
-    """Texts out of words that mean something, and of anything else."""
+    """A strategy for texts that mix meaningful words with arbitrary characters."""
     return st.lists(st.sampled_from(words) | st.text(max_size=3), max_size=40).map("".join)
 
 
@@ -45,8 +45,8 @@ EXPRESSIONS = pieces(
 )  # fmt: skip
 
 
-def computed(text: str) -> Fraction:
-    """The value of an expression by Python's own parser, as fractions."""
+def exact_value(text: str) -> Fraction:
+    """The exact value of an expression, according to Python's own parser."""
 
     def value(node) -> Fraction:
         match node:
@@ -56,42 +56,41 @@ def computed(text: str) -> Fraction:
                 return -value(operand)
             case ast.BinOp(left=left, op=op, right=right):
                 a, b = value(left), value(right)
-                known = {ast.Add: a + b, ast.Sub: a - b, ast.Mult: a * b}
-                return known[type(op)] if type(op) in known else a / b
+                results = {ast.Add: a + b, ast.Sub: a - b, ast.Mult: a * b}
+                return results[type(op)] if type(op) in results else a / b
         raise AssertionError(f"{ast.dump(node)} was rewarded")
 
     return value(ast.parse(text, mode="eval").body)
 
 
-@pytest.mark.parametrize("amount", AMOUNTS)
-def test_countdown_rewards_solutions_alone(amount):
+@pytest.mark.parametrize("num_inputs", NUM_INPUTS)
+def test_countdown_rewards_nothing_but_solutions(num_inputs):
     problem, rewarded = CountdownProblem(0, (6, 10, 2), 32), []
 
     def check(before, inside, after):
         completion = f"{before}<answer>{inside}</answer>{after}"
-        for kind in (Countdown, TinyCountdown):
-            verdict = kind().verify(problem, completion)
+        for task in (Countdown(), TinyCountdown()):
+            verdict = task.verify(problem, completion)
             assert verdict.reason in COUNTDOWN_REASONS
             assert verdict.correct == (verdict.reason == "correct")
         if verdict.correct:
             answer = completion.rpartition("</answer>")[0].rpartition("<answer>")[2].strip()
             answer = re.sub(r"=\s*32$", "", answer).strip()
             assert set(answer) <= set(string.digits + "+-*/() \n\t")
-            assert computed(" ".join(answer.split())) == 32
+            assert exact_value(" ".join(answer.split())) == 32
             assert sorted(map(int, re.findall("[0-9]+", answer))) == [2, 6, 10]
             rewarded.append(answer)
 
-    terms = st.permutations(["6", "10", "2"])
-    sums = st.builds(
-        lambda n, a, b: f"({n[0]}{a}{n[1]}){b}{n[2]}",
-        terms, st.sampled_from("+-"), st.sampled_from("*/"),
+    likely_answers = st.builds(
+        lambda numbers, first, last: f"({numbers[0]}{first}{numbers[1]}){last}{numbers[2]}",
+        st.permutations(["6", "10", "2"]), st.sampled_from("+-"), st.sampled_from("*/"),
     )  # fmt: skip
-    fuzz(amount, check, EXPRESSIONS, EXPRESSIONS | sums, EXPRESSIONS)
-    assert rewarded  # or nothing was tried
+    fuzz(num_inputs, check, EXPRESSIONS, EXPRESSIONS | likely_answers, EXPRESSIONS)
+    assert rewarded  # otherwise the inputs were too bad to test anything
 
 
-@pytest.mark.parametrize("amount", AMOUNTS)
-def test_an_expression_is_its_value_or_refused(amount):
+@pytest.mark.parametrize("num_inputs", NUM_INPUTS)
+def test_an_expression_has_the_right_value_or_is_refused(num_inputs):
     def check(text):
         try:
             value, literals = tasks.parse_expression(text)
@@ -99,9 +98,9 @@ def test_an_expression_is_its_value_or_refused(amount):
             return
         assert literals == list(map(int, re.findall("[0-9]+", text)))
         if value is not None:
-            assert computed(" ".join(text.split())) == value
+            assert exact_value(" ".join(text.split())) == value
 
-    fuzz(amount, check, EXPRESSIONS)
+    fuzz(num_inputs, check, EXPRESSIONS)
 
 
 VALUES = st.recursive(
@@ -116,82 +115,86 @@ CALLS = pieces(
 )  # fmt: skip
 
 
-def strict(value) -> str:
-    """A JSON value written so that equal texts are equal values: 1 is not true, nor "1"; 1.0 is."""
+def canonical(value) -> str:
+    """A text for a JSON value, such that values are equal if and only if their texts are equal: 1
+    equals 1.0, but neither true nor "1"."""
     if isinstance(value, dict):
-        value = [f"{key!r}:{strict(each)}" for key, each in sorted(value.items())]
-        return "{" + ",".join(value) + "}"
+        items = [f"{key!r}:{canonical(item)}" for key, item in sorted(value.items())]
+        return "{" + ",".join(items) + "}"
     if isinstance(value, list):
-        return f"[{','.join(map(strict, value))}]"
+        return f"[{','.join(map(canonical, value))}]"
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return repr(value)
 
 
-@pytest.mark.parametrize("amount", AMOUNTS)
-def test_apigen_rewards_the_labelled_calls_alone(amount):
-    wanted = [{"name": "add", "arguments": {"a": 1, "b": [True, "x"]}}]
-    problem = tasks.APIGenProblem(0, "?", json.dumps(wanted), "[]")
+@pytest.mark.parametrize("num_inputs", NUM_INPUTS)
+def test_apigen_rewards_nothing_but_the_ground_truth(num_inputs):
+    expected_calls = [{"name": "add", "arguments": {"a": 1, "b": [True, "x"]}}]
+    problem = tasks.APIGenProblem(0, "?", json.dumps(expected_calls), "[]")
     rewarded = []
 
-    def check(before, arguments, wrap, after):
+    def check(before, arguments, wrapper, after):
         calls = [{"name": "add", "arguments": arguments}]
-        completion = before + wrap.replace("@", json.dumps(calls)) + after
+        completion = before + wrapper.replace("@", json.dumps(calls)) + after
         verdict = APIGen().verify(problem, completion)
         assert verdict.reason in APIGEN_REASONS
         if verdict.correct:
             if before == after == "":
-                assert strict(calls) == strict(wanted)
-            found = re.findall(r'\{"name": "add", "arguments": (.*?\})\}', completion)
-            assert strict(wanted[0]["arguments"]) in [strict(json.loads(text)) for text in found]
+                assert canonical(calls) == canonical(expected_calls)
+            texts = re.findall(r'\{"name": "add", "arguments": (.*?\})\}', completion)
+            expected_arguments = canonical(expected_calls[0]["arguments"])
+            assert expected_arguments in [canonical(json.loads(text)) for text in texts]
             rewarded.append(completion)
 
     a, b = st.sampled_from([1, 1.0, True, "1", 2, None]), st.sampled_from([[True, "x"], [1, "x"]])
-    near = st.fixed_dictionaries({"a": a, "b": b})
-    wraps = st.sampled_from(["@", "```json\n@\n```", "Sure: @", "<tool_call>@</tool_call>"])
-    nothing = st.just("")
-    fuzz(amount, check, nothing | CALLS, near | VALUES, wraps, nothing | CALLS)
+    similar_arguments = st.fixed_dictionaries({"a": a, "b": b})
+    wrappers = st.sampled_from(["@", "```json\n@\n```", "Sure: @", "<tool_call>@</tool_call>"])
+    surroundings = st.just("") | CALLS
+    fuzz(num_inputs, check, surroundings, similar_arguments | VALUES, wrappers, surroundings)
     assert rewarded
 
 
-@pytest.mark.parametrize("amount", AMOUNTS)
-def test_data_files_are_read_or_refused_by_record(amount, tmp_path):
-    good = json.dumps(asdict(DrawnAPIGen().load(split="dev", limit=1)[0]))
-    count = json.dumps({"nums": [6, 10, 2], "target": 32})
-    words = pieces(
-        good, count, "\n", *'[]{},:"', '"id"', "null", "1e999", "[" * 2_000, '{"nums": 7}',
-        '{"query": "", "answers": "[]", "tools": "[]"}', '{"numbers": [1], "target": 1}',
+@pytest.mark.parametrize("num_inputs", NUM_INPUTS)
+def test_data_files_are_read_or_refused_by_record(num_inputs, tmp_path):
+    apigen_record = json.dumps(asdict(DrawnAPIGen().load(split="dev", limit=1)[0]))
+    countdown_record = json.dumps({"nums": [6, 10, 2], "target": 32})
+    texts = pieces(
+        apigen_record, countdown_record, "\n", *'[]{},:"', '"id"', "null", "1e999", "[" * 2_000,
+        '{"query": "", "answers": "[]", "tools": "[]"}',
+        '{"nums": 7}', '{"numbers": [1], "target": 1}',
         '{"answers": "{}", "query": 1, "tools": []}', "\ufeff", "\\ud800",
         '{"query": "\\ud800", "answers": "[]", "tools": "[]"}',
     )  # fmt: skip
 
-    def one_value(path) -> bool:
-        """Whether a file is a single JSON list, or not even text."""
+    def is_single_value(path) -> bool:
+        """Whether a file is a single JSON list, or not valid UTF-8."""
         try:
             return path.read_text(encoding="utf-8").strip().startswith("[")
         except UnicodeDecodeError:
             return True
 
     def check(text, cut):
-        for kind in (Countdown, APIGen):
+        for task in (Countdown(), APIGen()):
             path = tmp_path / f"data.{'json' if cut % 2 else 'jsonl'}"
             path.write_bytes(text.encode(errors="surrogatepass")[: len(text) - cut % 9])
             try:
-                problems = kind().load(str(path), "all")
+                problems = task.load(str(path), "all")
             except ValueError as error:
-                place = "(, record [0-9]+)?" if one_value(path) else ", record [0-9]+"
-                said = rf"{path}({place}: \S| leaves no problems)"
-                assert re.match(said, str(error)) and "\n" not in str(error), error
+                record = "(, record [0-9]+)?" if is_single_value(path) else ", record [0-9]+"
+                message = rf"{path}({record}: \S| contains no problems)"
+                assert re.match(message, str(error)) and "\n" not in str(error), error
                 continue
-            for problem in problems:  # what the model reads is Unicode
-                json.dumps(kind().messages(problem), ensure_ascii=False).encode()
-                assert not kind().verify(problem, "").correct or problem.answers == "[]"
+            for problem in problems:
+                # The prompt is valid Unicode.
+                json.dumps(task.messages(problem), ensure_ascii=False).encode()
+                assert not task.verify(problem, "").correct or problem.answers == "[]"
 
-    fuzz(amount, check, words, st.integers(0, 100))
+    fuzz(num_inputs, check, texts, st.integers(0, 100))
 
 
-@pytest.mark.parametrize("amount", AMOUNTS)
-def test_templates_render_or_refuse(amount, tiny):
+@pytest.mark.parametrize("num_inputs", NUM_INPUTS)
+def test_templates_render_or_refuse(num_inputs, tiny):
     """Any template with any conversation, and any tools: a text, or a ValueError."""
     words = pieces(
         "{{", "}}", "{%", "%}", " for m in messages ", " endfor ", " if tools ", " endif ", "m",
@@ -217,18 +220,23 @@ def test_templates_render_or_refuse(amount, tiny):
 
     roles = st.sampled_from(["user", "assistant", "system", "tool"]) | st.text(max_size=4)
     fuzz(
-        amount, check, words, roles, st.text(max_size=20), st.none() | st.lists(VALUES, max_size=2)
+        num_inputs,
+        check,
+        words,
+        roles,
+        st.text(max_size=20),
+        st.none() | st.lists(VALUES, max_size=2),
     )
 
     def shown(content):  # the tiny model's own template, whatever is said
         text = tiny[1].render([{"role": "user", "content": content}])
         assert content in text and text.endswith("<|assistant|>")
 
-    fuzz(amount, shown, st.text(max_size=60))
+    fuzz(num_inputs, shown, st.text(max_size=60))
 
 
-@pytest.mark.parametrize("amount", AMOUNTS)
-def test_safetensors_load_or_refuse(amount, folder):
+@pytest.mark.parametrize("num_inputs", NUM_INPUTS)
+def test_safetensors_load_or_refuse(num_inputs, folder):
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -246,4 +254,4 @@ def test_safetensors_load_or_refuse(amount, folder):
         assert length == 0 and sum(p.numel() for p in model.parameters()) > 0
 
     edits = st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), max_size=4)
-    fuzz(amount, check, edits, st.sampled_from([0, 0, 0, 1, 100]), st.booleans())
+    fuzz(num_inputs, check, edits, st.sampled_from([0, 0, 0, 1, 100]), st.booleans())

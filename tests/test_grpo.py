@@ -1,5 +1,5 @@
-"""The method: advantages, mask, loss and gradient against the textbook; the optimizer; checkpoints;
-the rollout. (Invariants 2, 3, 4 and 6.)"""
+"""The method: advantages, mask, loss and gradient equal the textbook's; the optimizer; the rollout;
+checkpoints. (Invariants 2, 3, 4 and 6.)"""
 
 import copy
 import doctest
@@ -19,14 +19,26 @@ from torch import Tensor
 
 import grpo
 import model as models
-from grpo import Agent, Config, MasterAdamW, group_advantages, grpo_loss, token_logprobs
+from grpo import (
+    Agent,
+    Conversation,
+    FailureStream,
+    MasterAdamW,
+    TrainConfig,
+    Turn,
+    group_advantages,
+    grpo_loss,
+    token_logprobs,
+    token_weights,
+    training_rows,
+)
 from tasks import Verdict
 
-LONGEST = 24  # the longest turn of prepared conversations
-LOSSES = ("dapo", "grpo", "dr_grpo")
+MAX_NEW_TOKENS = 24  # of prepared conversations
+LOSS_TYPES = ("dapo", "grpo", "dr_grpo")
 
 
-def apart(one: Tensor, other: Tensor) -> float:
+def relative_error(one: Tensor, other: Tensor) -> float:
     """The relative difference of two tensors."""
     return ((one - other).norm() / other.norm()).item()
 
@@ -78,25 +90,33 @@ def draw_groups(
     return groups
 
 
-def converse(groups: list[list[Row]], rewards: list[list[float]], scale: bool = True):
-    """Conversations with these rewards; the rows get the textbook's advantages."""
+def conversations_of(
+    groups: list[list[Row]], rewards: list[list[float]], scale: bool = True
+) -> list[list[Conversation]]:
+    """Groups of conversations with these rewards; the rows get the textbook's advantages."""
     conversations = []
-    for number, (group, values) in enumerate(zip(groups, rewards, strict=True)):
-        for row, A, r in zip(group, textbook.advantages(values, scale), values, strict=True):
+    for p, (group, values) in enumerate(zip(groups, rewards, strict=True)):
+        for row, A in zip(group, textbook.advantages(values, scale), strict=True):
             row.advantage = A
-            conversations.append(conversation(number, row, correct=r == 1))
+        pairs = enumerate(zip(group, values, strict=True))
+        conversations.append([conversation(p, row, reward == 1, g) for g, (row, reward) in pairs])
     return conversations
 
 
+def failures_of(groups: list[list[Conversation]]) -> list[Conversation]:
+    """What a prepared step draws: as many failures as it has groups."""
+    return [group[0] for group in groups]
+
+
 def mixed(P: int, G: int, seed: int = 0) -> list[list[float]]:
-    """Rewards of P groups, in each of which some are right and some are wrong."""
+    """Rewards of P groups, each of which has both rewards."""
     rewards = torch.randint(0, 2, (P, G), generator=torch.Generator().manual_seed(seed)).float()
     rewards[:, 0], rewards[:, -1] = 1, 0
     return rewards.tolist()
 
 
-def rows_of(groups: list[list[Row]]) -> list[Row]:
-    return [row for group in groups for row in group]
+def flat(groups: list[list]) -> list:
+    return [item for group in groups for item in group]
 
 
 # -- Advantages and loss ---------------------------------------------------------------------------
@@ -104,7 +124,7 @@ def rows_of(groups: list[list[Row]]) -> list[Row]:
 
 def test_worked_examples_in_docstrings():
     found = doctest.testmod(grpo, extraglobs={"torch": torch})
-    assert found.attempted >= 1 and found.failed == 0
+    assert found.attempted >= 2 and found.failed == 0
 
 
 def test_advantages_are_the_formula_and_exactly_zero_in_equal_groups():
@@ -121,22 +141,22 @@ def test_advantages_are_the_formula_and_exactly_zero_in_equal_groups():
 
 
 @pytest.mark.parametrize("scale", [True, False])
-@pytest.mark.parametrize("epsilon", [1e-4, 0.1])
-def test_advantages_are_the_textbooks_group_by_group(scale, epsilon):
+@pytest.mark.parametrize("delta", [1e-4, 0.1])
+def test_advantages_are_the_textbooks_group_by_group(scale, delta):
     for G in range(2, 9):
         rewards = mixed(5, G, seed=G)
-        found = group_advantages(torch.tensor(rewards), epsilon, scale)
+        found = group_advantages(torch.tensor(rewards), delta, scale)
         for A, group in zip(found.tolist(), rewards, strict=True):
-            assert pytest.approx(A, rel=1e-5) == textbook.advantages(group, scale, epsilon)
+            assert pytest.approx(A, rel=1e-5) == textbook.advantages(group, scale, delta)
 
 
 LENGTHS = (3, 1, 7, 5)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("beta, clip", [(0.0, 0.2), (0.3, 0.2), (0.3, 0.1)])
-def test_the_loss_equals_the_textbook_in_float64(loss, beta, clip):
-    """Value and gradient; the normalizer is taken from the mask, or given."""
+def test_the_loss_equals_the_textbook_in_float64(loss_type, beta, clip):
+    """Value and gradient, also if the step is split into two halves with the step's weights."""
     rng = torch.Generator().manual_seed(0)
     new, old, ref = torch.randn(3, 4, 8, generator=rng, dtype=torch.float64)
     A = torch.randn(4, generator=rng, dtype=torch.float64)
@@ -147,35 +167,38 @@ def test_the_loss_equals_the_textbook_in_float64(loss, beta, clip):
     for row, length in enumerate(LENGTHS):
         values = (x[row][mask[row]].tolist() for x in (old, ref))
         rows.append(Row([], [0] * length, *values, A[row].item()))
-    c = Config(loss_type=loss, beta=beta, clip=clip)
+    config = TrainConfig(loss_type=loss_type, beta=beta, clip=clip)
     now = [free[row][mask[row]] for row in range(4)]
     assert 0.35 < textbook.clipped(rows, now, clip) < 0.65
-    wanted = textbook.textbook_loss(rows, now, c, max_new_tokens=8)
+    wanted = textbook.textbook_loss(rows, now, config, max_new_tokens=8)
     [gradient] = torch.autograd.grad(wanted, free)
-    normalizer = {"dapo": sum(LENGTHS), "grpo": 4, "dr_grpo": 4 * 8}[loss]
-    for given, share in ((None, 1), (normalizer, 1), (3 * normalizer, 3)):
+    w = token_weights(torch.tensor([LENGTHS]), loss_type, max_length=8)[0]
+    for parts in ([slice(0, 4)], [slice(0, 1), slice(1, 4)]):
         own = new.clone().requires_grad_()
-        value = grpo_loss(own, old, ref if beta else None, A, mask, clip, beta, loss, given)
+        value = sum(
+            grpo_loss(
+                own[i], old[i], ref[i] if beta else None, A[i], mask[i], w[i], clip=clip, beta=beta
+            )
+            for i in parts
+        )
         value.backward()
-        assert share * value.item() == pytest.approx(wanted.item(), rel=1e-12)
-        assert apart(share * own.grad, gradient) < 1e-12
+        assert value.item() == pytest.approx(wanted.item(), rel=1e-12)
+        assert relative_error(own.grad, gradient) < 1e-12
 
 
 def test_the_papers_values_are_the_defaults():
     rng = torch.Generator().manual_seed(0)
     new, old, ref = torch.randn(3, 4, 8, generator=rng)
-    A, mask = torch.randn(4, generator=rng), torch.ones(4, 8, dtype=torch.bool)
-    plain = grpo_loss(new, old, ref, A, mask)
-    assert plain == grpo_loss(new, old, ref, A, mask, clip=0.2, beta=0.001, loss_type="dapo")
-    c = Config()
-    assert (c.clip, c.beta, c.loss_type, c.lr, c.warmup) == (0.2, 0.001, "dapo", 5e-7, 0.03)
-    assert (c.steps, c.batch_size, c.group_size, c.max_grad_norm, c.scale_advantages) == (
-        1750,
-        256,
-        8,
-        1.0,
-        True,
+    A, mask = torch.randn(4, generator=rng), torch.randn(4, 8, generator=rng) > 0
+    w = token_weights(mask.sum(dim=1)[None], "dapo", max_length=8)[0].float()
+    assert grpo_loss(new, old, ref, A, mask).item() == pytest.approx(
+        grpo_loss(new, old, ref, A, mask, w, clip=0.2, beta=0.001).item(), rel=1e-6
     )
+    config = TrainConfig()
+    assert (config.clip, config.beta, config.loss_type) == (0.2, 0.001, "dapo")
+    assert (config.lr, config.warmup, config.max_grad_norm) == (5e-7, 0.03, 1.0)
+    assert (config.steps, config.batch_size, config.group_size) == (1750, 256, 8)
+    assert config.scale_advantages and config.updates == 1
 
 
 def test_clip_takes_the_worse_of_both_for_both_signs():
@@ -183,9 +206,8 @@ def test_clip_takes_the_worse_of_both_for_both_signs():
     for A, ratio, flows in ((1, 1.5, False), (1, 0.5, True), (-1, 0.5, False), (-1, 1.5, True)):
         logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
         old = torch.zeros(1, 1)
-        loss = grpo_loss(
-            logprobs, old, None, torch.tensor([float(A)]), torch.ones(1, 1).bool(), beta=0.0
-        )
+        advantages, mask = torch.tensor([float(A)]), torch.ones(1, 1).bool()
+        loss = grpo_loss(logprobs, old, None, advantages, mask, beta=0.0)
         loss.backward()
         assert (logprobs.grad.abs().item() > 0) == flows
         bounded = min(max(ratio, 0.8), 1.2)
@@ -193,10 +215,13 @@ def test_clip_takes_the_worse_of_both_for_both_signs():
 
 
 def test_k3_is_the_formula_also_where_the_models_hardly_differ():
+    def k3(d: Tensor) -> Tensor:
+        return grpo.kl_k3(torch.zeros_like(d), d, torch.ones_like(d).bool())
+
     for d in (-3.0, -0.1, 0.0, 0.1, 3.0):
-        assert grpo.k3(torch.tensor(d)).item() == pytest.approx(math.exp(d) - 1 - d, abs=1e-6)
+        assert k3(torch.tensor(d)).item() == pytest.approx(math.exp(d) - 1 - d, abs=1e-6)
     small = torch.tensor([-1e-3, 1e-3, 2e-3])  # exp(d) - 1 in float32 would leave four digits
-    assert torch.allclose(grpo.k3(small), small**2 / 2, rtol=2e-3, atol=0)
+    assert torch.allclose(k3(small), small**2 / 2, rtol=2e-3, atol=0)
 
 
 def test_nothing_outside_the_mask_is_trained():
@@ -206,16 +231,17 @@ def test_nothing_outside_the_mask_is_trained():
     mask = torch.zeros(3, 7, dtype=torch.bool)
     mask[0, 2:4] = mask[1, 1:7] = mask[2, 6] = True
     A = torch.randn(3, generator=rng)
-    for loss in LOSSES:
+    for loss_type in LOSS_TYPES:
+        w = token_weights(mask.sum(dim=1)[None], loss_type, max_length=7)[0].float()
         free = logprobs.clone().requires_grad_(True)
-        value = grpo_loss(free, old, ref, A, mask, loss_type=loss)
+        value = grpo_loss(free, old, ref, A, mask, w)
         value.backward()
         assert (free.grad[~mask] == 0).all() and (free.grad[mask] != 0).any()
         wild = torch.where(mask, logprobs, torch.randn(3, 7, generator=rng) * 500)
         wild.requires_grad_(True)
-        again = grpo_loss(wild, old, ref, A, mask, loss_type=loss)
-        again.backward()
-        assert again.item() == value.item() and torch.equal(wild.grad, free.grad)
+        other = grpo_loss(wild, old, ref, A, mask, w)
+        other.backward()
+        assert other.item() == value.item() and torch.equal(wild.grad, free.grad)
     inside = logprobs.clone()
     inside[0, 2] += 0.1
     assert grpo_loss(inside, old, ref, A, mask) != grpo_loss(logprobs, old, ref, A, mask)
@@ -225,13 +251,42 @@ def test_nothing_outside_the_mask_is_trained():
 
 
 def test_the_mask_is_by_position():
-    """The end of turn, 0, is trained where the model wrote it; padding, also 0, is not."""
+    """The end-of-turn token, 0, is trained where the model wrote it; padding, also 0, is not."""
     context, turns = [5, 0, 7], ([8, 9, 0], [8, 0], [0])
     rows = [Row(context, turn, [-1.0 - t for t in range(len(turn))], None, 0.0) for turn in turns]
-    ids, mask, old = grpo.reflection_rows([conversation(0, row, correct=False) for row in rows])
-    assert ids.tolist() == [[5, 0, 7, 8, 9, 0], [5, 0, 7, 8, 0, 0], [5, 0, 7, 0, 0, 0]]
-    assert mask.int().tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0]]
-    assert old.tolist() == [[0, 0, 0, -1, -2, -3], [0, 0, 0, -1, -2, 0], [0, 0, 0, -1, 0, 0]]
+    found = training_rows([conversation(0, row, correct=False) for row in rows])
+    assert found.context == context and found.branches == [*turns]
+    assert found.targets.tolist() == [[8, 9, 0], [8, 0, 0], [0, 0, 0]]
+    assert found.mask.int().tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    assert found.old_logprobs.tolist() == [[-1, -2, -3], [-1, -2, 0], [-1, 0, 0]]
+
+
+class ReflectionAndRetryTrained(Conversation):
+    def trained_turns(self):
+        return [self.reflection, self.retry]
+
+
+def test_two_trained_turns_are_one_branch_with_a_gap(exact):
+    """What the user says between them is read and not trained. The reflection's end-of-turn token
+    is the one that the model sampled (2), also where the template writes another one (0)."""
+    context = [5, 1, 7]
+    reflections, retries = ([8, 9, 2], [8, 2]), ([4, 2], [6, 3, 2])
+    group, plain = [], []
+    for reflection, retry in zip(reflections, retries, strict=True):
+        c = conversation(0, Row(context, reflection, [-1.0] * len(reflection), None, 0.0), True)
+        prompt = context + reflection[:-1] + [0, 11, 12]
+        c.retry = Turn(prompt, retry, truncated=False, logprobs=[-2.0] * len(retry))
+        group.append(ReflectionAndRetryTrained(**vars(c)))
+        plain.append(textbook.logprobs(exact, context, reflection))
+        plain.append(textbook.logprobs(exact, prompt, retry))
+    rows = training_rows(group)
+    assert rows.branches == [[8, 9, 0, 11, 12, 4, 2], [8, 0, 11, 12, 6, 3, 2]]
+    assert rows.targets.tolist() == [[8, 9, 2, 0, 0, 4, 2], [8, 2, 0, 0, 6, 3, 2]]
+    assert rows.mask.int().tolist() == [[1, 1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1, 1]]
+    assert rows.old_logprobs.tolist() == [[-1, -1, -1, 0, 0, -2, -2], [-1, -1, 0, 0, -2, -2, -2]]
+    found = token_logprobs(exact, rows)
+    assert relative_error(found[rows.mask], torch.cat(plain)) < 1e-9
+    assert (found[~rows.mask] == 0).all()
 
 
 SIZES = [(30, 1, 2), (9, 7, 3), (40, 12, 8), (1, 20, 5), (17, 40, 2)]
@@ -242,12 +297,13 @@ SIZES = [(30, 1, 2), (9, 7, 3), (40, 12, 8), (1, 20, 5), (17, 40, 2)]
 def test_the_packed_row_is_one_row_per_reflection(
     exact, monkeypatch, context, longest, G, temperature
 ):
-    """Invariant 4: the same log-probabilities and gradients, to 1e-9 in float64; also with layers
-    computed twice, and with the head in several parts."""
+    """Invariant 4: the same log-probabilities and gradients, to 1e-9 in float64; also with gradient
+    checkpointing, and with the logits computed in chunks."""
     [group] = draw_groups(exact, [(context, longest)], G)
-    ids, mask, _ = grpo.reflection_rows(converse([group], [[1.0] + [0.0] * (G - 1)]))
+    [conversations] = conversations_of([group], [[1.0] + [0.0] * (G - 1)])
+    rows = training_rows(conversations)
     exact.zero_grad(set_to_none=True)
-    plain, weigh = [], torch.randn(mask.shape, dtype=torch.float64)
+    plain, weigh, mask = [], torch.randn(rows.mask.shape, dtype=torch.float64), rows.mask
     for row in group:
         plain.append(textbook.logprobs(exact, row.context, row.reflection, temperature))
     (torch.cat(plain) * weigh[mask]).sum().backward()
@@ -256,61 +312,50 @@ def test_the_packed_row_is_one_row_per_reflection(
         monkeypatch.setattr(grpo, "MAX_LOGITS", logits)
         exact.gradient_checkpointing = checkpointing
         exact.zero_grad(set_to_none=True)
-        new = token_logprobs(exact, ids, mask, temperature)
+        new = token_logprobs(exact, rows, temperature)
         assert new.shape == mask.shape and (new[~mask] == 0).all()
-        assert apart(new[mask], torch.cat(plain)) < 1e-9
+        assert relative_error(new[mask], torch.cat(plain)) < 1e-9
         (new * weigh).sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in exact.parameters()])
-        assert apart(gradient, wanted) < 1e-9
+        assert relative_error(gradient, wanted) < 1e-9
 
 
-def test_any_mask_after_the_context_is_scored(exact):
-    """Rows whose trained tokens begin late, have gaps, or end early; and what follows is unread."""
+def test_any_mask_is_computed(exact):
+    """Trained tokens may begin late, have gaps, and end early."""
     [group] = draw_groups(exact, [(6, 9)], 4)
     for row in group:
         row.reflection, row.old = (row.reflection * 9)[:9], [0.0] * 9
-    ids, _, _ = grpo.reflection_rows(converse([group], [[1.0, 0, 0, 0]]))
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    mask[0, 6:9] = mask[1, 10:15] = mask[2, [7, 9, 12]] = mask[3, 14] = True
-    found = token_logprobs(exact, ids, mask)
-    for row, values, marks in zip(group, found, mask[:, 6:], strict=True):
+    rows = training_rows(conversations_of([group], [[1.0, 0, 0, 0]])[0])
+    mask = torch.zeros_like(rows.mask)
+    mask[0, 0:3] = mask[1, 4:9] = mask[2, [1, 3, 6]] = mask[3, 8] = True
+    found = token_logprobs(exact, rows._replace(mask=mask))
+    for row, values, marks in zip(group, found, mask, strict=True):
         wanted = textbook.logprobs(exact, row.context, row.reflection)
-        assert apart(values[6:][marks], wanted[marks]) < 1e-9
-    other = ids.clone()
-    other[0, 9:] = 3  # after the row's last trained token: padding
-    again = token_logprobs(exact, other, mask)
-    assert torch.equal(found, again)
+        assert relative_error(values[marks], wanted[marks]) < 1e-9
 
 
-def test_the_head_is_never_whole_where_it_is_in_parts(tiny, monkeypatch):
-    """The logits that exist at once are no more than MAX_LOGITS, for each part of the tokens."""
+def test_the_logits_of_one_chunk_exist_at_a_time(tiny, monkeypatch):
     model, sizes = tiny[0], []
     [group] = draw_groups(model, [(5, 12)], 4)
-    ids, mask, _ = grpo.reflection_rows(converse([group], mixed(1, 4)))
+    rows = training_rows(conversations_of([group], mixed(1, 4))[0])
     head = model.head
     model.head = lambda hidden: sizes.append(len(hidden)) or head(hidden)
     monkeypatch.setattr(grpo, "MAX_LOGITS", 10 * model.vocab_size + 5)
-    new = token_logprobs(model, ids, mask)
-    assert sum(sizes) == mask.sum() and max(sizes) == 10
+    new = token_logprobs(model, rows)
+    assert sum(sizes) == rows.mask.sum() and max(sizes) == 10
     new.sum().backward()
-    assert sum(sizes) == 2 * mask.sum()  # computed anew in the backward pass, not stored
+    assert sum(sizes) == 2 * rows.mask.sum()  # computed again in the backward pass, not stored
     with torch.no_grad():
-        token_logprobs(model, ids, mask)
-    assert sum(sizes) == 3 * mask.sum()
+        token_logprobs(model, rows)
+    assert sum(sizes) == 3 * rows.mask.sum()
 
 
-def test_rows_that_cannot_be_packed_are_refused(tiny):
-    ids, mask = torch.ones(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.bool)
-    mask[0, 3:] = mask[1, 4:] = True
-    token_logprobs(tiny[0], ids, mask)
-    for row, column in ((0, 0), (1, 2)):
-        other = ids.clone()
-        other[row, column] = 2
-        with pytest.raises(ValueError, match="rows need a trained token"):
-            token_logprobs(tiny[0], other, mask)
-    mask[1, 0] = True
-    with pytest.raises(ValueError, match="rows need a trained token"):
-        token_logprobs(tiny[0], ids, mask)
+def test_conversations_without_a_common_context_are_refused():
+    group = [conversation(0, Row([1, 2, 3], [4], [-1.0], None, 0.0), True) for _ in range(2)]
+    assert training_rows(group).context == [1, 2, 3]
+    group[1].reflection = Turn([9, 2, 3], [4], truncated=False, logprobs=[-1.0])
+    with pytest.raises(ValueError, match="must begin with the same context"):
+        training_rows(group)
 
 
 # -- A whole step ----------------------------------------------------------------------------------
@@ -319,132 +364,167 @@ GROUPS = [(40, 12), (3, 20), (17, 1), (25, 6), (9, 9)]
 KINDS = [(0.0, 1.0, True), (0.3, 1.0, True), (0.3, 0.7, False)]
 
 
-def chat_of(tiny, task, temperature: float = 1.0) -> Agent:
-    return Agent(*tiny, task, max_new_tokens=LONGEST, temperature=temperature, seed=3)
+def agent_of(tiny, task, temperature: float = 1.0) -> Agent:
+    return Agent(*tiny, task, max_new_tokens=MAX_NEW_TOKENS, temperature=temperature, seed=3)
 
 
 def some_rewards(P: int, G: int, seed: int = 0) -> list[list[float]]:
-    """Groups with both rewards; but the third is all right, and the last is all wrong."""
+    """Groups with both rewards, except that the third has only ones and the last only zeros."""
     rewards = mixed(P, G, seed)
     rewards[2], rewards[-1] = [1.0] * G, [0.0] * G
     return rewards
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("beta, temperature, scale", KINDS)
 def test_a_step_equals_the_textbook(
-    exact, tiny, task, tmp_path, monkeypatch, loss, beta, temperature, scale
+    exact, tiny, task, tmp_path, monkeypatch, loss_type, beta, temperature, scale
 ):
     """Two steps of `train`: the gradient over all failures, and the loss, are the textbook's.
 
-    The masters' gradients are float32; the rest is float64.
+    The gradients of the masters are float32; the rest is float64.
     """
     reference = moved(exact) if beta else None
-    c = Config(
-        steps=2,
-        batch_size=5,
-        group_size=4,
-        loss_type=loss,
-        beta=beta,
-        scale_advantages=scale,
-        lr=1e-3,
-        clip=0.1,
-    )
-    c.checkpointing = temperature != 1.0
-    agent, drawn = chat_of((exact, tiny[1]), task, temperature), []
+    config = TrainConfig(
+        steps=2, batch_size=5, group_size=4, loss_type=loss_type, beta=beta,
+        scale_advantages=scale, lr=1e-3, clip=0.1, checkpointing=temperature != 1.0,
+    )  # fmt: skip
+    agent, rows, steps = agent_of((exact, tiny[1]), task, temperature), [], []
     for step in range(2):
         groups = draw_groups(exact, GROUPS, 4, step, temperature, reference)
-        drawn.append((rows_of(groups), converse(groups, some_rewards(5, 4, step), scale)))
-    gradients = prepare(monkeypatch, [conversations for _, conversations in drawn])
-    steps = grpo.train(agent, reference, drawn[0][1][::4], c, tmp_path)
-    assert next(steps) == (0, {})
+        steps.append(conversations_of(groups, some_rewards(5, 4, step), scale))
+        rows.append(flat(groups))
+    gradients = prepare(monkeypatch, steps)
+    training = grpo.train(agent, reference, failures_of(steps[0]), config, tmp_path)
+    assert next(training) == (0, {})
     before = weights(exact)
-    assert exact.gradient_checkpointing == c.checkpointing
-    for step, (rows, _) in enumerate(drawn):
-        value, wanted = textbook.textbook(exact, rows, c, LONGEST, temperature)
-        done, metrics = next(steps)
+    assert exact.gradient_checkpointing == config.checkpointing
+    for step in range(2):
+        value, wanted = textbook.textbook(exact, rows[step], config, MAX_NEW_TOKENS, temperature)
+        done, metrics = next(training)
         assert done == step + 1
-        assert apart(gradients[step], wanted) < 1e-6
+        assert relative_error(gradients[step], wanted) < 1e-6
         assert metrics["loss"] == pytest.approx(value, rel=1e-6, abs=1e-8)
         assert metrics["grad_norm"] == pytest.approx(wanted.norm().item(), rel=1e-5)
         assert 0.2 < metrics["clipped"] < 0.8
-    assert next(steps, None) is None
+    assert next(training, None) is None
     assert not torch.equal(before, weights(exact))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_several_updates_on_the_same_samples(exact, tiny, task, tmp_path, monkeypatch, beta):
+    """Each update has the textbook's gradient at the weights that the one before left, with the
+    log-probabilities of sampling time; and the learning rate is the step's."""
+    reference = moved(exact) if beta else None
+    groups = draw_groups(exact, GROUPS, 4, reference=reference, noise=0.1)
+    steps = [conversations_of(groups, some_rewards(5, 4))]
+    gradients = prepare(monkeypatch, steps)
+    config = TrainConfig(steps=1, batch_size=5, group_size=4, updates=3, beta=beta, lr=1e-2)
+    update, wanted = grpo.MasterAdamW.update, []
+
+    def update_after_the_textbook(optimizer, lr, max_grad_norm):
+        assert lr == 1e-2
+        wanted.append(textbook.textbook(exact, flat(groups), config, MAX_NEW_TOKENS)[1])
+        return update(optimizer, lr, max_grad_norm)
+
+    monkeypatch.setattr(grpo.MasterAdamW, "update", update_after_the_textbook)
+    agent = agent_of((exact, tiny[1]), task)
+    _, (_, metrics) = grpo.train(agent, reference, failures_of(steps[0]), config, tmp_path)
+    assert len(gradients) == len(wanted) == 3 and metrics["mismatch"] > 0.1
+    for gradient, expected in zip(gradients, wanted, strict=True):
+        assert relative_error(gradient, expected) < 1e-6
 
 
 def test_groups_of_equal_rewards_cost_nothing_without_kl(tiny, task, tmp_path, monkeypatch):
     model, computed = tiny[0], []
-    groups = draw_groups(model, GROUPS, 4, reference=model)
-    conversations = converse(groups, some_rewards(5, 4))
+    groups = conversations_of(draw_groups(model, GROUPS, 4, reference=model), some_rewards(5, 4))
     packed = grpo.token_logprobs
     monkeypatch.setattr(grpo, "token_logprobs", lambda *a: computed.append(a[0]) or packed(*a))
-    prepare(monkeypatch, [conversations])
+    prepare(monkeypatch, [groups])
+    monkeypatch.setattr(grpo, "check_outputs", lambda *_: None)
     reference = copy.deepcopy(model)
     for beta, times in ((0.0, {model: 3}), (0.3, {model: 5, reference: 5})):
         computed.clear()
-        c, folder = Config(steps=1, batch_size=5, group_size=4, beta=beta), tmp_path / str(beta)
-        for _ in grpo.train(
-            chat_of(tiny, task), reference if beta else None, conversations[::4], c, folder
-        ):
-            pass
+        config = TrainConfig(steps=1, batch_size=5, group_size=4, beta=beta)
+        training = grpo.train(
+            agent_of(tiny, task), reference if beta else None, failures_of(groups), config,
+            tmp_path / str(beta),
+        )  # fmt: skip
+        _, (_, metrics) = training
         assert {m: computed.count(m) for m in computed} == times
-    assert all(p.grad is None for p in reference.parameters())  # and has no gradient of its own
+        assert (metrics["sampled_groups"], metrics["trained_groups"]) == (5, times[model])
+    assert all(p.grad is None for p in reference.parameters())
 
 
 def test_a_step_of_equal_rewards_alone_changes_nothing(tiny, task, tmp_path, monkeypatch):
-    groups = draw_groups(tiny[0], GROUPS[:2], 3)
-    conversations = converse(groups, [[1.0] * 3, [0.0] * 3])
-    gradients = prepare(monkeypatch, [conversations])
+    groups = conversations_of(draw_groups(tiny[0], GROUPS[:2], 3), [[1.0] * 3, [0.0] * 3])
+    gradients = prepare(monkeypatch, [groups])
     before = weights(tiny[0])
-    c = Config(steps=1, batch_size=2, group_size=3, beta=0.0)
-    _, (_, metrics) = grpo.train(chat_of(tiny, task), None, conversations[::3], c, tmp_path)
+    config = TrainConfig(steps=1, batch_size=2, group_size=3, beta=0.0)
+    training = grpo.train(agent_of(tiny, task), None, failures_of(groups), config, tmp_path)
+    _, (_, metrics) = training
     assert (gradients[0] == 0).all() and torch.equal(weights(tiny[0]), before)
     assert (metrics["grad_norm"], metrics["loss"], metrics["mixed_groups"]) == (0, 0, 0)
 
 
+def test_a_step_without_any_group_changes_nothing(tiny, task, tmp_path, monkeypatch):
+    """A variant may drop all failures that it drew."""
+    monkeypatch.setattr(grpo, "rollout", lambda *_, **__: [])
+    before = weights(tiny[0])
+    failure = conversation(0, Row([1], [2], [-1.0], None, 0.0), False)
+    config = TrainConfig(steps=1, batch_size=2, group_size=3, beta=0.0)
+    _, (_, metrics) = grpo.train(agent_of(tiny, task), None, [failure], config, tmp_path)
+    assert torch.equal(weights(tiny[0]), before)
+    assert metrics["sampled_groups"] == metrics["trained_groups"] == metrics["grad_norm"] == 0
+
+
 def test_metrics_are_means_over_the_trained_tokens(tiny, task, tmp_path, monkeypatch):
     model, reference = tiny[0], moved(tiny[0])
-    groups = draw_groups(model, GROUPS, 4, temperature=0.8, reference=reference)
-    conversations = converse(groups, mixed(5, 4))
-    conversations[1].truncated = conversations[2].truncated = True
-    rewards = [float(t.retry_verdict.correct and not t.truncated) for t in conversations]
-    for p, group in enumerate(groups):
-        for row, A in zip(group, textbook.advantages(rewards[4 * p : 4 * p + 4]), strict=True):
+    rows = draw_groups(model, GROUPS, 4, temperature=0.8, reference=reference)
+    groups = conversations_of(rows, mixed(5, 4))
+    groups[0][1].reflection.truncated = groups[0][2].reflection.truncated = True
+    rewards = [
+        [float(c.retry_verdict.correct and not c.reflection.truncated) for c in group]
+        for group in groups
+    ]
+    for group, values in zip(rows, rewards, strict=True):
+        for row, A in zip(group, textbook.advantages(values), strict=True):
             row.advantage = A
-    nll, kl, apart_ = [], [], []
+    nll, kl, changes = [], [], []
     with torch.no_grad():
-        now = [textbook.logprobs(model, r.context, r.reflection, 0.8) for r in rows_of(groups)]
-    for row, values in zip(rows_of(groups), now, strict=True):
+        now = [textbook.logprobs(model, r.context, r.reflection, 0.8) for r in flat(rows)]
+    for row, values in zip(flat(rows), now, strict=True):
         for value, old, ref in zip(values.tolist(), row.old, row.ref, strict=True):
             nll.append(-value)
             kl.append(math.exp(ref - value) - (ref - value) - 1)
-            apart_.append(abs(value - old))
-    share = textbook.clipped(rows_of(groups), now, 0.2)
-    prepare(monkeypatch, [conversations])
-    c = Config(steps=1, batch_size=5, group_size=4, beta=0.01)
-    steps = grpo.train(chat_of(tiny, task, 0.8), reference, conversations[::4], c, tmp_path)
-    _, (_, metrics) = steps
+            changes.append(abs(value - old))
+    share = textbook.clipped(flat(rows), now, 0.2)
+    prepare(monkeypatch, [groups])
+    config = TrainConfig(steps=1, batch_size=5, group_size=4, beta=0.01)
+    agent = agent_of(tiny, task, 0.8)
+    _, (_, metrics) = grpo.train(agent, reference, failures_of(groups), config, tmp_path)
     for name, values in (("nll", nll), ("kl", kl)):
         assert metrics[name] == pytest.approx(statistics.fmean(values), rel=1e-4), name
-    assert metrics["mismatch"] == pytest.approx(max(apart_), rel=1e-4)
+    assert metrics["mismatch"] == pytest.approx(max(changes), rel=1e-4)
     assert metrics["clipped"] == pytest.approx(share, rel=1e-6)
-    assert metrics["reward"] == pytest.approx(statistics.fmean(rewards))
+    assert metrics["reward"] == pytest.approx(statistics.fmean(flat(rewards)))
     assert metrics["reflection_tokens"] == pytest.approx(len(nll) / 20)
     assert metrics["sampled_tokens"] == len(nll) + 2 * 20
     assert metrics["truncated"] == 0.1
-    assert metrics["mixed_groups"] == sum(0 < sum(rewards[4 * p :][:4]) < 4 for p in range(5)) / 5
+    assert metrics["mixed_groups"] == sum(0 < sum(values) < 4 for values in rewards) / 5
 
 
 def test_a_step_is_the_same_bits_each_time(tiny, task, tmp_path, monkeypatch):
-    """Invariant 6: no sum whose order is left to the threads."""
-    groups = draw_groups(tiny[0], [(90, 40)] * 3, G=8, noise=0.1)
-    conversations = converse(groups, mixed(3, 8))
-    gradients, found = prepare(monkeypatch, [conversations]), []
+    """Invariant 6: no sum depends on the order in which threads finish."""
+    torch.set_num_threads(2)
+    rows = draw_groups(tiny[0], [(90, 40)] * 3, G=8, noise=0.1)
+    groups = conversations_of(rows, mixed(3, 8))
+    gradients, found = prepare(monkeypatch, [groups]), []
     for number in range(4):
         model = copy.deepcopy(tiny[0])
-        c = Config(steps=1, batch_size=3, group_size=8, beta=0.2, lr=1e-3)
-        agent = chat_of((model, tiny[1]), task)
-        for _ in grpo.train(agent, tiny[0], conversations[::8], c, tmp_path / str(number)):
+        config = TrainConfig(steps=1, batch_size=3, group_size=8, beta=0.2, lr=1e-3)
+        agent, folder = agent_of((model, tiny[1]), task), tmp_path / str(number)
+        for _ in grpo.train(agent, tiny[0], failures_of(groups), config, folder):
             pass
         found.append(weights(model))
     for gradient, other in zip(gradients[1:], found[1:], strict=True):
@@ -454,17 +534,19 @@ def test_a_step_is_the_same_bits_each_time(tiny, task, tmp_path, monkeypatch):
 def test_the_update_is_adamw_clipped_and_scheduled(tiny, task, tmp_path, monkeypatch):
     """Three steps: torch's plain AdamW with the same gradients, which start each step from zero."""
     model = tiny[0]
-    c = Config(
+    config = TrainConfig(
         steps=3, batch_size=5, group_size=4, beta=0.0, lr=1e-2, warmup=0.5, max_grad_norm=0.01
     )
-    drawn = [draw_groups(model, GROUPS, 4, step) for step in range(3)]
-    steps = [converse(groups, mixed(5, 4, step)) for step, groups in enumerate(drawn)]
+    rows = [draw_groups(model, GROUPS, 4, step) for step in range(3)]
+    steps = [conversations_of(groups, mixed(5, 4, step)) for step, groups in enumerate(rows)]
     gradients, expected = prepare(monkeypatch, steps), copy.deepcopy(model)
-    plain = torch.optim.AdamW(expected.parameters(), c.lr, weight_decay=0.0, fused=False)
-    for done, metrics in grpo.train(chat_of(tiny, task), None, steps[0][::4], c, tmp_path):
+    plain = torch.optim.AdamW(expected.parameters(), config.lr, weight_decay=0.0, fused=False)
+    training = grpo.train(agent_of(tiny, task), None, failures_of(steps[0]), config, tmp_path)
+    for done, metrics in training:
         if done:
-            _, gradient = textbook.textbook(expected, rows_of(drawn[done - 1]), c, LONGEST)
-            assert apart(gradients[-1], gradient) < 1e-4
+            groups = flat(rows[done - 1])
+            _, gradient = textbook.textbook(expected, groups, config, MAX_NEW_TOKENS)
+            assert relative_error(gradients[-1], gradient) < 1e-4
             norm = gradients[-1].norm()
             assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.02
             assert metrics["lr"] == pytest.approx(0.01 * (0.5, 1.0, 1.0)[done - 1])
@@ -482,12 +564,7 @@ def test_learning_rate_rises_then_falls_to_nearly_nothing():
     assert shares[3] == 1.0 and all(a > b for a, b in zip(shares[3:], shares[4:], strict=False))
     assert shares[3 + 97 // 2] == pytest.approx(0.5, abs=0.01)
     assert 0 < shares[-1] < 0.001
-    assert (
-        grpo.lr_multiplier(0, 1, 0.0)
-        == grpo.lr_multiplier(0, 1, 0.03)
-        == grpo.lr_multiplier(0, 1, 1.0)
-        == 1
-    )
+    assert {grpo.lr_multiplier(0, 1, warmup) for warmup in (0.0, 0.03, 1.0)} == {1}
 
 
 # -- The optimizer ---------------------------------------------------------------------------------
@@ -497,19 +574,20 @@ def test_learning_rate_rises_then_falls_to_nearly_nothing():
 def test_a_gradient_that_is_not_finite_ends_the_run(tiny, task, tmp_path, monkeypatch, bad):
     """And changes nothing: the checkpoint of the step before is still the newest."""
     model = tiny[0]
-    groups = draw_groups(model, GROUPS[:2], 3)
-    good = converse(groups, mixed(2, 3))
-    groups = copy.deepcopy(groups)
-    groups[1][2].old[7] = bad  # of a wrong retry
-    broken, found = converse(groups, mixed(2, 3)), []
+    rows = draw_groups(model, GROUPS[:2], 3)
+    good = conversations_of(rows, mixed(2, 3))
+    broken_rows = copy.deepcopy(rows)
+    broken_rows[1][2].old[7] = bad  # its retry is wrong
+    broken, found = conversations_of(broken_rows, mixed(2, 3)), []
     prepare(monkeypatch, [good, good, broken])
-    c = Config(steps=4, batch_size=2, group_size=3, beta=0.0, lr=1e-3, save_every=1)
-    with pytest.raises(ValueError, match="the gradient is not finite: take a lower --lr"):
-        for _ in grpo.train(chat_of(tiny, task), None, good[::3], c, tmp_path):
+    config = TrainConfig(steps=4, batch_size=2, group_size=3, beta=0.0, lr=1e-3, save_every=1)
+    with pytest.raises(ValueError, match="the gradient is not finite; try a lower --lr"):
+        for _ in grpo.train(agent_of(tiny, task), None, failures_of(good), config, tmp_path):
             found.append(weights(model))
     assert len(found) == 3 and torch.equal(weights(model), found[2])
     assert not torch.equal(found[1], found[2])
-    assert grpo.load_checkpoint(tmp_path, MasterAdamW(model, 1e-3)) == (2, {})
+    state = {"position": 4}  # of the stream of failures
+    assert grpo.load_checkpoint(tmp_path, MasterAdamW(model, 1e-3)) == (2, state)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -556,23 +634,21 @@ def test_gradients_add_up_in_float32(tiny):
 
 
 def test_a_steps_gradients_add_up_in_float32(tiny, task, tmp_path, monkeypatch):
-    """Of a bfloat16 model: what the backward pass of each failure gives is added in float32."""
+    """What the backward pass of each group of a bfloat16 model gives is summed in float32."""
     model = copy.deepcopy(tiny[0]).bfloat16()
-    groups = draw_groups(tiny[0], GROUPS, 4)
-    conversations, wanted = converse(groups, mixed(5, 4)), 0.0
-    for group in (conversations[i : i + 4] for i in range(0, 20, 4)):
-        ids, mask, old = grpo.reflection_rows(group)
-        A = group_advantages(torch.tensor([[float(t.retry_verdict.correct) for t in group]]))[0]
-        new = token_logprobs(model, ids, mask)
-        tokens = sum(len(t.reflection) for t in conversations)
-        grpo_loss(new, old, None, A, mask, beta=0.0, normalizer=tokens).backward()
+    groups, wanted = conversations_of(draw_groups(tiny[0], GROUPS, 4), mixed(5, 4)), 0.0
+    lengths = torch.tensor([[len(c.reflection.tokens) for c in group] for group in groups])
+    for group, w in zip(groups, token_weights(lengths, "dapo", MAX_NEW_TOKENS), strict=True):
+        rows = training_rows(group)
+        A = group_advantages(torch.tensor([[float(c.retry_verdict.correct) for c in group]]))[0]
+        new = token_logprobs(model, rows)
+        grpo_loss(new, rows.old_logprobs, None, A, rows.mask, w.to(new), beta=0.0).backward()
         wanted = wanted + torch.cat([p.grad.flatten().float() for p in model.parameters()])
         model.zero_grad(set_to_none=True)
-    gradients, c = (
-        prepare(monkeypatch, [conversations]),
-        Config(steps=1, batch_size=5, group_size=4, beta=0.0),
-    )
-    for _ in grpo.train(chat_of((model, tiny[1]), task), None, conversations[::4], c, tmp_path):
+    gradients = prepare(monkeypatch, [groups])
+    config = TrainConfig(steps=1, batch_size=5, group_size=4, beta=0.0)
+    agent = agent_of((model, tiny[1]), task)
+    for _ in grpo.train(agent, None, failures_of(groups), config, tmp_path):
         pass
     assert torch.equal(gradients[0], wanted)
 
@@ -582,10 +658,10 @@ def test_bfloat16_moves_with_masters_and_hardly_without(task, tmp_path, monkeypa
     low, tokenizer = models.tiny_model(task.words(), seed=1)
     low = low.bfloat16()
     start = copy.deepcopy(low).float()
-    drawn = [draw_groups(start, [(9, 8)] * 3, 8, step, noise=0.02) for step in range(4)]
-    steps = [converse(groups, mixed(3, 8, step)) for step, groups in enumerate(drawn)]
+    rows = [draw_groups(start, [(9, 8)] * 3, 8, step, noise=0.02) for step in range(4)]
+    steps = [conversations_of(groups, mixed(3, 8, step)) for step, groups in enumerate(rows)]
     prepare(monkeypatch, steps)
-    c = Config(steps=4, batch_size=3, group_size=8, beta=0.0, warmup=0.0)
+    config = TrainConfig(steps=4, batch_size=3, group_size=8, beta=0.0, warmup=0.0)
     runs = iter(range(9))
 
     def trained(model, **changes):
@@ -598,9 +674,10 @@ def test_bfloat16_moves_with_masters_and_hardly_without(task, tmp_path, monkeypa
             optimizers.append((optimizer, [m.detach().clone() for m in optimizer.masters]))
 
         monkeypatch.setattr(MasterAdamW, "__init__", keep)
-        agent = chat_of((model, tokenizer), task)
+        agent = agent_of((model, tokenizer), task)
         folder = tmp_path / str(next(runs))
-        for _ in grpo.train(agent, None, steps[0][::8], replace(c, **changes), folder):
+        changed, failures = replace(config, **changes), failures_of(steps[0])
+        for _ in grpo.train(agent, None, failures, changed, folder):
             pass
         monkeypatch.setattr(MasterAdamW, "__init__", made)
         [(optimizer, before)] = optimizers
@@ -620,13 +697,13 @@ def test_bfloat16_moves_with_masters_and_hardly_without(task, tmp_path, monkeypa
     assert torch.equal(weights(offloaded), weights(model))
 
     plain = copy.deepcopy(low)
-    adamw = torch.optim.AdamW(plain.parameters(), c.lr, weight_decay=0.0)
+    adamw = torch.optim.AdamW(plain.parameters(), config.lr, weight_decay=0.0)
     for step in range(4):
-        for group in [steps[step][i : i + 8] for i in range(0, 24, 8)]:
-            ids, mask, old = grpo.reflection_rows(group)
-            A = group_advantages(torch.tensor([[float(t.retry_verdict.correct) for t in group]]))[0]
-            new = token_logprobs(plain, ids, mask)
-            grpo_loss(new, old, None, A, mask, beta=0.0).backward()
+        for group in steps[step]:
+            rows = training_rows(group)
+            A = group_advantages(torch.tensor([[float(c.retry_verdict.correct) for c in group]]))[0]
+            new = token_logprobs(plain, rows)
+            grpo_loss(new, rows.old_logprobs, None, A, rows.mask, beta=0.0).backward()
         adamw.step()
         adamw.zero_grad()
     assert (weights(plain) != weights(low)).float().mean() < 0.02
@@ -634,21 +711,23 @@ def test_bfloat16_moves_with_masters_and_hardly_without(task, tmp_path, monkeypa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_offload_changes_no_bit(tiny, task, tmp_path, monkeypatch, dtype):
-    groups = draw_groups(tiny[0], GROUPS, 4, noise=0.1)
-    conversations, found = converse(groups, mixed(5, 4)), []
-    prepare(monkeypatch, [conversations] * 3)
+    groups = conversations_of(draw_groups(tiny[0], GROUPS, 4, noise=0.1), mixed(5, 4))
+    prepare(monkeypatch, [groups] * 3)
+    found = []
     for offload in (False, True):
         model = copy.deepcopy(tiny[0]).to(dtype)
-        c = Config(steps=3, batch_size=5, group_size=4, beta=0.0, lr=1e-3, offload=offload)
-        agent = chat_of((model, tiny[1]), task)
-        for _ in grpo.train(agent, None, conversations[::4], c, tmp_path / str(offload)):
+        config = TrainConfig(
+            steps=3, batch_size=5, group_size=4, beta=0.0, lr=1e-3, offload=offload
+        )
+        agent, folder = agent_of((model, tiny[1]), task), tmp_path / str(offload)
+        for _ in grpo.train(agent, None, failures_of(groups), config, folder):
             pass
         found.append(weights(model))
         assert not torch.equal(found[-1], weights(tiny[0]).to(dtype))
     assert torch.equal(*found)
 
 
-def test_offloaded_masters_are_copies_in_main_memory(tiny):
+def test_offloaded_masters_are_copies_in_cpu_memory(tiny):
     own, offloaded = MasterAdamW(tiny[0], 1e-3), MasterAdamW(tiny[0], 1e-3, offload=True)
     for weight, one, other in zip(
         tiny[0].parameters(), own.masters, offloaded.masters, strict=True
@@ -661,26 +740,26 @@ def test_offloaded_masters_are_copies_in_main_memory(tiny):
 # -- The rollout -----------------------------------------------------------------------------------
 
 
-class Lenient(Agent):
-    """A verifier that an untrained model satisfies now and then."""
+class LenientAgent(Agent):
+    """An agent whose verifier an untrained model satisfies now and then."""
 
     def verify(self, problem, turn):
-        right = sum(turn) % 3 == 0
-        return Verdict(right, "correct" if right else "wrong_value")
+        correct = sum(turn.tokens) % 3 == 0
+        return Verdict(correct, "correct" if correct else "wrong_value")
 
 
 @pytest.fixture
 def agent(tiny, task):
     model, tokenizer = tiny
     tokenizer.stop_ids = list(range(40))  # so that turns end at different times
-    return Lenient(model, tokenizer, task, max_new_tokens=10, seed=3)
+    return LenientAgent(model, tokenizer, task, max_new_tokens=10, seed=3)
 
 
 @pytest.fixture
 def failures(agent, task):
-    """Wrong first tries at a few problems, of unequal lengths."""
-    conversations = grpo.attempt_all(agent, task.load(split="dev", limit=40), 1, (grpo.COLLECT, 0))
-    wrong = [t for t in conversations if not t.attempt_verdict.correct][:7]
+    """Wrong attempts at a few problems, of unequal lengths."""
+    attempts = grpo.attempt_all(agent, task.load(split="dev", limit=40), 1, (grpo.COLLECT, 0))
+    wrong = [c for c in attempts if not c.attempt_verdict.correct][:7]
     assert len(wrong) == 7
     return wrong
 
@@ -689,84 +768,102 @@ def failures(agent, task):
 def test_what_the_sampler_recorded_the_trainer_computes(agent, failures, tmp_path, temperature):
     """Invariant 2: for each trained token of a rollout, and in a step's `mismatch`."""
     agent.temperature = temperature
-    conversations = grpo.rollout(agent, failures, 4, (grpo.TRAIN, 0))
-    for p in range(len(failures)):
-        ids, mask, old = grpo.reflection_rows(conversations[4 * p : 4 * p + 4])
-        with torch.no_grad():
-            new = token_logprobs(agent.model, ids, mask, temperature)
-        assert (new - old).abs().max() < 1e-4 and (old[mask] < -0.1).any()
-    for t in conversations:
-        ended = t.attempt[-1] in agent.tokenizer.stop_ids
-        said = t.attempt[:-1] if ended else t.attempt  # the template ends the turn
-        assert t.reflection_prompt == t.attempt_prompt + said + agent.tokenizer.bridge(
-            agent.task.reflection_instruction
-        )
-    c = Config(steps=2, batch_size=5, group_size=4, lr=1e-3, beta=0.01)
+    groups = grpo.rollout(agent, failures, 4, (grpo.TRAIN, 0))
+    for group in groups:
+        for kind in (Conversation, ReflectionAndRetryTrained):
+            rows = training_rows([kind(**vars(c)) for c in group])
+            with torch.no_grad():
+                new = token_logprobs(agent.model, rows, temperature)
+            assert (new - rows.old_logprobs).abs().max() < 1e-4
+            assert (rows.old_logprobs[rows.mask] < -0.1).any()
+    tokenizer, task = agent.tokenizer, agent.task
+    for c in flat(groups):
+        prompt = c.attempt.prompt
+        for turn, instruction in (
+            (c.attempt, task.reflection_instruction),
+            (c.reflection, task.retry_instruction),
+        ):
+            assert turn.prompt == prompt
+            ended = turn.tokens[-1] in tokenizer.stop_ids
+            assert turn.truncated != ended and len(turn.tokens) == len(turn.logprobs) <= 10
+            kept = turn.tokens[:-1] if ended else turn.tokens  # the template ends the turn
+            prompt = prompt + kept + tokenizer.bridge(instruction)
+        assert c.retry.prompt == prompt
+    config = TrainConfig(steps=2, batch_size=5, group_size=4, lr=1e-3, beta=0.01)
     reference = copy.deepcopy(agent.model)
-    for step, metrics in grpo.train(agent, reference, failures, c, tmp_path):
+    for step, metrics in grpo.train(agent, reference, failures, config, tmp_path):
         if step:
             assert 0 < metrics["mismatch"] < 1e-4 and metrics["clipped"] == 0
             assert (metrics["kl"] > 1e-6) == (step == 2)  # policy and reference begin as one
 
 
-def test_the_reward_is_for_a_right_retry_after_a_reflection_that_ended(agent, failures, tmp_path):
-    """And samples.jsonl says what was drawn, what it was worth, and which tokens were trained."""
-    agent.tokenizer.stop_ids = [0, *range(20, 30)]  # some reflections end, and some are cut
-    c = Config(steps=3, batch_size=3, group_size=6, beta=0.0, lr=1e-3)
+def test_the_reward_is_for_a_correct_retry_after_a_reflection_that_ended(agent, failures, tmp_path):
+    """And samples.jsonl has what was sampled, with rewards, advantages and the trained tokens, in
+    the order in which the failures were drawn."""
+    agent.tokenizer.stop_ids = [0, *range(20, 30)]  # some reflections end, some are truncated
+    config = TrainConfig(steps=3, batch_size=3, group_size=6, beta=0.0, lr=1e-3)
     rewards, model = [], copy.deepcopy(agent.model)
-    for step, metrics in grpo.train(agent, None, failures, c, tmp_path):
+    for step, metrics in grpo.train(agent, None, failures, config, tmp_path):
         if step:
             rewards.append(metrics["reward"])
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * 3 * 6
+    stream = FailureStream(failures, agent.seed)
     for step in range(3):
-        of_step = [line for line in lines if line["step"] == step + 1]
-        drawn = grpo.draw_failures(failures, step, 3, agent.seed)
-        found = [(line["problem"]["id"], line["attempt_index"]) for line in of_step]
-        assert found[::6] == sorted((f.problem.id, f.attempt_index) for f in drawn)
-        assert found == [each for each in found[::6] for _ in range(6)]
-        values = [line["reward"] for line in of_step]
+        records = [line for line in lines if line["step"] == step + 1]
+        drawn = stream.draw(3)
+        identities = [(line["problem"]["id"], line["attempt_index"]) for line in records]
+        assert identities == [failure.identity for failure in drawn for _ in range(6)]
+        assert [line["reflection_index"] for line in records] == [*range(6)] * 3
+        values = [line["reward"] for line in records]
         assert statistics.fmean(values) == pytest.approx(rewards[step])
         A = group_advantages(torch.tensor(values).view(3, 6)).flatten()
-        assert [line["advantage"] for line in of_step] == pytest.approx(A.tolist())
-    first = grpo.draw_failures(failures, 0, 3, agent.seed)
-    conversations = grpo.rollout(replace(agent, model=model), first, 6, (grpo.TRAIN, 0))
+        assert [line["advantage"] for line in records] == pytest.approx(A.tolist())
+    first = FailureStream(failures, agent.seed).draw(3)
+    groups = grpo.rollout(replace(agent, model=model), first, 6, (grpo.TRAIN, 0))
     outcomes, decode = set(), agent.tokenizer.tokenizer.decode
-    for t, line in zip(conversations, lines, strict=False):
-        ended = t.reflection[-1] in agent.tokenizer.stop_ids
-        outcomes.add((ended, sum(t.retry) % 3 == 0))
-        assert t.truncated != ended and line["reward"] == (ended and sum(t.retry) % 3 == 0)
-        said = {"attempt": t.attempt, "reflection": t.reflection, "retry": t.retry}
-        assert line["ids"] == said  # the reflection's are the trained tokens
-        said["context"] = t.reflection_prompt
-        for name, turn in said.items():
-            assert line[name] == decode(turn, skip_special_tokens=False)
-        assert line["retry_verdict"] == {
-            "correct": t.retry_verdict.correct,
-            "reason": t.retry_verdict.reason,
-        }
+    for c, line in zip(flat(groups), lines, strict=False):
+        ended = c.reflection.tokens[-1] in agent.tokenizer.stop_ids
+        correct = sum(c.retry.tokens) % 3 == 0
+        outcomes.add((ended, correct))
+        assert c.reflection.truncated != ended and line["reward"] == (ended and correct)
+        for name in ("attempt", "reflection", "retry"):
+            turn = getattr(c, name)
+            text = decode(turn.tokens, skip_special_tokens=False)
+            expected = {"text": text, "tokens": turn.tokens, "truncated": turn.truncated}
+            assert line[name] == expected
+        assert line["context"] == decode(c.reflection.prompt, skip_special_tokens=False)
+        reason = "correct" if correct else "wrong_value"
+        assert line["retry_verdict"] == {"correct": correct, "reason": reason}
         assert line["attempt_verdict"] == {"correct": False, "reason": "wrong_value"}
-    assert len(outcomes) == 4  # ended or cut, right or wrong
+    assert len(outcomes) == 4  # ended or truncated, correct or wrong
 
 
 def test_every_step_samples_anew_and_every_sample_is_its_own(agent, failures):
-    one, two = (grpo.rollout(agent, failures, 3, (grpo.TRAIN, step)) for step in (0, 1))
-    assert [t.reflection for t in one] != [t.reflection for t in two]
+    one, two = (flat(grpo.rollout(agent, failures, 3, (grpo.TRAIN, step))) for step in (0, 1))
+    assert [c.reflection for c in one] != [c.reflection for c in two]
     for conversations in (one, two):
-        assert len({tuple(t.reflection) for t in conversations}) > 1.5 * len(failures)
-        assert len({tuple(t.retry) for t in conversations}) > 1.5 * len(failures)
-    problems, key = [f.problem for f in failures], (grpo.EVALUATE, 0)
-    five = grpo.attempt_all(agent, problems, 5, key)
-    three = grpo.attempt_all(agent, problems, 3, key, start=2)
-    said = {(t.problem.id, t.attempt_index): t.attempt for t in five if t.attempt_index > 1}
-    assert {(t.problem.id, t.attempt_index): t.attempt for t in three} == said
-    other = grpo.rollout(replace(agent, seed=4), failures, 3, (grpo.TRAIN, 0))
-    assert [t.reflection for t in one] != [t.reflection for t in other]
+        for name in ("reflection", "retry"):
+            turns = {tuple(getattr(c, name).tokens) for c in conversations}
+            assert len(turns) > 1.5 * len(failures)
+    problems, rng_key = [f.problem for f in failures], (grpo.EVALUATE, 0)
+    five = grpo.attempt_all(agent, problems, 5, rng_key)
+    three = grpo.attempt_all(agent, problems, 3, rng_key, first_index=2)
+    assert three == [c for c in five if c.attempt_index > 1]
+    other = flat(grpo.rollout(replace(agent, seed=4), failures, 3, (grpo.TRAIN, 0)))
+    assert [c.reflection for c in one] != [c.reflection for c in other]
 
 
-def remember(model, rows: int, only: range = range(10**6)) -> list[int]:
-    """A model whose memory holds so many rows, at the calls numbered in `only`. Returns a list, to
-    which the rows of each call are added."""
+def test_groups_are_in_the_order_of_their_failures(agent, failures):
+    failures = failures[3:] + failures[:3]
+    groups = grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))
+    assert [[c.identity for c in group] for group in groups] == [[f.identity] * 3 for f in failures]
+    assert [[c.reflection_index for c in group] for group in groups] == [[0, 1, 2]] * 7
+
+
+def limit_rows(model, rows: int, only: range = range(10**6)) -> list[int]:
+    """Let the model run out of memory with more than this many rows, in the calls numbered in
+    `only`. Returns a list, to which the number of rows of each call is added."""
     hidden, calls = model.hidden, []
 
     def limited(ids, *rest, **more):
@@ -783,131 +880,141 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(agent, task, failure
     problems = task.load(split="dev", limit=7)
 
     def sampled():
-        first = grpo.attempt_all(agent, problems, 3, (grpo.EVALUATE, 0), start=2)
-        return first, grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))
+        attempts = grpo.attempt_all(agent, problems, 3, (grpo.EVALUATE, 0), first_index=2)
+        return attempts, grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))
 
-    wanted = [
-        [replace(t, reflection_logprobs=[]) for t in conversations] for conversations in sampled()
-    ]
-    assert [(t.problem.id, t.attempt_index) for t in wanted[0]] == [
-        (p, s) for p in sorted(p.id for p in problems) for s in (2, 3, 4)
-    ]
+    wanted = sampled()
+    assert [c.identity for c in wanted[0]] == [(p.id, i) for p in problems for i in (2, 3, 4)]
     agent.cache_tokens = 10_000
-    calls = remember(agent.model, 12)  # a batch of 7, with 3 samples each, is too large
-    found = [
-        [replace(t, reflection_logprobs=[]) for t in conversations] for conversations in sampled()
-    ]
-    assert found == wanted and max(calls) == 21
+    calls = limit_rows(agent.model, 12)  # a batch of 7, with 3 samples each, is too large
+    assert sampled() == wanted and max(calls) == 21
     assert agent.cache_tokens < 7 * grpo.cache_tokens_needed(agent, problems[0], 3, turns=1)
     calls.clear()
     agent.cache_tokens = 500  # this fits
-    assert [
-        [replace(t, reflection_logprobs=[]) for t in conversations] for conversations in sampled()
-    ] == wanted
+    assert sampled() == wanted
     assert max(calls) <= 12 and agent.cache_tokens == 500
     del agent.model.hidden
-    calls = remember(agent.model, 2)  # the samples of one item are too many
-    for work in (
-        lambda: grpo.attempt_all(agent, problems, 3, (grpo.EVALUATE, 0)),
-        lambda: grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0)),
-    ):
-        with pytest.raises(torch.OutOfMemoryError):
-            work()
+    limit_rows(agent.model, 2)  # the samples of one item are too many
+    with pytest.raises(torch.OutOfMemoryError):
+        grpo.attempt_all(agent, problems, 3, (grpo.EVALUATE, 0))
+    with pytest.raises(torch.OutOfMemoryError):
+        grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))
 
 
-def test_one_halving_of_the_cache_is_for_all_batches_that_are_left(agent, failures):
-    """Several batches of a step are each too large: the cache is halved once and not for each."""
-    wanted = [t.retry for t in grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))]
-    sizes = [len(t.attempt_prompt + t.attempt) + 3 * 2 * 60 for t in failures]
+def test_one_halving_of_the_cache_is_for_all_remaining_batches(agent, failures):
+    """Several batches of a step are each too large: the cache is halved once, not for each."""
+    wanted = grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))
+    sizes = [len(f.attempt.prompt + f.attempt.tokens) + 3 * 2 * 60 for f in failures]
     agent.cache_tokens = 2 * max(sizes)
-    assert len(grpo.batches(agent, failures, 3, turns=2)) == 4
-    remember(agent.model, 3)
-    found = [t.retry for t in grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))]
-    assert found == wanted and agent.cache_tokens == max(sizes)
+    calls = limit_rows(agent.model, 3)
+    assert grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0)) == wanted
+    assert agent.cache_tokens == max(sizes) and sum(rows > 3 for rows in calls) == 1
 
 
 @pytest.mark.parametrize("call", [0, 5, 11, 14])
 def test_out_of_memory_at_any_moment_changes_nothing(agent, failures, call):
-    """In reading, reflecting or retrying: no conversation is lost, and none comes twice."""
-    wanted = [(t.reflection, t.retry) for t in grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))]
-    calls = remember(agent.model, 0, only=range(call, call + 1))
-    conversations = grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))
-    assert [(t.reflection, t.retry) for t in conversations] == wanted and len(calls) > call + 10
+    """While prompts are read or turns are sampled: no conversation is lost, and none is doubled."""
+    wanted = grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))
+    calls = limit_rows(agent.model, 0, only=range(call, call + 1))
+    assert grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0)) == wanted
+    assert len(calls) > call + 10
 
 
 def test_batches_hold_what_the_budget_allows_the_longest_first(agent, task, failures):
     problems = task.load(split="dev", limit=9)
-    longer = {
-        f.problem.id: replace(f, attempt=f.attempt * (1 + 40 * i)) for i, f in enumerate(failures)
-    }
-    failures = list(longer.values())
-    for items, turns in ((problems, 1), (failures, 2)):
+    longer = []
+    for i, failure in enumerate(failures):
+        attempt = replace(failure.attempt, tokens=failure.attempt.tokens * (1 + 40 * i))
+        longer.append(replace(failure, attempt=attempt))
+    for items, turns in ((problems, 1), (longer, 2)):
         lengths = {}
         for item in items:
-            read = agent.attempt_prompt(item) if turns == 1 else item.attempt_prompt + item.attempt
-            lengths[id(item)] = len(read) + 4 * turns * (10 + 50)
+            prompt = (
+                agent.attempt_prompt(item)
+                if turns == 1
+                else item.attempt.prompt + item.attempt.tokens
+            )
+            lengths[id(item)] = len(prompt) + 4 * turns * (10 + 50)
         for budget in (1, 700, 1_500, 2_500, 3_000, 3_500, 10**6):
             agent.cache_tokens = budget
-            found = grpo.batches(agent, items, 4, turns)
-            flat = [lengths[id(item)] for batch in found for item in batch]
-            assert flat == sorted(lengths.values(), reverse=True)
-            assert len({id(item) for batch in found for item in batch}) == len(items)
-            for batch in found:
+            remaining, batches = grpo.longest_first(agent, items), []
+            while remaining:
+                batches.append(grpo.next_batch(agent, remaining, 4, turns))
+                remaining = remaining[len(batches[-1]) :]
+            in_order = [lengths[id(item)] for item in flat(batches)]
+            assert in_order == sorted(lengths.values(), reverse=True)
+            assert {id(item) for item in flat(batches)} == lengths.keys()
+            for batch in batches:
                 assert len(batch) == 1 or len(batch) * lengths[id(batch[0])] <= budget
-            for batch, after in zip(found, found[1:], strict=False):  # one more would not fit
-                assert (len(batch) + 1) * lengths[id(batch[0])] > budget and after
+            for batch in batches[:-1]:  # one more would not fit
+                assert (len(batch) + 1) * lengths[id(batch[0])] > budget
 
 
-def test_every_failure_comes_once_an_epoch_and_never_twice_a_step(failures):
-    many = [replace(failures[0], attempt_index=s, problem=replace(failures[0].problem, id=p))
-            for p in range(5) for s in range(2)]  # fmt: skip
+def identities(conversations) -> list[tuple[int, int]]:
+    return [c.identity for c in conversations]
 
-    def draw(step, size, **more):
-        found = grpo.draw_failures(many, step, size, 0, **more)
-        assert all(any(f is known for known in many) for f in found)
-        return [(f.problem.id, f.attempt_index) for f in found]
 
-    everything = [(p, s) for p in range(5) for s in range(2)]
-    steps = [draw(step, 5) for step in range(4)]
+def test_every_failure_is_drawn_once_an_epoch_and_never_twice_a_step(failures):
+    many = [
+        replace(failures[0], attempt_index=i, problem=replace(failures[0].problem, id=p))
+        for p in range(5)
+        for i in range(2)
+    ]
+    everything, stream = identities(many), FailureStream(many, seed=0)
+    steps = [identities(stream.draw(5)) for _ in range(4)]
     assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) == everything
     assert steps[:2] != steps[2:] and steps[0] + steps[1] != everything
-    for step in range(9):  # across the epochs' borders
-        found = draw(step, 7)
-        assert 4 <= len(found) == len(set(found)) <= 7
-    assert sorted(draw(3, 25)) == everything
-    left = [draw(step, 3, leave_out=(1, 4)) for step in range(2)]
-    assert sorted(left[0] + left[1]) == [(p, s) for p in (0, 2, 3) for s in range(2)]
-    assert draw(0, 5) == steps[0]
-    other = [(f.problem.id, f.attempt_index) for f in grpo.draw_failures(many, 0, 5, seed=1)]
-    assert other != steps[0]
-    for none, out in (([], ()), (many, range(5))):
-        with pytest.raises(ValueError, match="there is no failure to train on"):
-            grpo.draw_failures(none, 0, 5, 0, leave_out=tuple(out))
+    stream = FailureStream(many, seed=0)
+    for _ in range(9):  # across the borders of epochs
+        drawn = identities(stream.draw(7))
+        assert 4 <= len(drawn) == len(set(drawn)) <= 7
+    assert sorted(identities(FailureStream(many, seed=0, position=75).draw(25))) == everything
+    assert identities(FailureStream(many, seed=1).draw(5)) != steps[0]
+    with pytest.raises(ValueError, match="there are no failures to train on"):
+        FailureStream([], seed=0).draw(5)
 
 
-# -- Stopping and going on -------------------------------------------------------------------------
+def test_the_order_of_failures_does_not_depend_on_how_many_are_drawn_at_a_time(failures):
+    """So a variant may draw more or less often; and the position is all that a resume needs."""
+    stream = FailureStream(failures, seed=0)
+    order = [identity for _ in range(21) for identity in identities(stream.draw(1))]
+    assert stream.position == 21
+    stream, drawn = FailureStream(failures, seed=0), []
+    for size in (1, 4, 2, 7, 3, 4):  # no batch crosses the border of an epoch
+        drawn += identities(stream.draw(size))
+    assert drawn == order
+    assert identities(FailureStream(failures, seed=0, position=9).draw(5)) == order[9:14]
+
+
+def test_a_conversation_is_read_as_it_was_written(agent, failures):
+    agent.tokenizer.stop_ids = [0, *range(20, 30)]  # some turns end, some are truncated
+    reflected, _ = grpo.sample_reflections(agent, failures, 2, (grpo.TRAIN, 0))
+    retried = grpo.sample_retries(agent, reflected, (grpo.TRAIN, 0))
+    truncated = [c.reflection.truncated for c in retried]
+    assert any(truncated) and not all(truncated)
+    for c in [*failures, *reflected, *retried]:
+        record = json.loads(json.dumps(grpo.to_json(c, agent.tokenizer)))
+        loaded = grpo.from_json(record, agent)
+        assert loaded == c and loaded.reflection_index == c.reflection_index
+        for key in record:  # whatever is missing is named
+            if key not in ("reflection", "retry", "retry_verdict"):
+                with pytest.raises(KeyError, match=key):
+                    grpo.from_json({k: v for k, v in record.items() if k != key}, agent)
+
+
+# -- Stopping and resuming ------------------------------------------------------------------------
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 def run(agent, failures, folder, model, until: int = 10**6, **changes) -> Tensor:
-    """Train a copy of a model, writing its metrics, and leave after `until` steps as if killed.
-    Returns its weights."""
+    """Train a copy of a model and leave after `until` steps as if killed. Returns its weights."""
     own = replace(agent, model=copy.deepcopy(model))
-    c = Config(
-        **{
-            "steps": 4,
-            "batch_size": 2,
-            "group_size": 3,
-            "lr": 1e-3,
-            "beta": 0.1,
-            "save_every": 2,
-            **changes,
-        }
-    )
-    reference = model if c.beta else None
-    for step, metrics in grpo.train(own, reference, failures, c, folder):
-        grpo.append_jsonl(folder / "metrics.jsonl", {"step": step, **metrics})
+    settings = {"steps": 4, "batch_size": 2, "group_size": 3, "lr": 1e-3, "beta": 0.1}
+    config = TrainConfig(**{**settings, "save_every": 2, **changes})
+    reference = model if config.beta else None
+    for step, metrics in grpo.train(own, reference, failures, config, folder):
+        metrics["measured"] = step * 7  # the caller's own, which `train` logs
         if step == until:
             break
     return weights(own.model)
@@ -919,6 +1026,7 @@ def run(agent, failures, folder, model, until: int = 10**6, **changes) -> Tensor
         (torch.float32, {}, range(4)),
         (torch.float32, {"offload": True}, [3]),
         (torch.bfloat16, {"beta": 0.0}, [3]),
+        (torch.float32, {"updates": 2, "steps": 5, "batch_size": 3}, range(5)),
     ],
     ids=str,
 )
@@ -931,9 +1039,10 @@ def test_a_resumed_run_is_one_that_never_stopped(
     for until in moments:
         folder = tmp_path / str(until)
         run(agent, failures, folder, model, until, **changes)
+        folder.mkdir(exist_ok=True)
         with open(folder / "samples.jsonl", "a") as file:
             file.write('{"step": 4, "prob')
-        assert (folder / "checkpoint.safetensors").exists() == (until == 3)
+        assert (folder / "checkpoint.safetensors").exists() == (until >= 3)
         assert torch.equal(run(agent, failures, folder, model, **changes), whole)
         names = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
         assert Path("checkpoint.safetensors") in names
@@ -941,9 +1050,12 @@ def test_a_resumed_run_is_one_that_never_stopped(
             same = (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
             assert same, name
     lines = (tmp_path / "3" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]
+    records = [json.loads(line) for line in lines]
+    steps = changes.get("steps", 4)
+    assert [r["step"] for r in records] == [*range(steps + 1)]
+    assert [r["measured"] for r in records] == [step * 7 for step in range(steps + 1)]
     finished = run(agent, failures, tmp_path / "whole", model, **changes)
-    assert torch.equal(finished, whole)  # nothing is left to do
+    assert torch.equal(finished, whole)  # there was nothing left to do
 
 
 def saved(model, folder, steps=(1, 2, 3), state=None) -> MasterAdamW:
@@ -1002,10 +1114,11 @@ def test_a_checkpoint_before_the_first_update(tiny, tmp_path):
     saved(other, tmp_path, (3,))  # and training goes on from it
 
 
-def test_train_hands_the_state_on(agent, failures, tmp_path):
-    state = {"left out": [7]}
+def test_train_keeps_the_state_of_a_variant(agent, failures, tmp_path):
+    state = {"left out": [7], "position": 2}
     grpo.save_checkpoint(tmp_path, 1, MasterAdamW(agent.model, 1e-3), state)
     run(agent, failures, tmp_path, agent.model, steps=3)
+    state["position"] = 6
     assert grpo.load_checkpoint(tmp_path, MasterAdamW(agent.model, 1e-3)) == (3, state)
 
 
@@ -1017,7 +1130,9 @@ def test_a_damaged_checkpoint_is_named(tiny, tmp_path):
     ends = [len(whole) - 1, len(whole) // 2, 7, 0]
     for content in [*(whole[:end] for end in ends), b"\xff" * 16 + whole[16:], b"[]"]:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="checkpoint.safetensors is damaged, or of") as error:
+        with pytest.raises(
+            ValueError, match="checkpoint.safetensors is damaged or belongs"
+        ) as error:
             grpo.load_checkpoint(tmp_path, optimizer)
         assert "\n" not in str(error.value)
     path.write_bytes(whole)
@@ -1033,10 +1148,10 @@ def test_a_record_with_an_entry_missing_is_damaged(tiny, tmp_path, missing):
     tensors = safetensors.torch.load_file(path)
     del record[missing]
     models.replace_file(path, tensors, {"run": json.dumps(record)})
-    with pytest.raises(ValueError, match=f"damaged, or of another model: .*{missing}"):
+    with pytest.raises(ValueError, match=f"damaged or belongs to another model: .*{missing}"):
         grpo.load_checkpoint(tmp_path, optimizer)
     models.replace_file(path, tensors)  # and one that is no run's
-    with pytest.raises(ValueError, match="damaged, or of another model"):
+    with pytest.raises(ValueError, match="damaged or belongs to another model"):
         grpo.load_checkpoint(tmp_path, optimizer)
 
 
@@ -1047,7 +1162,7 @@ def test_another_models_checkpoint_is_refused(tiny, folder, tmp_path):
     for layers in (3, 5):
         others.append(models.Model({**tiny[0].config_dict, "num_hidden_layers": layers}))
     for other in others:
-        with pytest.raises(ValueError, match="is damaged, or of another model: .+"):
+        with pytest.raises(ValueError, match="is damaged or belongs to another model: .+"):
             grpo.load_checkpoint(tmp_path / "a", MasterAdamW(other, 1e-3))
 
 

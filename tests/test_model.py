@@ -1,4 +1,4 @@
-"""Invariants 1, 2 and 7: logits are transformers', a token's probability is one number."""
+"""Invariants 1, 2, and 7: logits equal those of transformers, and a token has one probability."""
 
 import json
 import re
@@ -9,17 +9,18 @@ import torch
 import transformers
 
 import model as models
-from model import KVCache, Model, Tokenizer, generate, sample_tokens
+from model import KVCache, Layout, Model, Tokenizer, generate, sample_tokens
 
 SHAPES = {
-    "tied, grouped": dict(num_key_value_heads=2, tie_word_embeddings=True),
-    "untied, one key head a query head": dict(num_key_value_heads=4, tie_word_embeddings=False),
-    "free head_dim, other theta": dict(num_key_value_heads=1, head_dim=12, rope_theta=500.0),
+    "tied head, grouped queries": dict(num_key_value_heads=2, tie_word_embeddings=True),
+    "as many key heads as query heads": dict(num_key_value_heads=4, tie_word_embeddings=False),
+    "other head_dim and rope_theta": dict(num_key_value_heads=1, head_dim=12, rope_theta=500.0),
 }
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
 
 def reference(tmp_path, shape, seed=0):
-    """A random Llama of transformers, saved; and ours, loaded from there."""
+    """A random Llama of transformers, saved, and ours, loaded from the same folder."""
     config = transformers.LlamaConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
         num_attention_heads=4, max_position_embeddings=128, rms_norm_eps=1e-5, **shape,
@@ -27,68 +28,154 @@ def reference(tmp_path, shape, seed=0):
     torch.manual_seed(seed)
     theirs = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        for parameter in theirs.parameters():  # wide enough that every part of the model shows
+        for parameter in theirs.parameters():  # large enough that every part makes a difference
             parameter.add_(torch.randn_like(parameter) * 0.1)
     theirs.save_pretrained(tmp_path)
     return theirs, Model.from_pretrained(tmp_path)
 
 
-def close(ours, theirs):
-    assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
+def assert_close(ours, theirs, tolerance=1e-4):
+    """Equal up to `tolerance` times the largest expected value."""
+    assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < tolerance
 
 
-def in_pieces(model, ids, ends, attention_mask=None, num_samples=1):
-    """Logits of rows (R, T) read in several pieces: the first are contexts, each of which the next
-    `num_samples` rows share; the others go through the cache. `ends`: the pieces' last columns."""
-    mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask
-    contexts, first = [], mask[::num_samples, : ends[0]]
-    hidden = model.hidden(
-        ids[::num_samples, : ends[0]], *models.causal_mask(first, ends[0]), keep=contexts
-    )
-    _, _, K, _, D = contexts[0].shape
-    suffixes = [torch.zeros(2, len(ids), K, ids.shape[1] - ends[0], D) for _ in contexts]
-    cache = KVCache(contexts, suffixes, mask[:, : ends[0]])
-    parts = [hidden.repeat_interleave(num_samples, dim=0)]
+def padded_hidden(model, ids, visible, cache=None):
+    """Hidden states of rows with padding, which is where `visible` is False: (B, T, E)."""
+    T, dtype = ids.shape[1], model.lm_head.weight.dtype
+    cache = cache or KVCache([], [], visible)
+    mask = models.attention_mask(visible, T, dtype)
+    layout = Layout(models.token_positions(visible, T), cache=cache, mask=mask)
+    return model.hidden(ids, layout=layout)
+
+
+def logits_in_pieces(model, ids, ends, visible=None, num_samples=1):
+    """Logits of rows (R, T) that are read in several pieces, which end before the columns `ends`.
+
+    The first piece is the context, which `num_samples` rows share. The others go through the cache.
+    """
+    if visible is None:
+        visible = torch.ones_like(ids, dtype=torch.bool)
+    context_ids = ids[::num_samples, : ends[0]]
+    cache = KVCache([], [], visible[:, : ends[0]])
+    hidden = padded_hidden(model, context_ids, visible[::num_samples, : ends[0]], cache)
+    cache.allocate_suffixes(ids.shape[1] - ends[0])
+    pieces = [hidden.repeat_interleave(num_samples, dim=0)]
     for start, end in zip(ends, ends[1:], strict=False):
-        seen = cache.append(mask[:, start:end])
-        parts.append(model.hidden(ids[:, start:end], *seen, cache))
-    return model.head(torch.cat(parts, dim=1))
+        layout = cache.extend(visible[:, start:end])
+        pieces.append(model.hidden(ids[:, start:end], layout=layout))
+    return model.head(torch.cat(pieces, dim=1))
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@every_shape
 @torch.no_grad()
 def test_logits_equal_transformers(tmp_path, shape):
     theirs, ours = reference(tmp_path, shape)
     ids = torch.randint(0, 61, (3, 20))
-    want = theirs(ids).logits
-    close(ours(ids), want)
-    for side in ("left", "correct"):  # padding, on either side
-        mask = torch.ones(3, 20, dtype=torch.bool)
-        for row, pads in enumerate((0, 4, 9)):
-            mask[row, slice(pads) if side == "left" else slice(20 - pads, 20)] = False
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        padded = theirs(ids, attention_mask=mask.long(), position_ids=positions).logits
-        ours_padded = ours.head(ours.hidden(ids, *models.causal_mask(mask, 20)))
-        close(ours_padded[mask], padded[mask])
-    close(in_pieces(ours, ids, range(7, 21)), want)  # a block, then token by token
-    close(in_pieces(ours, ids, (7, 11, 12, 20)), want)
+    expected = theirs(ids).logits
+    assert_close(ours(ids), expected)
+    for side in ("left", "right"):
+        visible = torch.ones(3, 20, dtype=torch.bool)
+        for row, padding in enumerate((0, 4, 9)):
+            visible[row, slice(padding) if side == "left" else slice(20 - padding, 20)] = False
+        positions = models.token_positions(visible, 20)
+        padded = theirs(ids, attention_mask=visible.long(), position_ids=positions).logits
+        assert_close(ours.head(padded_hidden(ours, ids, visible))[visible], padded[visible])
+    assert_close(logits_in_pieces(ours, ids, range(7, 21)), expected)  # token by token
+    assert_close(logits_in_pieces(ours, ids, (7, 11, 12, 20)), expected)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@every_shape
 @torch.no_grad()
-def test_a_cache_with_padding_is_as_if_there_were_none(tmp_path, shape):
-    """Contexts that rows share, and padding anywhere in what comes after them."""
+def test_padding_in_the_cache_changes_nothing(tmp_path, shape):
+    """Contexts are shared by rows, and padding is anywhere in contexts and suffixes."""
     _, ours = reference(tmp_path, shape)
     ids = torch.randint(0, 61, (4, 14))
-    mask = torch.ones(4, 14, dtype=torch.bool)
+    visible = torch.ones(4, 14, dtype=torch.bool)
     ids[1, :5], ids[3, :5] = ids[0, :5], ids[2, :5]
-    mask[2:, :2] = mask[0, 5] = mask[1, 6:9] = mask[3, 7:13] = mask[2, 13] = False
-    got = in_pieces(ours, ids, (5, 6, 9, 13, 14), mask, num_samples=2)
+    for row, columns in ((2, [0, 1]), (3, [0, 1]), (0, [5]), (1, [6, 7, 8]), (3, [*range(7, 13)])):
+        visible[row, columns] = False
+    visible[2, 13] = False
+    logits = logits_in_pieces(ours, ids, (5, 6, 9, 13, 14), visible, num_samples=2)
     for row in range(4):
-        close(got[row][mask[row]], ours(ids[row][mask[row]][None])[0])
+        assert_close(logits[row][visible[row]], ours(ids[row][visible[row]][None])[0])
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+# -- Fast paths and the formulas -------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_kernels_compute_the_formulas(monkeypatch, dtype):
+    """RMSNorm and attention, causal, of the last tokens only, and with a mask."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 9, 8, generator=rng).to(dtype) for _ in range(3))
+    visible = torch.arange(9) >= torch.tensor([[0], [4]])
+    mask = models.attention_mask(visible, 9, dtype)
+    norm = models.RMSNorm(8, eps=1e-5).to(dtype)
+    with torch.no_grad():
+        norm.weight += torch.randn(8, generator=rng).to(dtype)
+    tolerance = 4 * torch.finfo(dtype).eps
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr(models, "FUSED_KERNELS", fused)
+        outputs = [norm(q), models.attention(q, k, v), models.attention(q[:, :, 6:], k, v)]
+        results.append([*outputs, models.attention(q, k, v, mask)])
+    for fused, formula in zip(*results, strict=True):
+        assert fused.dtype == formula.dtype == dtype
+        assert_close(fused.float(), formula.float(), tolerance)
+    _, causal, last, masked = results[1]
+    assert_close(last.float(), causal[:, :, 6:].float(), tolerance)
+    assert_close(masked[0].float(), causal[0].float(), tolerance)  # the first row has no padding
+
+
+@every_shape
+def test_the_model_computes_the_formulas(tmp_path, monkeypatch, shape):
+    """Logits and gradients of a whole model, with and without fused kernels."""
+    _, ours = reference(tmp_path, shape)
+    ids = torch.randint(0, 61, (1, 20))
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr(models, "FUSED_KERNELS", fused)
+        ours.zero_grad(set_to_none=True)
+        logits = ours.head(ours.hidden(ids, lengths=[9, 4, 7]))
+        logits.square().mean().backward()
+        results.append((logits, torch.cat([p.grad.flatten() for p in ours.parameters()])))
+    for fused, formula in zip(*results, strict=True):
+        assert_close(fused, formula)
+
+
+@pytest.mark.parametrize(
+    "P, S, H, K, T, C, L",
+    [(1, 1, 4, 2, 1, 5, 1), (3, 2, 4, 2, 1, 7, 4), (2, 3, 6, 2, 5, 1, 5), (2, 4, 3, 3, 2, 9, 6)],
+)
+def test_attention_to_a_shared_context_is_attention(P, S, H, K, T, C, L):
+    """Each row attends to its prompt's context and its own suffix as if both were its own."""
+    rng = torch.Generator().manual_seed(0)
+    R, D = P * S, 8
+    q = torch.randn(R, H, T, D, generator=rng)
+    context_keys, context_values = torch.randn(2, P, K, C, D, generator=rng)
+    suffix_keys, suffix_values = torch.randn(2, R, K, L, D, generator=rng)
+    visible = torch.rand(R, C + L, generator=rng) < 0.7
+    mask = models.attention_mask(visible, T, torch.float32)
+    output = models.shared_context_attention(
+        q, context_keys, context_values, suffix_keys, suffix_values, mask
+    )
+    for row in range(R):
+        keys = torch.cat([context_keys[row // S], suffix_keys[row]], dim=1)[None]
+        values = torch.cat([context_values[row // S], suffix_values[row]], dim=1)[None]
+        keys, values = models.repeat_heads(keys, H), models.repeat_heads(values, H)
+        expected = models.attention(q[row : row + 1], keys, values, mask[row : row + 1])
+        assert_close(output[row], expected[0], 1e-5)
+
+
+def test_large_scores_do_not_overflow_in_float16():
+    """Queries are scaled before the product: unscaled, these equal scores would exceed 65,504."""
+    q, keys = torch.full((1, 1, 1, 64), 64.0), torch.full((2, 1, 1, 9, 64), 20.0)
+    values, mask = torch.randn(2, 1, 1, 9, 64), torch.zeros(1, 1, 1, 18)
+    assert (q @ keys[0].mT).min() > 65_504
+    arguments = (q, keys[0], values[0], keys[1], values[1], mask)
+    output = models.shared_context_attention(*(x.half() for x in arguments))
+    assert_close(output[0, 0].float(), values.mean(dim=(0, 3))[0], 1e-2)
+
+
+@every_shape
 @torch.no_grad()
 def test_what_we_save_transformers_opens(tmp_path, shape):
     theirs, ours = reference(tmp_path / "a", shape)
@@ -98,7 +185,7 @@ def test_what_we_save_transformers_opens(tmp_path, shape):
     ours.save_pretrained(tmp_path / "b")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     ids = torch.randint(0, 61, (2, 9))
-    close(ours(ids), again(ids).logits)
+    assert_close(ours(ids), again(ids).logits)
     assert not torch.allclose(ours(ids), theirs(ids).logits, rtol=1e-2)
 
 
@@ -120,141 +207,249 @@ def test_the_tiny_folder_is_an_ordinary_one(tiny, tmp_path):
     )
     assert ids == tokens(tokenizer.render(agent), add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == tokens.decode(ids, skip_special_tokens=True)
-    close(model(torch.tensor([ids])), theirs(torch.tensor([ids])).logits)
+    assert_close(model(torch.tensor([ids])), theirs(torch.tensor([ids])).logits)
     again = Tokenizer.from_pretrained(tmp_path)
     assert again.prompt(agent) == ids and again.stop_ids == tokenizer.stop_ids == [0]
 
 
-def prompts_of(tiny, task, n=5):
+# -- The sampler -----------------------------------------------------------------------------------
+def plain_generate(model, prompt, rng_key, max_new_tokens, temperature=1.0, stop=(), seed=0):
+    """The sampler without a cache and without a batch: every token reads the whole text again."""
+    ids = list(prompt)
+    for u in np.random.default_rng([seed, *rng_key]).random(max_new_tokens, np.float32):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0, -1]  # (V,)
+        cumulative = (logits / (temperature or 1.0)).softmax(dim=-1).cumsum(dim=-1)
+        token = (cumulative <= u * cumulative[-1]).sum() if temperature else logits.argmax()
+        ids.append(int(token))
+        if ids[-1] in stop:
+            break
+    return ids[len(prompt) :]
+
+
+def tiny_prompts(tiny, task, n=5):
+    """The prompts of n problems, with some more tokens, so that all lengths differ."""
     _, tokenizer = tiny
     return [tokenizer.prompt(*task.messages(p)) + [3] * i for i, p in enumerate(task.load(limit=n))]
 
 
+def flat(nested):
+    """By prompt and sample -> by row."""
+    return [turn for samples in nested for turn in samples]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
-def test_what_the_sampler_records_the_trainer_computes(tiny, task, temperature):
+def test_the_sampler_draws_what_the_plain_one_draws(tiny, task, temperature):
+    """Two turns of rows that finish at different times; with a cache and without."""
+    model, _ = tiny
+    prompts, options = tiny_prompts(tiny, task), dict(temperature=temperature, stop=range(25))
+    first = generate(model, prompts, 3, max_new_tokens=12, seed=2, **options)
+    keys = [(p, s) for p in range(5) for s in range(3)]
+    turns, conversations = flat(first.tokens), []
+    for row, (p, s) in enumerate(keys):
+        expected = plain_generate(model, prompts[p], (p, s), 12, seed=2, **options)
+        assert turns[row] == expected
+        conversations.append(prompts[p] + turns[row] + [7, 8, 9][: 1 + row % 3])
+    assert len(set(map(len, turns))) > 3  # they finish at different times
+    new = [
+        ids[len(prompts[p]) + len(turn) - 1 :]
+        for ids, turn, (p, _) in zip(conversations, turns, keys, strict=True)
+    ]
+    second = generate(
+        model, new, max_new_tokens=9, rng_keys=keys, seed=3, cache=first.cache, **options
+    )
+    for ids, [turn], key in zip(conversations, second.tokens, keys, strict=True):
+        assert turn == plain_generate(model, ids, key, 9, seed=3, **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_the_trainer_computes_what_the_sampler_records(tiny, task, temperature):
     """Invariant 2, over three turns, with rows that finish at different times."""
     model, _ = tiny
-    prompts, cache = prompts_of(tiny, task), None
-    contexts = [prompt for prompt in prompts for _ in range(3)]
+    prompts, cache = tiny_prompts(tiny, task), None
+    conversations = [prompt for prompt in prompts for _ in range(3)]
     options = dict(max_new_tokens=12, temperature=temperature, stop=range(40))
     for turn in range(3):
-        drawn = generate(
-            model, prompts, num_samples=1 if turn else 3, seed=turn, cache=cache, **options
-        )
-        cache, prompts = drawn.cache, []
-        turns = [tokens for group in drawn.tokens for tokens in group]
-        recorded = [logprobs for group in drawn.logprobs for logprobs in group]
+        num_samples = 1 if turn else 3
+        generation = generate(model, prompts, num_samples, seed=turn, cache=cache, **options)
+        cache, prompts = generation.cache, []
+        turns, recorded = flat(generation.tokens), flat(generation.logprobs)
         assert len(turns) == 15
-        assert len({len(turn) for turn in turns}) > 3  # they do finish at different times
-        for i, (sampled, logprobs) in enumerate(zip(turns, recorded, strict=True)):
+        assert len(set(map(len, turns))) > 3  # they do finish at different times
+        for row, (tokens, logprobs) in enumerate(zip(turns, recorded, strict=True)):
+            ids = conversations[row]
             with torch.no_grad():
-                logits = model(torch.tensor([contexts[i] + sampled]))[0, len(contexts[i]) - 1 : -1]
+                logits = model(torch.tensor([ids + tokens]))[0, len(ids) - 1 : -1]
             log_p = (logits / (temperature or 1.0)).log_softmax(-1)
-            want = log_p[torch.arange(len(sampled)), sampled]
-            assert (want - torch.tensor(logprobs)).abs().max() < 1e-4
+            expected = log_p[torch.arange(len(tokens)), tokens]
+            assert (expected - torch.tensor(logprobs)).abs().max() < 1e-4
             if temperature == 0:
-                assert sampled == logits.argmax(-1).tolist()
-            assert all(token >= 40 for token in sampled[:-1])  # it stopped at the first stop token
-            assert len(sampled) == 12 or sampled[-1] < 40
-            bridge = [5, 6, 7, 8][: 1 + (i + turn) % 4]
-            contexts[i] = contexts[i] + sampled + bridge
-            prompts.append(sampled[-1:] + bridge)
+                assert tokens == logits.argmax(-1).tolist()
+            assert all(token >= 40 for token in tokens[:-1])  # it stopped at the first stop token
+            assert len(tokens) == 12 or tokens[-1] < 40
+            bridge = [5, 6, 7, 8][: 1 + (row + turn) % 4]
+            conversations[row] = ids + tokens + bridge
+            prompts.append(tokens[-1:] + bridge)
 
 
 def test_a_sample_does_not_depend_on_its_batch(tiny, task):
-    """Alone or together, in one go or split, dropped early or late: the same tokens."""
+    """Alone or in a batch, with few samples or many: the same tokens for the same key."""
     model, _ = tiny
-    prompts = prompts_of(tiny, task, 8)
+    prompts = tiny_prompts(tiny, task, 8)
     options = dict(max_new_tokens=20, stop=range(25), seed=3)
     together = generate(model, prompts, num_samples=4, **options).tokens
     for p, prompt in enumerate(prompts):
         keys = [(p, s) for s in range(4)]
-        assert (
-            generate(model, [prompt], num_samples=4, rng_keys=keys, **options).tokens[0]
-            == together[p]
-        )
+        alone = generate(model, [prompt], num_samples=4, rng_keys=keys, **options)
+        assert alone.tokens == [together[p]]
         one = generate(model, [prompt], rng_keys=keys[2:3], **options)
         assert one.tokens == [together[p][2:3]]
-    assert generate(model, prompts, num_samples=2, **options).tokens == [
-        group[:2] for group in together
-    ]
+    two = generate(model, prompts, num_samples=2, **options).tokens
+    assert two == [samples[:2] for samples in together]
     assert generate(model, prompts, num_samples=4, **{**options, "seed": 4}).tokens != together
-    assert len({tuple(turn) for group in together for turn in group}) > 24
+    assert len(set(map(tuple, flat(together)))) > 24
 
 
-def test_the_next_turn_on_a_cache_is_the_conversation_read_anew(tiny, task):
+def test_the_next_turn_on_a_cache_equals_reading_the_conversation_again(tiny, task):
     model, tokenizer = tiny
-    prompts = prompts_of(tiny, task, 4)
+    prompts = tiny_prompts(tiny, task, 4)
     first = generate(model, prompts, num_samples=2, max_new_tokens=9, stop=range(30))
     bridge = tokenizer.bridge("Again.")
-    turns = [turn for group in first.tokens for turn in group]
-    keys = [(7, i) for i in range(8)]
-    told = [tokenizer.next_turn(turn, bridge)[len(turn) - 1 :] for turn in turns]
-    assert first.cache.contexts[0].shape[1] == 4  # each prompt's keys are stored once
-    onward = generate(
-        model, told, max_new_tokens=9, stop=range(30), rng_keys=keys, cache=first.cache
-    )
-    whole = [prompts[i // 2] + tokenizer.next_turn(turns[i], bridge) for i in range(8)]
-    anew = generate(model, whole, max_new_tokens=9, stop=range(30), rng_keys=keys)
-    assert onward.tokens == anew.tokens
-    for one, other in zip(onward.logprobs, anew.logprobs, strict=True):
-        assert one[0] == pytest.approx(other[0], abs=1e-5)
-    # The cache of the first turn is as it was: the next turn may be drawn from it twice.
-    again = generate(
-        model, told, max_new_tokens=9, stop=range(30), rng_keys=keys, cache=first.cache
-    )
-    assert again.tokens == onward.tokens
+    turns = flat(first.tokens)
+    continued = [tokenizer.next_turn(turn, bridge) for turn in turns]
+    new = [ids[len(turn) - 1 :] for ids, turn in zip(continued, turns, strict=True)]
+    assert first.cache.num_prompts == 4  # the keys of each prompt are stored once
+    options = dict(max_new_tokens=9, stop=range(30), rng_keys=[(7, i) for i in range(8)])
+    cached = generate(model, new, cache=first.cache, **options)
+    whole = generate(model, [prompts[i // 2] + continued[i] for i in range(8)], **options)
+    assert cached.tokens == whole.tokens
+    for [logprobs], [expected] in zip(cached.logprobs, whole.logprobs, strict=True):
+        assert logprobs == pytest.approx(expected, abs=1e-4)
+    # The cache of the first turn is unchanged: another second turn can be sampled from it.
+    assert generate(model, new, cache=first.cache, **options).tokens == cached.tokens
 
 
-def test_finished_rows_leave_and_are_found_again(tiny, task):
-    """The longer a turn, the fewer rows it has; the next one goes on from all of them."""
+@pytest.mark.parametrize("max_scores", [1, 4_000, 10**9])
+def test_a_long_turn_is_read_in_pieces(tiny, task, monkeypatch, max_scores):
+    """Token by token, in a few pieces, or at once: the same samples."""
     model, _ = tiny
-    sizes, hidden = [], Model.hidden
-    prompts = prompts_of(tiny, task, 6)
-    try:
-        Model.hidden = lambda self, ids, *a, **k: (
-            sizes.append(len(ids)) or hidden(self, ids, *a, **k)
-        )
-        first = generate(model, prompts, num_samples=5, max_new_tokens=40, stop=range(12))
-    finally:
-        Model.hidden = hidden
+    prompts = tiny_prompts(tiny, task, 3)
+    first = generate(model, prompts, num_samples=2, max_new_tokens=6)
+    new = [
+        turn[-1:] + [5, 6, 7, 8, 9, 10, 11][: 2 + i] for i, turn in enumerate(flat(first.tokens))
+    ]
+    expected = [
+        plain_generate(model, prompts[i // 2] + flat(first.tokens)[i] + new[i][1:], (9, i), 8)
+        for i in range(6)
+    ]
+    sizes = []
+    model.hidden = lambda ids, **k: sizes.append(ids.shape[1]) or Model.hidden(model, ids, **k)
+    monkeypatch.setattr(models, "MAX_SCORES", max_scores)
+    keys = [(9, i) for i in range(6)]
+    second = generate(model, new, max_new_tokens=8, rng_keys=keys, cache=first.cache)
+    assert flat(second.tokens) == expected
+    pieces = sizes[: len(sizes) - 7]  # the others are tokens that were sampled
+    assert sum(pieces) == 8 and len(pieces) == {1: 8, 4_000: 2, 10**9: 1}[max_scores]
+
+
+def test_prompts_of_one_length_are_read_without_a_mask(tiny):
+    model, masks = tiny[0], []
+    model.hidden = lambda ids, layout: (
+        masks.append(layout.mask) or Model.hidden(model, ids, layout=layout)
+    )
+    generate(model, [[5, 6], [7, 8]], max_new_tokens=1)
+    generate(model, [[5, 6], [7, 8, 9]], max_new_tokens=1)
+    assert masks[0] is None and masks[1].shape == (2, 1, 3, 3)
+
+
+def test_finished_rows_are_dropped_and_continue_in_the_next_turn(tiny, task):
+    """The batch gets smaller during a turn, and the next turn continues from all rows."""
+    model, _ = tiny
+    sizes = []
+    prompts = tiny_prompts(tiny, task, 6)
+    model.hidden = lambda ids, **k: sizes.append(len(ids)) or Model.hidden(model, ids, **k)
+    first = generate(model, prompts, num_samples=5, max_new_tokens=40, stop=range(12))
     assert sizes[:2] == [6, 30] and sizes[1:] == sorted(sizes[1:], reverse=True)
     assert 0 < sizes[-1] < 10
-    turns = [turn for group in first.tokens for turn in group]
+    turns = flat(first.tokens)
     options = dict(max_new_tokens=5, rng_keys=[(1, i) for i in range(30)])
-    onward = generate(model, [turn[-1:] + [7] for turn in turns], cache=first.cache, **options)
+    second = generate(model, [turn[-1:] + [7] for turn in turns], cache=first.cache, **options)
     whole = [prompts[i // 5] + turn + [7] for i, turn in enumerate(turns)]
-    assert onward.tokens == generate(model, whole, **options).tokens
+    assert second.tokens == generate(model, whole, **options).tokens
 
 
-def test_the_table_of_rows_that_go_on():
-    """Contexts without an unfinished row go, and the columns that no context needs."""
+def test_rows_to_keep():
+    """Prompts without an unfinished row are dropped, and columns that no prompt needs."""
     o, x = False, True
-    done = torch.tensor([[o, o, x, x], [x, x, x, x], [o, x, x, o]])
-    assert models.rows_to_keep(done).tolist() == [[0, 1], [8, 11]]
-    done = torch.tensor([[o, o, x], [x, x, o]])  # a line may have to take a finished row along
-    assert models.rows_to_keep(done).tolist() == [[0, 1], [5, 3]]
-    assert models.rows_to_keep(torch.ones(2, 3, dtype=torch.bool)).numel() == 0
+    finished = torch.tensor([[o, o, x, x], [x, x, x, x], [o, x, x, o]])
+    assert models.rows_to_keep(finished).tolist() == [[0, 1], [8, 11]]
+    finished = torch.tensor([[o, o, x], [x, x, o]])  # prompt 1 has to keep a finished row
+    assert models.rows_to_keep(finished).tolist() == [[0, 1], [5, 3]]
+    assert models.rows_to_keep(torch.ones(2, 3, dtype=torch.bool)).shape == (0, 0)
 
 
-def test_padding_stands_on_the_left(tiny):
-    """Of two prompts in one batch; and what a token sees of the padding."""
-    model, read = tiny[0], []
-    hidden = model.hidden
-    model.hidden = lambda ids, positions, *a, **k: (
-        read.append((ids.tolist(), positions.tolist())) or hidden(ids, positions, *a, **k)
-    )
-    drawn = generate(model, [[5, 6], [7, 8, 9]], max_new_tokens=2)
-    assert read[0] == ([[0, 5, 6], [7, 8, 9]], [[0, 0, 1], [0, 1, 2]])
-    assert read[1] == ([turn[:1] for [turn] in drawn.tokens], [[2], [3]])
-    mask = torch.tensor([[False, True, True], [True, True, True]])
-    assert drawn.cache.attention_mask[:, :3].tolist() == mask.tolist()
-    positions, seen = models.causal_mask(mask, 2)
-    assert positions.tolist() == [[0, 1], [1, 2]]
-    assert seen.int().tolist() == [[[0, 1, 0], [0, 1, 1]], [[1, 1, 0], [1, 1, 1]]]
-    positions, seen = models.causal_mask(mask, 3)
-    assert positions.tolist() == [[0, 0, 1], [0, 1, 2]]
-    assert seen[0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]  # padding sees itself
+def test_select_rows_and_copy_back():
+    """The example of the docstring, and the way back into the columns that it had."""
+    rng = torch.Generator().manual_seed(0)
+    contexts, suffixes = [torch.randn(2, 3, 1, 4, 2)], [torch.randn(2, 6, 1, 5, 2, generator=rng)]
+    cache = KVCache(contexts, suffixes, torch.ones(6, 4 + 2, dtype=torch.bool))
+    assert cache.num_prompts == 3 and cache.suffix_length == 2
+    selected = cache.select_rows(torch.tensor([[1], [4]]), extra_columns=3)
+    assert torch.equal(selected.contexts[0], contexts[0][:, [0, 2]])
+    assert selected.suffixes[0].shape == (2, 2, 1, 5, 2)
+    assert torch.equal(selected.suffixes[0][:, :, :, :2], suffixes[0][:, [1, 4], :, :2])
+    before = suffixes[0].clone()
+    selected.extend(torch.ones(2, 1, dtype=torch.bool))
+    selected.suffixes[0][:, :, :, 2] = 7.0
+    cache.copy_back(selected, torch.tensor([1, 4]))
+    before[:, [1, 4], :, 2] = 7.0
+    assert torch.equal(cache.suffixes[0], before)
+
+
+def test_padding_is_on_the_left(tiny):
+    """Of two prompts in a batch, and what the tokens see of it."""
+    model, calls = tiny[0], []
+
+    def recorded(ids, layout):
+        calls.append((ids.tolist(), layout.positions.tolist()))
+        return Model.hidden(model, ids, layout=layout)
+
+    model.hidden = recorded
+    generation = generate(model, [[5, 6], [7, 8, 9]], max_new_tokens=2)
+    assert calls[0] == ([[0, 5, 6], [7, 8, 9]], [[0, 0, 1], [0, 1, 2]])
+    assert calls[1] == ([turn[:1] for [turn] in generation.tokens], [[2], [3]])
+    visible = torch.tensor([[False, True, True], [True, True, True]])
+    assert generation.cache.visible[:, :3].tolist() == visible.tolist()
+    assert models.token_positions(visible, 2).tolist() == [[0, 1], [1, 2]]
+    assert models.token_positions(visible, 3).tolist() == [[0, 0, 1], [0, 1, 2]]
+    seen = (models.attention_mask(visible, 2, torch.float32)[:, 0] == 0).int()
+    assert seen.tolist() == [[[0, 1, 0], [0, 1, 1]], [[1, 1, 0], [1, 1, 1]]]
+    seen = (models.attention_mask(visible, 3, torch.float32)[0, 0] == 0).int()
+    assert seen.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]  # padding sees itself
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(prompts=[]), "at least one prompt"),
+        (dict(prompts=[[1], []]), "at least one token"),
+        (dict(max_new_tokens=0), "must be at least 1"),
+        (dict(num_samples=0), "must be at least 1"),
+        (dict(temperature=-0.1), "temperature must be at least 0"),
+        (dict(temperature=float("nan")), "temperature must be at least 0"),
+        (dict(rng_keys=[(1, 2), (1, 2)]), "rng_keys must differ"),
+        (dict(rng_keys=[(1, 2)]), "as many rng_keys"),
+        (dict(prompts=[[1]], rng_keys=[(0,)]), "2 rows of the cache"),
+        (dict(num_samples=2, rng_keys=None), "num_samples must be 1"),
+    ],
+)
+def test_bad_arguments_of_generate_are_refused(tiny, changes, message):
+    model, _ = tiny
+    cache = generate(model, [[1], [2, 3]], max_new_tokens=2).cache
+    arguments = dict(prompts=[[1], [2, 3]], max_new_tokens=2, cache=cache)
+    generate(model, **arguments)
+    with pytest.raises(ValueError, match=message):
+        generate(model, **{**arguments, **changes})
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
@@ -271,16 +466,13 @@ def test_draws_follow_the_textbook_distribution(temperature):
     assert torch.allclose(logprobs, full[tokens])
 
 
-def test_the_inverse_cdf_stays_in_the_vocabulary():
+def test_sampled_tokens_have_a_probability():
     uniform = torch.tensor([0.0, 1 - 2**-24])
-    tokens, _ = sample_tokens(torch.tensor([[-60.0, 0.0, 1.0, -60.0]] * 2), uniform, 1.0)
-    assert tokens.tolist() == [1, 2] or tokens.tolist() == [0, 2]
-    for prompts in ([], [[1], []]):
-        with pytest.raises(ValueError, match="at least one prompt"):
-            generate(None, prompts)
+    tokens, _ = sample_tokens(torch.tensor([[-200.0, 0.0, 1.0, -200.0]] * 2), uniform, 1.0)
+    assert tokens.tolist() == [1, 2]
 
 
-def test_a_conversation_that_outgrows_the_context_is_refused(tiny):
+def test_a_conversation_beyond_the_context_length_is_refused(tiny):
     model, _ = tiny
     refused = pytest.raises(ValueError, match="513 tokens do not fit the model's context of 512")
     with refused:
@@ -291,6 +483,11 @@ def test_a_conversation_that_outgrows_the_context_is_refused(tiny):
     generate(model, [[1], [1] * 4], max_new_tokens=5, cache=first.cache)
     with refused:
         generate(model, [[1], [1] * 4], max_new_tokens=6, cache=first.cache)
+
+
+def test_lengths_that_do_not_add_up_are_refused(tiny):
+    with pytest.raises(ValueError, match="do not add up to 7 tokens"):
+        tiny[0].hidden(torch.ones(1, 7, dtype=torch.long), lengths=[3, 3])
 
 
 def test_a_cut_turn_gets_its_end_and_an_ended_one_keeps_it(tiny):
@@ -342,8 +539,8 @@ def test_what_is_not_computed_here_is_refused_by_name(tmp_path, tiny):
     model, _ = tiny
     model.save_pretrained(tmp_path)
     for change, words in (
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, qwen2, qw"),
-        ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral"),
+        ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported"),
         ({"model_type": None}, "model_type 'none' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
         ({"partial_rotary_factor": 0.75}, "partial_rotary_factor 0.75 is not supported"),

@@ -1,759 +1,999 @@
-"""The conversation, the main job shrunken to seconds, and what a user sees when input is bad."""
+"""The experiment: failures, evaluation, the cold start, a whole run shrunk to seconds, and what a
+user sees when the input is bad. Kills and damaged files are in test_trust.py."""
 
 import argparse
+import contextlib
+import copy
+import io
+import itertools
 import json
 import math
+import random
 import re
 import shutil
+import sys
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import matplotlib.figure
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import countdown_file
+from conftest import countdown_file, one_layer_model, one_thread, shrink_r3, verdict_by_chance
 from drawn_apigen import DrawnAPIGen
 
 import grpo
-import model as models
 import r3
 import tasks
-from grpo import Agent, Conversation
+from grpo import Agent, Conversation, Turn
+from model import Model, Tokenizer, tiny_model
 from tasks import Verdict
 
-SHORT = [
-    *(
-        "--steps",
-        "3",
-        "--batch-size",
-        "4",
-        "--group-size",
-        "3",
-        "--limit",
-        "4",
-        "--num-problems",
-        "30",
-    ),
-    *("--num-samples", "2", "--max-attempts", "1", "--max-new-tokens", "12"),
-]
-COMMANDS = ("train", "failures", "eval", "play")
+SMALL_RUN = [
+    "--steps=4", "--batch-size=4", "--group-size=3", "--limit=4", "--num-problems=30",
+    "--num-samples=2", "--max-attempts=1", "--max-new-tokens=16", "--save-every=3",
+]  # fmt: skip
 
 
-def in_steps(patch, steps: int) -> None:
-    """A cold start of a few steps, whose model finds its way to right answers by chance alone."""
-    patch.setitem(r3.COLD_START, "steps", steps)
+def shrink_runs(patch: pytest.MonkeyPatch, folder: Path, base_folder: Path) -> Path:
+    """Make runs quick, and make the folder the current one. Returns its runs/, which contains the
+    tiny model of seed 0 alone."""
+    shrink_r3(patch)
+    patch.setattr(r3, "RUNS", folder / "runs")
+    patch.chdir(folder)
+    shutil.copytree(base_folder, folder / "runs" / base_folder.name)
+    return folder / "runs"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_in_this_file():
+    with one_thread():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def program_name(monkeypatch):
+    """The program that usage lines, hints and errors name."""
+    monkeypatch.setattr(sys, "argv", ["r3.py"])
+
+
+@pytest.fixture
+def runs_folder(monkeypatch, tmp_path, base_folder):
+    """The folder of small runs. It contains the tiny model alone. A run of `train` does not draw
+    its curves, which takes a second."""
+    monkeypatch.setattr(r3, "plot_command", lambda folders: None)
+    return shrink_runs(monkeypatch, tmp_path, base_folder)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """The folder of a tiny model after a cold start of a few steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        in_steps(patch, 8)
-        patch.setattr(r3, "RUNS", tmp_path_factory.mktemp("base"))
-        yield r3.base_model(tasks.TinyCountdown(), 0)
+def finished_run(base_folder, tmp_path_factory):
+    """The folder of a complete small run of `train`, and what it printed."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        runs_folder = shrink_runs(patch, tmp_path_factory.mktemp("finished"), base_folder)
+        patch.setattr(Agent, "verify", verdict_by_chance)
+        r3.main(["train", *SMALL_RUN, "--name", "finished"])
+    return runs_folder / "finished", printed.getvalue()
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path, base):
-    """The main job in an empty folder, but for the tiny model of seed 0."""
-    in_steps(monkeypatch, 8)
-    monkeypatch.setattr(r3, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(r3, "CURVE_SIZE", (3, 2))
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(base, tmp_path / "runs" / base.name)
-    return tmp_path / "runs"
+def agent(task):
+    """An agent with an untrained model."""
+    return make_agent(task)
+
+
+def make_agent(task) -> Agent:
+    model, tokenizer = one_layer_model(task.words(), seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)  # makes the choices of the model uneven
+    return Agent(model, tokenizer, task, max_new_tokens=12, seed=5)
 
 
 @pytest.fixture
-def agent(tiny, task):
-    return Agent(*tiny, task, max_new_tokens=12, seed=5)
+def chance_verifier(monkeypatch):
+    """Verdicts depend on the token ids alone, so that an untrained model is correct at times."""
+    monkeypatch.setattr(Agent, "verify", verdict_by_chance)
 
 
 @pytest.fixture
-def countdown(tmp_path) -> str:
-    """A file of Countdown problems."""
-    return countdown_file(tmp_path / "countdown.jsonl")
+def attempted_problems(monkeypatch):
+    """A list, to which each problem is added when it is attempted."""
+    problems, sample_attempts = [], grpo.sample_attempts
+
+    def record(agent, batch, *rest, **options):
+        problems.extend(batch)
+        return sample_attempts(agent, batch, *rest, **options)
+
+    monkeypatch.setattr(grpo, "sample_attempts", record)
+    return problems
 
 
-@pytest.fixture
-def lenient(monkeypatch):
-    """A verifier that an untrained model satisfies now and then: a third of what can be said."""
-
-    def verify(agent, problem, turn):
-        right = sum(turn) % 3 == 0
-        return Verdict(right, "correct" if right else "wrong_value")
-
-    monkeypatch.setattr(Agent, "verify", verify)
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """The problems that are attempted, in a list."""
-    found, attempt = [], grpo.sample_attempts
-
-    def heard(agent, problems, *rest):
-        found.extend(problems)
-        return attempt(agent, problems, *rest)
-
-    monkeypatch.setattr(grpo, "sample_attempts", heard)
-    return found
-
-
-def lines(path):
+def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def turns(conversations):
-    """What was said, without the log-probabilities."""
-    return [replace(c, reflection_logprobs=[]) for c in conversations]
+def write_lines(path: Path, records: list[dict]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-# -- The conversation ------------------------------------------------------------------------------
-
-
-def test_a_conversation_is_its_turns_in_a_row(agent, task):
-    problems = task.load(split="dev", limit=5)
-    conversations = grpo.sample_attempts(agent, problems, 2, (0, 0))
-    assert [c.problem for c in conversations] == [p for p in problems for _ in range(2)]
-    done = grpo.rollout(agent, conversations, 3, (0, 0))
-    assert len(done) == 30
-    end, encode = agent.tokenizer.stop_ids[0], agent.tokenizer.encode
-    for number, c in enumerate(done):
-        first = conversations[number // 3]
-        assert (c.problem, c.attempt, c.attempt_index) == (
-            first.problem,
-            first.attempt,
-            first.attempt_index,
-        )
-        ended = c.attempt if c.attempt[-1] == end else [*c.attempt, end]
-        assert c.reflection_prompt == c.attempt_prompt + ended + encode(
-            f"<|user|> {task.reflection_instruction} <|end|> <|assistant|>"
-        )
-        assert c.reflection_index == number % 3 and len(c.reflection_logprobs) == len(c.reflection)
-        assert len(c.reflection) <= 12 and c.truncated == (c.reflection[-1] != end)
-        assert c.retry_verdict == agent.verify(c.problem, c.retry)
-    assert len({tuple(c.reflection) for c in done[:3]}) > 1  # samples of one failure differ
-
-
-def test_a_retry_from_the_cache_is_the_retry_from_the_beginning(agent, task):
-    conversations = grpo.sample_attempts(agent, task.load(split="dev", limit=6), 1, (0, 0))
-    reflected, cache = grpo.sample_reflections(agent, conversations, 2, (0, 0))
-    again, anew = (grpo.sample_retries(agent, reflected, (0, 0), each) for each in (cache, None))
-    assert turns(again) == turns(anew) and len({tuple(c.retry) for c in again}) > 6
-
-
-def test_how_the_work_is_split_changes_nothing(agent, task, lenient, tmp_path, monkeypatch):
-    """By a small cache, or by a device whose memory holds two conversations."""
-    problems = task.load(split="dev", limit=7)
-    sample, calls = Agent.generate, []
-
-    def memory_of_two(agent, prompts, samples, *rest):
-        if len(prompts) * samples > 2:
-            raise torch.OutOfMemoryError
-        return sample(agent, prompts, samples, *rest)
-
-    def counted(agent, prompts, *rest):
-        calls.append(len(prompts))
-        return sample(agent, prompts, *rest)
-
-    def said(name):
-        calls.clear()
-        found = r3.find_failures(agent, problems, 3, tmp_path / name)
-        conversations = r3.evaluate(agent, problems, 2, "")
-        return (
-            turns(found),
-            turns(conversations),
-            turns(grpo.rollout(agent, conversations[:3], 2, (0, 0))),
-        )
-
-    monkeypatch.setattr(Agent, "generate", counted)
-    together = said("one")
-    assert max(calls) >= 7 and all(together)
-    agent.cache_tokens = 300
-    assert said("two") == together and max(calls) < 5
-    agent.cache_tokens = 100_000
-    monkeypatch.setattr(Agent, "generate", memory_of_two)
-    assert said("three") == together and agent.cache_tokens < 100_000
-    monkeypatch.setattr(Agent, "generate", lambda *_: memory_of_two(agent, [0] * 3, 1))
-    with pytest.raises(torch.OutOfMemoryError):  # there is nothing left to halve
-        said("four")
-
-
-def test_batches_are_as_large_as_the_cache(agent, task):
-    problems = task.load(split="dev", limit=40)
-
-    def width(problem, samples, count):
-        return len(agent.attempt_prompt(problem)) + samples * count * (12 + 50)
-
-    for room, samples, count in ((2_000, 2, 1), (3_000, 3, 2), (1, 1, 1)):
-        agent.cache_tokens = room
-        found = grpo.batches(agent, problems, samples, count)
-        assert sorted(p.id for some in found for p in some) == list(range(40))
-        widths = [[width(p, samples, count) for p in some] for some in found]
-        assert sum(widths, []) == sorted(sum(widths, []), reverse=True)  # longest first
-        for some, after in zip(widths, widths[1:] + [[]], strict=True):
-            assert len(some) == 1 or len(some) * some[0] <= room
-            assert not after or (len(some) + 1) * some[0] > room  # one more does not fit
-    assert len(found) == 40 and grpo.batches(agent, [], 1, 1) == []
-
-
-# -- Failures and evaluation -----------------------------------------------------------------------
-
-
-def test_a_dataset_of_failures_holds_first_wrong_tries(agent, task, monkeypatch, tmp_path):
-    def verify(agent, problem, turn):  # some problems are solved at every try
-        return Verdict(problem.id % 5 == 0 or sum(turn) % 2 == 0, "x")
-
-    monkeypatch.setattr(Agent, "verify", verify)
-    problems = task.load(split="train", limit=20)
-    conversations = grpo.sample_attempts(agent, problems, 4, (grpo.COLLECT, 0))
-    agent.cache_tokens = 500  # the work is split, the samples are the same
-    failures = r3.find_failures(agent, problems, 4, tmp_path / "tries.jsonl")
-    wanted = []
-    for problem in problems:
-        wanted += [
-            c for c in conversations if c.problem == problem and not c.attempt_verdict.correct
-        ][:1]
-    assert turns(failures) == turns(wanted)
-    assert {c.attempt_index for c in wanted} > {0, 1} and 8 < len(wanted) <= 16
-
-
-def test_what_was_evaluated_is_not_evaluated_again(agent, task, lenient, tmp_path, asked):
-    """A file is complete or absent, and a complete one is read."""
-    problems, path = task.load(split="dev", limit=12), tmp_path / "kept" / "conversations.jsonl"
-    agent.cache_tokens = 400  # several batches
-    whole = turns(r3.evaluate(agent, problems, 2, "m", path))
-    assert asked and whole == turns(r3.evaluate(agent, problems, 2, "m"))
-    ids = sorted(p.id for p in problems)
-    assert [(c.problem.id, c.attempt_index) for c in whole] == [(i, s) for i in ids for s in (0, 1)]
-    assert len(lines(path)) == 24
-    asked.clear()
-    again = r3.evaluate(agent, problems, 2, "m", path)
-    assert [replace(c, truncated=False) for c in whole] == again and not asked
-
-
-def test_a_dataset_of_failures_is_not_found_again(agent, task, lenient, tmp_path, asked):
-    """Killed after any line, within a line, and with another budget: the same failures."""
-    problems, path = task.load(split="train", limit=12), tmp_path / "tries.jsonl"
-    agent.cache_tokens = 400
-    whole = turns(r3.find_failures(agent, problems, 3, path))
-    written = path.read_text().splitlines(keepends=True)
-    assert len(written) == len(whole) > 5
-    order = [p.id for some in grpo.batches(agent, problems, 1, turns=1) for p in some]
-    for count, budget in ((0, 99_999), (5, 400), (len(written), 800)):
-        path.write_text("".join(written[:count]) + written[0][:-1])
-        agent.cache_tokens = budget
-        asked.clear()
-        again = turns(r3.find_failures(agent, problems, 3, path))
-        assert [replace(c, truncated=False) for c in again] == whole
-        assert path.read_text() == "".join(written)  # each line is whole, and in its place
-        last = json.loads(written[count - 1])["problem"]["id"] if count else None
-        left = order[order.index(last) + 1 :] if count else order
-        assert {p.id for p in asked} == set(left)
-
-
-DAMAGE = [
-    lambda r: "{",
-    lambda r: "7",
-    lambda r: "[" * 100_000,
-    lambda r: "\udcff",
-    lambda r: json.dumps({k: v for k, v in r.items() if k != "ids"}),
-    lambda r: json.dumps({**r, "ids": {**r["ids"], "attempt": []}}),
-    lambda r: json.dumps({**r, "ids": {**r["ids"], "attempt": [5, 99_999_999_999]}}),
-    lambda r: json.dumps({**r, "ids": {**r["ids"], "attempt": [5, -1]}}),
-    lambda r: json.dumps({**r, "ids": {**r["ids"], "attempt": r["ids"]["attempt"] + [5000]}}),
-    lambda r: json.dumps({**r, "ids": {**r["ids"], "attempt": "abc"}}),
-    lambda r: json.dumps({**r, "ids": {**r["ids"], "answer": [1]}}),
-    lambda r: json.dumps({**r, "attempt": "something else"}),
-    lambda r: json.dumps({**r, "retry": "something else"}),
-    lambda r: json.dumps({**r, "problem": {"id": 1}}),
-    lambda r: json.dumps({**r, "problem": {**r["problem"], "target": 61}}),
-    lambda r: json.dumps({**r, "attempt_index": "a"}),
-    lambda r: json.dumps({**r, "attempt_index": 1e999}),
-    lambda r: json.dumps({**r, "attempt_verdict": {"correct": True, "reason": "correct"}}),
-]
-
-
-@pytest.mark.parametrize("change", DAMAGE)
-def test_a_damaged_conversation_is_named_by_its_line(agent, task, tmp_path, change):
-    path = tmp_path / "failures.jsonl"
-    conversations = r3.evaluate(agent, task.load(limit=3), 1, "m", path)
-    assert r3.load_conversations(path, agent) == [
-        replace(c, reflection_logprobs=[], truncated=False) for c in conversations
-    ]
-    text = path.read_text().splitlines(keepends=True)
-    changed = change(json.loads(text[1])) + "\n"
-    path.write_bytes("".join([text[0], changed, text[2]]).encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match="failures.jsonl, line 2 "):
-        r3.load_conversations(path, agent)
-
-
-def test_failures_are_judged_again(agent, task, tmp_path, monkeypatch):
-    path = tmp_path / "failures.jsonl"
-    r3.evaluate(agent, task.load(limit=1), 1, "m", path)
-    assert len(r3.load_conversations(path, agent)) == 1
-    monkeypatch.setattr(tasks.Countdown, "verify", lambda *_: Verdict(True, "correct"))
-    with pytest.raises(ValueError, match="failures.jsonl, line 1 "):
-        r3.load_conversations(path, agent)
-
-
-def test_the_numbers_are_those_of_the_conversations(agent, task, lenient, tmp_path):
-    conversations = r3.evaluate(agent, task.load(split="dev", limit=30), 2, "")
-    first = [c.attempt_verdict.correct for c in conversations]
-    two = [c.attempt_verdict.correct or c.retry_verdict.correct for c in conversations]
-    assert 0 < sum(first) < sum(two) < 60
-    rows = r3.accuracy(model=conversations)
-    assert list(rows) == ["model"]
-    assert rows["model"]["1st try"][0] == pytest.approx(np.mean(first))
-    assert rows["model"]["within two"][0] == pytest.approx(np.mean(two))
-    assert rows["model"]["1st try"] == r3.interval(np.array(first, float), conversations)
-    none = [
-        replace(c, attempt_verdict=Verdict(False, "x")) for c in conversations
-    ]  # the rule of three, from 0 on
-    assert r3.accuracy(model=none)["model"]["1st try"] == pytest.approx([0, 0, 3 / 30])
-
-    worse = [
-        replace(c, retry_verdict=Verdict(False, "x")) for c in conversations
-    ]  # all retries are wrong
-    rows = r3.accuracy(before=worse, after=conversations)
-    assert list(rows) == ["before", "after", "gain"]
-    assert rows["before"]["within two"][0] == 0  # of those with first tries right, too
-    assert rows["gain"]["within two"] == r3.interval(np.array(two, float), conversations)
-    assert rows["gain"]["1st try"] == pytest.approx([0, -0.1, 0.1])
-    r3.report(r3.TINY, tmp_path, model=conversations)
-    tables = json.loads((tmp_path / "report.json").read_text())["tables"]
-    assert tables["The verifier's reasons"] == {
-        "model, 1st try": {"correct": sum(first), "wrong_value": 60 - sum(first)},
-        "model, retry": {"correct": sum(two) - sum(first), "wrong_value": 60 - sum(two)},
-    }
-
-
-def test_tables_are_markdown():
-    rows = {"vanilla": {"1st try": [0.25, 0.125, 0.5]}, "gain": {"1st try": [0.1, -0.1, 0.3]}}
-    assert r3.markdown({"Right": rows, "Reasons": {"right": {"a": 7}, "x": {"b": 12}}}) == (
-        "Right\n\n"
-        "|         | 1st try              |\n"
-        "|---------|----------------------|\n"
-        "| vanilla | 25.0 [12.5, 50.0]    |\n"
-        "| gain    | +10.0 [-10.0, +30.0] |\n\n"
-        "Reasons\n\n"
-        "|       | a | b  |\n"
-        "|-------|---|----|\n"
-        "| right | 7 |    |\n"
-        "| x     |   | 12 |\n"
-    )
-
-
-# -- Training --------------------------------------------------------------------------------------
-
-
-def failures_of(agent, task, count):
-    return grpo.sample_attempts(agent, task.load(split="dev", limit=count), 1, (0, 0))
-
-
-def trained(agent, failures, folder, **settings):
-    """The lines of samples.jsonl after training without the KL term, and the metrics."""
-    c = grpo.Config(beta=0.0, lr=0.0, **settings)
-    found = [metrics for _, metrics in grpo.train(agent, None, failures, c, folder)]
-    return lines(folder / "samples.jsonl"), found[1:]
-
-
-def test_rewards_go_to_reflections_and_cut_ones_earn_nothing(agent, task, lenient, tmp_path):
-    agent.tokenizer.stop_ids = [0, *range(20, 30)]  # so that some turns end and some are cut
-    failures = failures_of(agent, task, 3)
-    order = grpo.draw_failures(failures, 0, 3, agent.seed)
-    conversations = grpo.rollout(agent, order, 8, (grpo.TRAIN, 0))
-    ended = [c.reflection[-1] in agent.tokenizer.stop_ids for c in conversations]
-    right = [sum(c.retry) % 3 == 0 for c in conversations]
-    assert len(set(zip(ended, right, strict=True))) == 4  # ended or cut, right or wrong: all four
-    samples, [metrics] = trained(agent, failures, tmp_path, steps=1, batch_size=3, group_size=8)
-    wanted = torch.tensor([float(e and r) for e, r in zip(ended, right, strict=True)])
-    assert [line["reward"] for line in samples] == wanted.tolist()
-    advantages = grpo.group_advantages(wanted.view(3, 8)).flatten()
-    assert [line["advantage"] for line in samples] == advantages.tolist()
-    for c, line in zip(conversations, samples, strict=True):
-        assert line["ids"]["reflection"] == c.reflection  # the trained tokens
-        assert line["step"] == 1 and line["problem"] == json.loads(json.dumps(asdict(c.problem)))
-        turns = {name: getattr(c, name) for name in ("attempt", "reflection", "retry")}
-        for name, turn in {"context": c.reflection_prompt, **turns}.items():
-            assert line[name] == agent.tokenizer.tokenizer.decode(turn, False)
-        assert (line["attempt_verdict"], line["retry_verdict"]) == (
-            asdict(c.attempt_verdict),
-            asdict(c.retry_verdict),
-        )
-    assert metrics["reward"] == pytest.approx(wanted.mean().item())
-    assert metrics["truncated"] == pytest.approx(1 - np.mean(ended))
-
-
-def test_every_step_samples_anew(agent, task, lenient, tmp_path):
-    """The same failures, the same weights: other reflections."""
-    samples, _ = trained(
-        agent, failures_of(agent, task, 2), tmp_path, steps=3, batch_size=2, group_size=3
-    )
-    by_step = [[line for line in samples if line["step"] == step] for step in (1, 2, 3)]
-    said = [[(line["context"], line["reflection"]) for line in some] for some in by_step]
-    assert {context for context, _ in said[0]} == {context for context, _ in said[1]}
-    assert len({tuple(some) for some in said}) == 3
-
-
-def test_every_failure_comes_once_an_epoch_and_never_twice_a_step():
-    failures = conversations(range(10))
-    drawn = [
-        [c.problem.id for c in grpo.draw_failures(failures, step, 5, seed=0)] for step in range(4)
-    ]
-    assert sorted(drawn[0] + drawn[1]) == sorted(drawn[2] + drawn[3]) == list(range(10))
-    assert drawn[:2] != drawn[2:]
-    for step in range(9):
-        ids = [c.problem.id for c in grpo.draw_failures(failures, step, 7, seed=0)]
-        assert len(ids) == len(set(ids))
-    assert len(grpo.draw_failures(failures, 0, 25, seed=0)) == 10
-
-
-def test_dialogues_of_the_cold_start_train_the_assistants_turns(task, tiny, monkeypatch):
-    monkeypatch.setitem(r3.COLD_START, "dialogues", 4)
-    tokenizer, problems = tiny[1], task.load(split="cold")
-    drawn = r3.dialogues(task, tokenizer, problems, "key", diligent=False)
-    assert len(drawn) == r3.STEPS_PER_DRAW and {len(ids) for ids, _ in drawn} == {4}
-    retries = 0
-    for ids, mask in drawn:
-        for row, trained in zip(ids.tolist(), mask.tolist(), strict=True):
-            size = 1 + max(i for i, it in enumerate(trained) if it)  # then padding
-            text = tokenizer.tokenizer.decode(row[:size], False)
-            said = re.split(r"(?<=<\|assistant\|>)|(?<=<\|end\|>)", text)
-            wanted = []
-            for part in said:
-                own = "<|assistant|>" not in part and "<|user|>" not in part
-                wanted += [own] * len(tokenizer.encode(part))
-            assert trained[:size] == wanted and text.endswith("<|end|>")
-            if task.retry_instruction in text:
-                assert text.index(task.reflection_instruction) < text.index(task.retry_instruction)
-                retries += 1
-    assert retries
-    again = r3.dialogues(task, tokenizer, problems, "key", diligent=False)
-    assert all(torch.equal(a, b) for a, b in zip(sum(drawn, ()), sum(again, ()), strict=True))
-    other = r3.dialogues(task, tokenizer, problems, "other key", diligent=False)
-    assert any(
-        a[0].shape != b[0].shape or (a[0] != b[0]).any() for a, b in zip(drawn, other, strict=True)
-    )
-
-
-def test_a_recipe_that_changes_makes_another_base(small, task, base, monkeypatch):
-    weights = (base / "model.safetensors").read_bytes()
-    made = time.time()
-    assert r3.base_model(task, 0).name == base.name
-    (small / base.name / "model.safetensors").unlink()  # it was killed before it was complete
-    assert (r3.base_model(task, 0) / "model.safetensors").read_bytes() == weights
-    assert (small / base.name / "model.safetensors").stat().st_mtime > made - 1
-    monkeypatch.setitem(r3.COLD_START, "steps", 2)
-    two = r3.base_model(task, 0)
-    assert two.name != base.name and (two / "model.safetensors").read_bytes() != weights
-    assert r3.base_model(task, 1).name not in (two.name, base.name)
-
-
-def test_the_cold_start_learns(task, monkeypatch, tmp_path):
-    """The loss falls well below that of random words, which is log 150 = 5."""
-    monkeypatch.setitem(r3.COLD_START, "steps", 16)
-    monkeypatch.setattr(r3, "RUNS", tmp_path)
-    path, problems = r3.base_model(task, 0), task.load(split="cold")
-    model, tokenizer = models.Model.from_pretrained(path), models.Tokenizer.from_pretrained(path)
-    ids, mask = r3.dialogues(task, tokenizer, problems, "other", diligent=True)[0]
-    with torch.no_grad():
-        log_p = model(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    assert -log_p[mask[:, 1:]].mean() < 2.5
-
-
-def test_an_interrupted_run_says_how_to_go_on(small, lenient, monkeypatch):
-    """With Ctrl-C during an evaluation: the steps before it are kept."""
-    evaluate = r3.evaluate
-
-    def stops(agent, problems, samples, title, path=None):
-        if title == "step 4":
-            raise KeyboardInterrupt
-        return evaluate(agent, problems, samples, title, path)
-
-    flags = ["train", *SHORT, "--steps", "8", "--save-every", "3", "--name"]
-    r3.main([*flags, "whole"])
-    monkeypatch.setattr(r3, "evaluate", stops)
-    with pytest.raises(SystemExit, match="interrupted; go on with: r3.py train --resume .*/x/y"):
-        r3.main([*flags, "x/y"])
-    monkeypatch.setattr(r3, "evaluate", evaluate)
-    run = small / "x" / "y"
-    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [0, 1, 2, 3]
-    r3.main(["train", "--resume", str(run)])
-    for name in ("metrics.jsonl", "samples.jsonl", "report.json", "failures.jsonl"):
-        assert (run / name).read_text() == (small / "whole" / name).read_text(), name
-
-
-def test_the_main_job_and_the_files_it_leaves(small, base, lenient, capsys):
-    r3.main(["train", *SHORT, "--name", "a"])
-    printed = capsys.readouterr().out
-    run = small / "a"
-    assert {path.name for path in run.iterdir()} == {
-        "config.json", "failures.jsonl", "metrics.jsonl", "timings.jsonl", "samples.jsonl",
-        "checkpoint.safetensors", "model", "report.json", "curves.png", "vanilla.jsonl",
-        "trained.jsonl",
-    }  # fmt: skip
-    assert len(lines(run / "trained.jsonl")) == 2 * 4 == len(lines(run / "vanilla.jsonl"))
-    tables = json.loads((run / "report.json").read_text())["tables"]
-    assert r3.markdown(tables) in printed
-    assert list(tables) == [
-        "4 problems, 2 samples each, temperature 1: % right [95%]",
-        "The verifier's reasons",
-    ]
-    rows = next(iter(tables.values()))
-    assert list(rows) == ["vanilla", "trained", "gain"]
-    for column in ("1st try", "within two"):  # gain is after minus before
-        gain = rows["trained"][column][0] - rows["vanilla"][column][0]
-        assert rows["gain"][column][0] == pytest.approx(gain)
-    config = json.loads((run / "config.json").read_text())
-    assert config["seed"] == 0 and config["lr"] == 3e-4 and config["command"] == "train"
-    assert config["torch"] == torch.__version__
-    steps = lines(run / "metrics.jsonl")
-    assert [line["step"] for line in steps] == [0, 1, 2, 3] and "within two" in steps[0]
-    assert max(line.get("mismatch", 0) for line in steps) < 1e-4  # invariant 2, over a whole run
-    # The reference is the model as it was, not as it is: no divergence at first, and then some.
-    assert abs(steps[1]["kl"]) < 1e-6 < steps[2]["kl"] < steps[3]["kl"]
-    for record in lines(run / "failures.jsonl"):
-        assert record["attempt_verdict"] == {"correct": False, "reason": "wrong_value"}
-        assert record["ids"]["attempt"] and record["retry_verdict"] is None
-
-    tokenizer = models.Tokenizer.from_pretrained(run / "model")
-    samples = lines(run / "samples.jsonl")
-    assert len(samples) == 3 * 4 * 3
-    for group in range(0, 36, 3):
-        rewards = torch.tensor([[s["reward"] for s in samples[group : group + 3]]])
-        got = [s["advantage"] for s in samples[group : group + 3]]
-        assert got == pytest.approx(grpo.group_advantages(rewards)[0].tolist())
-    for sample in samples:
-        assert sample["ids"]["reflection"] == tokenizer.encode(sample["reflection"])
-        assert sample["context"].endswith("Wrong. Reflect. <|end|> <|assistant|>")
-
-    # Invariant 6: the same seed gives the same weights, the base made anew, the failures given.
-    weights = (run / "model" / "model.safetensors").read_bytes()
-    base_weights = (small / base.name / "model.safetensors").read_bytes()
-    assert base_weights != weights  # training did change them
-    shutil.rmtree(small / base.name)
-    r3.main(["train", *SHORT, "--name", "b"])
-    for name in ("failures.jsonl", "metrics.jsonl", "samples.jsonl", "report.json"):
-        assert (small / "b" / name).read_text() == (run / name).read_text()
-    assert (small / "b" / "model" / "model.safetensors").read_bytes() == weights
-    assert (small / base.name / "model.safetensors").read_bytes() == base_weights
-    r3.main(["train", *SHORT, "--name", "c", "--failures", str(run / "failures.jsonl")])
-    assert (small / "c" / "model" / "model.safetensors").read_bytes() == weights
-
-    r3.main(["eval", "--model", str(run / "model"), "--limit", "5", "--max-new-tokens", "9"])
-    assert "5 problems, 4 samples each, temperature 1" in capsys.readouterr().out
-    [evaluated] = small.glob("eval-countdown-*")
-    assert len(lines(evaluated / "conversations.jsonl")) == 20
-    r3.main(["eval", "--limit", "5", "--max-new-tokens", "9", "--temperature", "0", "--name", "e"])
-    assert "5 problems, 1 samples each, temperature 0" in capsys.readouterr().out
-    assert len(lines(small / "e" / "conversations.jsonl")) == 5
-
-
-def test_seeds_differ(small, lenient, monkeypatch):
-    """In the tiny model, in the problems, in what is sampled."""
-    in_steps(monkeypatch, 1)
-    found = []
-    for seed in ("1", "2"):
-        flags = ["--seed", seed, "--limit", "4", "--max-new-tokens", "9", "--name", seed]
-        r3.main(["eval", *flags])
-        found.append(lines(small / seed / "conversations.jsonl"))
-    assert not {line["context"] for line in found[0]} & {line["context"] for line in found[1]}
-    assert not {line["attempt"] for line in found[0]} & {line["attempt"] for line in found[1]}
-
-
-def test_a_dataset_of_failures_goes_on_where_it_was_killed(
-    small, lenient, monkeypatch, capsys, asked
-):
-    command = ["failures", "--model", "tiny", "--num-problems", "30", "--max-attempts", "3"]
-    command += ["--cache-tokens", "600", "--max-new-tokens", "12", "--name"]
-    r3.main([*command, "whole"])
-    append = r3.append_jsonl
-
-    def dies(path, *records):
-        append(path, *records)
-        if len(path.read_text().splitlines()) >= 12:
-            raise KeyboardInterrupt
-
-    hint = "interrupted; go on with: r3.py failures --resume"
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=hint):
-        patch.setattr(r3, "append_jsonl", dies)
-        r3.main([*command, "killed"])
-    whole, killed = small / "whole" / "failures.jsonl", small / "killed" / "failures.jsonl"
-    kept = {line["problem"]["id"] for line in lines(killed)}
-    with open(killed, "a") as file:
-        file.write('{"problem": {"id"')  # the next line was being written
-    asked.clear()
-    r3.main(["failures", "--resume", str(small / "killed")])
-    assert killed.read_text() == whole.read_text()
-    after = {problem.id for problem in asked}
-    assert after and not kept & after
-    count = len(lines(whole))
-    assert 12 < count < 30 and f"{count} failures on 30 problems" in capsys.readouterr().out
-    for flags, message in (
-        (["train", "--resume", str(small / "killed")], "is a run of failures, not of train"),
-        (["failures", "--resume", str(small / "nothing")], "No such file"),
-        (["failures", "--resume", str(small / "killed"), "--seed", "1"], "from the run"),
-        ([*command, "killed"], "choose another --name, or --resume"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            r3.main(flags)
-
-
-def test_play(small, capsys, monkeypatch):
-    said = iter(["6 10 2 32", "nonsense", "6 10 2 99", "6 10 2 32", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(said))
-    r3.main(["play", "--model", "tiny", "--max-new-tokens", "12"])
-    printed = capsys.readouterr().out
-    assert (
-        printed.count("question  <|user|> Make 32 from 6 10 2 .") == 2
-        or printed.count("question  Make 32 from 6 10 2 .") == 2
-    )
-    assert "reflection  " in printed and "<- no_answer" in printed
-    assert printed.count("  type 3 numbers from 1 to 10") == 2  # for nonsense, and a target of 99
-    answers = re.findall(r"attempt  (.*)", printed)
-    assert len(answers) == 2 and answers[0] != answers[1]  # asked again, it answers otherwise
-
-    def ends(_):
-        raise EOFError
-
-    monkeypatch.setattr("builtins.input", ends)
-    r3.main(["play", "--model", "tiny"])  # Ctrl-D
-    with pytest.raises(SystemExit, match="no run in .*: r3.py train makes one"):
-        r3.main(["play"])
-
-
-# -- Settings and bad input ------------------------------------------------------------------------
-
-
-def refused(flags: list, capsys) -> str:
-    """The one line that the command line ends in."""
+def error_line(flags: list[str], capsys) -> str:
+    """The one line with which the command line ends, which must be an error."""
     with pytest.raises(SystemExit) as stop:
         r3.main(flags)
     assert stop.value.code not in (0, None)
     if isinstance(stop.value.code, str):
         assert stop.value.code.startswith("r3.py: ") and "\n" not in stop.value.code
         return stop.value.code
-    return capsys.readouterr().err.splitlines()[-1]  # argparse: the usage, then the line
+    return capsys.readouterr().err.splitlines()[-1]  # argparse prints its usage before the error
 
 
-def settings(command: str) -> list:
-    """The fields of Config whose metadata names a command."""
-    return [f for f in fields(r3.Config) if command in f.metadata.get("commands", "").split()]
+# -- The conversation ------------------------------------------------------------------------------
+def test_a_conversation_is_a_sequence_of_turns(agent, task):
+    problems = task.load(split="dev", limit=5)
+    attempts = grpo.sample_attempts(agent, problems, 2, (0, 0))
+    assert [c.problem for c in attempts] == [p for p in problems for _ in range(2)]
+    groups = grpo.rollout(agent, attempts, 3, (0, 0))
+    assert [len(group) for group in groups] == [3] * 10
+    end, encode = agent.tokenizer.stop_ids[0], agent.tokenizer.encode
+    for before, group in zip(attempts, groups, strict=True):
+        assert len({tuple(c.reflection.tokens) for c in group}) > 1
+        for g, c in enumerate(group):
+            assert (c.problem, c.attempt) == (before.problem, before.attempt)
+            assert (c.attempt_index, c.reflection_index) == (before.attempt_index, g)
+            prompt = c.attempt.prompt
+            for turn, next_turn, instruction in (
+                (c.attempt, c.reflection, task.reflection_instruction),
+                (c.reflection, c.retry, task.retry_instruction),
+            ):
+                assert len(turn.logprobs) == len(turn.tokens) <= 12
+                assert turn.truncated == (turn.tokens[-1] != end)
+                prompt = prompt + turn.tokens + [end] * turn.truncated
+                prompt = prompt + encode(f"<|user|> {instruction} <|end|> <|assistant|>")
+                assert next_turn.prompt == prompt
+            assert c.retry_verdict == agent.verify(c.problem, c.retry)
+
+
+def test_a_retry_with_the_cache_equals_the_retry_without_it(agent, task, tiny):
+    agent.model = tiny[0]  # a model with several layers
+    failures = grpo.sample_attempts(agent, task.load(split="dev", limit=6), 1, (0, 0))
+    reflected, cache = grpo.sample_reflections(agent, failures, 2, (0, 0))
+    with_cache = grpo.sample_retries(agent, reflected, (0, 0), cache)
+    assert with_cache == grpo.sample_retries(agent, reflected, (0, 0))
+    assert len({tuple(c.retry.tokens) for c in with_cache}) > 6
+
+
+# -- Failures and evaluation -----------------------------------------------------------------------
+def test_failures_and_evaluation_do_not_depend_on_the_batches(
+    agent, task, chance_verifier, tmp_path, monkeypatch
+):
+    """The batches are small because of a small cache, or of a device that runs out of memory."""
+    problems, sample_turns, batch_sizes = task.load(split="dev", limit=6), Agent.sample_turns, []
+
+    def count(agent, prompts, *rest, **options):
+        batch_sizes.append(len(prompts))
+        return sample_turns(agent, prompts, *rest, **options)
+
+    def memory_for_two_turns(agent, prompts, num_samples, *rest, **options):
+        if len(prompts) * num_samples > 2:
+            raise torch.OutOfMemoryError
+        return sample_turns(agent, prompts, num_samples, *rest, **options)
+
+    def sample(file_name):
+        batch_sizes.clear()
+        failures = r3.find_failures(agent, problems, 3, tmp_path / file_name)
+        return failures, r3.evaluate(agent, problems, 2, "")
+
+    monkeypatch.setattr(Agent, "sample_turns", count)
+    in_large_batches = sample("large.jsonl")
+    assert max(batch_sizes) >= 6 and all(in_large_batches)
+    agent.cache_tokens = 300
+    assert sample("small.jsonl") == in_large_batches and max(batch_sizes) < 5
+    agent.cache_tokens = 100_000
+    monkeypatch.setattr(Agent, "sample_turns", memory_for_two_turns)
+    assert sample("out_of_memory.jsonl") == in_large_batches and agent.cache_tokens < 100_000
+
+
+def test_a_failure_is_the_first_wrong_attempt_at_a_problem(agent, task, monkeypatch, tmp_path):
+    def verify(agent, problem, turn):  # Every fifth problem is always solved.
+        return Verdict(problem.id % 5 == 0 or sum(turn.tokens) % 2 == 0, "x")
+
+    monkeypatch.setattr(Agent, "verify", verify)
+    problems = task.load(split="train", limit=20)
+    attempts = grpo.attempt_all(agent, problems, 4, (grpo.COLLECT, 0))
+    first_wrong = {}
+    for attempt in attempts:
+        if not attempt.attempt_verdict.correct:
+            first_wrong.setdefault(attempt.problem.id, attempt)
+    agent.cache_tokens = 500  # several batches
+    failures = r3.find_failures(agent, problems, 4, tmp_path / "failures.jsonl")
+    assert failures == list(first_wrong.values())
+    assert {c.attempt_index for c in failures} > {0, 1} and 8 < len(failures) <= 16
+
+
+def test_a_complete_evaluation_is_read_and_not_repeated(
+    agent, task, chance_verifier, tmp_path, attempted_problems
+):
+    problems, path = task.load(split="dev", limit=8), tmp_path / "new" / "conversations.jsonl"
+    agent.cache_tokens = 400  # several batches
+    conversations = r3.evaluate(agent, problems, 2, "", path)
+    ids = sorted(problem.id for problem in problems)
+    assert [c.identity for c in conversations] == [(i, attempt) for i in ids for attempt in (0, 1)]
+    assert attempted_problems and len(read_lines(path)) == 16
+    attempted_problems.clear()
+    assert r3.evaluate(agent, problems, 2, "", path) == conversations and not attempted_problems
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert r3.evaluate(agent, problems, 2, "", path) == conversations and attempted_problems
+
+
+def test_an_interrupted_search_resumes_after_the_last_failure_in_its_file(
+    agent, task, chance_verifier, tmp_path, attempted_problems
+):
+    """It may have been killed after a line or within one, and may resume with another cache."""
+    problems, path = task.load(split="train", limit=12), tmp_path / "failures.jsonl"
+    agent.cache_tokens = 400
+    failures = r3.find_failures(agent, problems, 3, path)
+    written = path.read_text().splitlines(keepends=True)
+    assert len(written) == len(failures) > 5
+    order = [problem.id for problem in grpo.longest_first(agent, problems)]
+    for num_lines, cache_tokens in ((0, 99_999), (5, 400), (len(written), 800)):
+        path.write_text("".join(written[:num_lines]) + written[0][:-9])
+        agent.cache_tokens = cache_tokens
+        attempted_problems.clear()
+        assert r3.find_failures(agent, problems, 3, path) == failures
+        assert path.read_text() == "".join(written)
+        last = json.loads(written[num_lines - 1])["problem"]["id"] if num_lines else None
+        not_searched = order[order.index(last) + 1 :] if num_lines else order
+        assert {problem.id for problem in attempted_problems} == set(not_searched)
+
+
+# -- Conversations in files ------------------------------------------------------------------------
+def test_loaded_conversations_equal_the_saved_ones(agent, task, chance_verifier, tmp_path):
+    """With all their fields, except for the log-probabilities, which are not saved."""
+    agent.tokenizer.stop_ids = [0, *range(20, 40)]  # so that some turns end and some are truncated
+    path, problems = tmp_path / "conversations.jsonl", task.load(split="dev", limit=12)
+    attempts = grpo.sample_attempts(agent, problems, 2, (0, 0))
+    failures = [c for c in attempts if not c.attempt_verdict.correct]
+    groups = grpo.rollout(agent, failures, 2, (0, 0))
+    saved = attempts + sum(groups, [])
+    for name in ("attempt", "reflection", "retry"):
+        turns = [getattr(c, name) for c in saved if getattr(c, name)]
+        assert {turn.truncated for turn in turns} == {False, True}, name
+    assert {c.attempt_verdict.correct for c in saved} == {False, True}
+    assert {c.retry_verdict.correct for c in saved if c.retry_verdict} == {False, True}
+    r3.write_conversations(path, saved, agent)
+    loaded = r3.load_conversations(path, agent)
+    assert loaded == saved
+    for conversation in loaded:
+        for turn in (conversation.attempt, conversation.reflection, conversation.retry):
+            assert turn is None or not turn.logprobs
+    r3.write_conversations(tmp_path / "copy.jsonl", loaded, agent)
+    assert (tmp_path / "copy.jsonl").read_text() == path.read_text()
+
+
+def change(record: dict, turn: str, **changes) -> dict:
+    """The record of a conversation with another attempt, reflection or retry."""
+    return {**record, turn: {**record[turn], **changes}}
+
+
+def remove(record: dict, name: str) -> dict:
+    return {key: value for key, value in record.items() if key != name}
+
+
+DAMAGE = {  # what is wrong with a line, and a function that makes such a line from a correct record
+    "incomplete JSON": lambda record: "{",
+    "not an object": lambda record: "7",
+    "nested too deeply": lambda record: "[" * 100_000,
+    "not UTF-8": lambda record: "\udcff",
+    "no problem": lambda record: {**record, "problem": None},
+    "an incomplete problem": lambda record: {**record, "problem": {"id": 1}},
+    "another problem": lambda record: change(record, "problem", target=61),
+    "attempt_index is text": lambda record: {**record, "attempt_index": "a"},
+    "attempt_index is infinite": lambda record: {**record, "attempt_index": 1e999},
+    "no tokens": lambda record: change(record, "attempt", tokens=[]),
+    "too large a token": lambda record: change(record, "attempt", tokens=[5, 99_999_999_999]),
+    "a negative token": lambda record: change(record, "attempt", tokens=[5, -1]),
+    "an additional token": lambda record: change(
+        record, "attempt", tokens=[*record["attempt"]["tokens"], 9]
+    ),
+    "tokens are text": lambda record: change(record, "attempt", tokens="abc"),
+    "another attempt": lambda record: change(record, "attempt", text="something else"),
+    "another retry": lambda record: change(record, "retry", text="something else"),
+    "another context": lambda record: {**record, "context": "something else"},
+    "another verdict": lambda record: change(
+        record, "attempt_verdict", correct=True, reason="correct"
+    ),
+    "attempt_index is missing": lambda record: remove(record, "attempt_index"),
+    "reflection_index is missing": lambda record: remove(record, "reflection_index"),
+    "attempt is missing": lambda record: remove(record, "attempt"),
+    "context is missing": lambda record: remove(record, "context"),
+    "attempt_verdict is missing": lambda record: remove(record, "attempt_verdict"),
+    "text is missing": lambda r: {**r, "reflection": remove(r["reflection"], "text")},
+    "tokens are missing": lambda r: {**r, "reflection": remove(r["reflection"], "tokens")},
+    "truncated is missing": lambda r: {**r, "reflection": remove(r["reflection"], "truncated")},
+}
+
+
+@pytest.fixture(scope="module")
+def evaluation_text(task, tmp_path_factory) -> str:
+    """The file of an evaluation of three problems, which are not solved."""
+    agent, path = make_agent(task), tmp_path_factory.mktemp("e") / "conversations.jsonl"
+    r3.evaluate(agent, task.load(limit=3), 1, "", path)
+    return path.read_text()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_conversation_is_named_by_its_line(agent, tmp_path, evaluation_text, damage):
+    path = tmp_path / "failures.jsonl"
+    path.write_text(evaluation_text)
+    assert len(r3.load_conversations(path, agent)) == 3
+    lines = evaluation_text.splitlines()
+    damaged_line = DAMAGE[damage](json.loads(lines[1]))
+    lines[1] = damaged_line if isinstance(damaged_line, str) else json.dumps(damaged_line)
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match="failures.jsonl, line 2: ") as error:
+        r3.load_conversations(path, agent)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_loaded_conversations_are_judged_again(agent, tmp_path, evaluation_text, monkeypatch):
+    path = tmp_path / "failures.jsonl"
+    path.write_text(evaluation_text)
+    assert len(r3.load_conversations(path, agent)) == 3
+    monkeypatch.setattr(tasks.Countdown, "verify", lambda *_: Verdict(True, "correct"))
+    with pytest.raises(ValueError, match="failures.jsonl, line 1: .* do not match"):
+        r3.load_conversations(path, agent)
+
+
+# What an older version wrote: one line each of failures.jsonl and of samples.jsonl, and some of the
+# settings in config.json.
+OLDER_FAILURE = {
+    "problem": {"id": 0, "numbers": [9, 1, 5], "target": 50}, "sample": 0,
+    "context": "<|user|> Make 50 from 9 1 5 . <|end|> <|assistant|>", "attempt": "<|end|>",
+    "first": {"right": False, "reason": "no_answer"}, "second": None,
+    "ids": {"attempt": [0], "reflection": [], "retry": []},
+}  # fmt: skip
+OLDER_SAMPLE = {
+    "step": 1, "reward": 0.0, "advantage": 0.0, **OLDER_FAILURE, "reflection": "That <|end|>",
+    "retry": "* 9 <|end|>", "second": {"right": False, "reason": "no_answer"},
+    "ids": {"attempt": [0], "reflection": [123, 0], "retry": [106, 12, 0]},
+}  # fmt: skip
+OLDER_SETTINGS = {"command": "train", "steps": 3, "batch": 4, "group": 3, "model": "tiny"}
+
+
+def test_files_of_older_versions_are_refused_in_one_line(runs_folder, capsys):
+    older_run = runs_folder / "older"
+    older_run.mkdir()
+    write_lines(older_run / "failures.jsonl", [OLDER_FAILURE])
+    flags = ["train", *SMALL_RUN, "--failures", str(older_run / "failures.jsonl")]
+    message = error_line(flags, capsys)
+    assert "failures.jsonl, line 1: 'attempt_index' is missing" in message
+    assert "an older version or another task may have written it" in message
+    write_lines(older_run / "samples.jsonl", [OLDER_SAMPLE])
+    message = "samples.jsonl was not written by this version of r3.py"
+    assert message in error_line(["show", str(older_run)], capsys)
+    (older_run / "config.json").write_text(json.dumps(OLDER_SETTINGS))
+    message = "config.json has settings of another version of this code: batch, group"
+    assert message in error_line(["train", "--resume", str(older_run)], capsys)
+
+
+# -- Tables ----------------------------------------------------------------------------------------
+def test_the_tables_count_the_conversations(agent, task, chance_verifier, tmp_path):
+    conversations = r3.evaluate(agent, task.load(split="dev", limit=30), 2, "")
+    first = [c.attempt_verdict.correct for c in conversations]
+    within_two = [c.attempt_verdict.correct or c.retry_verdict.correct for c in conversations]
+    assert 0 < sum(first) < sum(within_two) < 60
+    # Two models with the same first tries, one of which never corrects them.
+    never_corrected = [
+        replace(c, retry_verdict=c.retry_verdict and Verdict(False, "x")) for c in conversations
+    ]
+    assert list(r3.accuracy({"model": conversations})) == ["model"]
+    all_wrong = [replace(c, attempt_verdict=Verdict(False, "x")) for c in conversations]
+    first_try = r3.accuracy({"model": all_wrong})["model"]["1st try"]
+    assert first_try == pytest.approx([0, 0, 3 / 30])  # the rule of three, cut off at 0
+    rows = r3.accuracy({"vanilla": never_corrected, "trained": conversations})
+    assert list(rows) == ["vanilla", "trained", "gain"]
+    assert rows["trained"] == {
+        "1st try": r3.mean_with_interval(np.array(first, float), conversations),
+        "within two": r3.mean_with_interval(np.array(within_two, float), conversations),
+    }
+    assert rows["vanilla"]["within two"][0] == pytest.approx(np.mean(first))
+    gain = np.array(within_two, float) - np.array(first, float)
+    assert rows["gain"]["within two"] == r3.mean_with_interval(gain, conversations)
+    assert rows["gain"]["1st try"] == pytest.approx([0, -0.1, 0.1])
+    r3.report(r3.TINY, tmp_path, {"model": conversations})
+    tables = json.loads((tmp_path / "report.json").read_text())["tables"]
+    assert tables["The verifier's reasons"] == {
+        "model, 1st try": {"correct": sum(first), "wrong_value": 60 - sum(first)},
+        "model, retry": {
+            "correct": sum(within_two) - sum(first),
+            "wrong_value": 60 - sum(within_two),
+        },
+    }
+
+
+def test_tables_are_markdown():
+    rows = {"vanilla": {"1st try": [0.25, 0.125, 0.5]}, "gain": {"1st try": [0.1, -0.1, 0.3]}}
+    reasons = {"correct": {"a": 7}, "x": {"b": 12}}
+    assert r3.markdown({"% correct": rows, "Reasons": reasons}) == (
+        "% correct\n\n"
+        "|         | 1st try              |\n"
+        "|---------|----------------------|\n"
+        "| vanilla | 25.0 [12.5, 50.0]    |\n"
+        "| gain    | +10.0 [-10.0, +30.0] |\n\n"
+        "Reasons\n\n"
+        "|         | a | b  |\n"
+        "|---------|---|----|\n"
+        "| correct | 7 |    |\n"
+        "| x       |   | 12 |\n"
+    )
+
+
+def conversations_about(ids) -> list[Conversation]:
+    """Wrong attempts at problems with these ids."""
+    wrong = Verdict(False, "x")
+    return [Conversation(SimpleNamespace(id=i), 0, Turn([], [], False), wrong) for i in ids]
+
+
+def test_the_interval_is_cluster_robust():
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(50), 4)
+    values = (rng.random(200) < np.repeat(rng.random(50), 4)).astype(float)
+    mean, low, high = r3.mean_with_interval(values, conversations_about(ids))
+    # The clusters have equal sizes, so it is the interval of the means of the problems.
+    means = values.reshape(50, 4).mean(axis=1)
+    half_width = 1.96 * means.std(ddof=1) / math.sqrt(50)
+    expected = (means.mean(), mean - half_width, mean + half_width)
+    assert (mean, low, high) == pytest.approx(expected)
+    for value in (0.0, 1.0):  # All values are equal: the rule of three for 50 problems.
+        interval = r3.mean_with_interval(np.full(200, value), conversations_about(ids))
+        assert interval == pytest.approx([value, value - 3 / 50, value + 3 / 50])
+
+
+def test_the_interval_contains_the_truth_in_about_95_percent_of_cases():
+    rng, hits = np.random.default_rng(1), 0
+    conversations = conversations_about(np.repeat(np.arange(80), 4))
+    for _ in range(1_000):
+        values = (rng.random(320) < np.repeat(rng.beta(2, 3, 80), 4)).astype(float)
+        _, low, high = r3.mean_with_interval(values, conversations)
+        hits += low <= 0.4 <= high
+    assert 920 <= hits <= 975
+
+
+# -- The cold start --------------------------------------------------------------------------------
+def test_the_cold_start_trains_the_assistants_turns(task, tiny, monkeypatch):
+    monkeypatch.setitem(r3.COLD_START, "batch_size", 4)
+    tokenizer, problems = tiny[1], task.load(split="cold")
+
+    def batches_of(seed: int):
+        return r3.dialogue_batches(task, tokenizer, problems, random.Random(seed), False)
+
+    batches, num_retries = batches_of(0), 0
+    assert len(batches) == r3.STEPS_PER_CHUNK and {len(ids) for ids, _ in batches} == {4}
+    for batch_ids, batch_mask in batches:
+        for ids, mask in zip(batch_ids.tolist(), batch_mask.tolist(), strict=True):
+            length = len(mask) - mask[::-1].index(True)  # without the padding
+            text = tokenizer.tokenizer.decode(ids[:length], skip_special_tokens=False)
+            expected_mask = []
+            for part in re.split(r"(?<=<\|assistant\|>)|(?<=<\|end\|>)", text):
+                is_assistant = "<|assistant|>" not in part and "<|user|>" not in part
+                expected_mask += [is_assistant] * len(tokenizer.encode(part))
+            assert mask[:length] == expected_mask and text.endswith("<|end|>")
+            if task.retry_instruction in text:
+                assert text.index(task.reflection_instruction) < text.index(task.retry_instruction)
+                num_retries += 1
+    assert num_retries
+    tensors = sum(batches, ())
+    assert all(torch.equal(a, b) for a, b in zip(tensors, sum(batches_of(0), ()), strict=True))
+    assert not all(
+        a.shape == b.shape and torch.equal(a, b)
+        for a, b in zip(tensors, sum(batches_of(1), ()), strict=True)
+    )
+
+
+def test_another_recipe_makes_another_tiny_model(runs_folder, task, base_folder, monkeypatch):
+    weights = (base_folder / "model.safetensors").read_bytes()
+    start_time = time.time()
+    assert r3.make_tiny_model(task, 0).name == base_folder.name
+    # A folder without weights was interrupted before it was complete: the model is made again.
+    (runs_folder / base_folder.name / "model.safetensors").unlink()
+    path = r3.make_tiny_model(task, 0) / "model.safetensors"
+    assert path.read_bytes() == weights and path.stat().st_mtime > start_time - 1
+    names = {base_folder.name}
+    monkeypatch.setitem(r3.COLD_START, "steps", 1)
+    other = r3.make_tiny_model(task, 0)
+    names.add(other.name)
+    assert (other / "model.safetensors").read_bytes() != weights
+    names.add(r3.make_tiny_model(task, 1).name)
+    monkeypatch.setitem(r3.COLD_START, "version", 2)
+    names.add(r3.make_tiny_model(task, 0).name)
+    assert len(names) == 4
+
+
+def test_the_cold_start_learns(task, monkeypatch, tmp_path):
+    """The loss falls well below that of random words, which is log 150 = 5."""
+    monkeypatch.setitem(r3.COLD_START, "steps", 16)
+    monkeypatch.setattr(r3, "RUNS", tmp_path)
+    path, problems = r3.make_tiny_model(task, 0), task.load(split="cold")
+    model, tokenizer = Model.from_pretrained(path), Tokenizer.from_pretrained(path)
+    ids, mask = r3.dialogue_batches(task, tokenizer, problems, random.Random(1), True)[0]
+    with torch.no_grad():
+        logprobs = model(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    assert -logprobs[mask[:, 1:]].mean() < 2.5
+
+
+# -- A whole run -----------------------------------------------------------------------------------
+def test_a_run_leaves_its_files(finished_run, base_folder):
+    run, printed = finished_run
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "failures.jsonl", "metrics.jsonl", "timings.jsonl", "samples.jsonl",
+        "checkpoint.safetensors", "model", "report.json", "curves.png", "vanilla.jsonl",
+        "trained.jsonl", ".lock",
+    }  # fmt: skip
+    assert len(read_lines(run / "vanilla.jsonl")) == len(read_lines(run / "trained.jsonl")) == 2 * 4
+    tables = json.loads((run / "report.json").read_text())["tables"]
+    assert r3.markdown(tables) in printed
+    title = "4 problems, 2 samples each, temperature 1: % correct [95% interval]"
+    assert list(tables) == [title, "The verifier's reasons"]
+    rows = tables[title]
+    assert list(rows) == ["vanilla", "trained", "gain"]
+    for column in ("1st try", "within two"):
+        gain = rows["trained"][column][0] - rows["vanilla"][column][0]
+        assert rows["gain"][column][0] == pytest.approx(gain)
+    config = json.loads((run / "config.json").read_text())
+    assert (config["command"], config["torch"]) == ("train", torch.__version__)
+    assert r3.load_config(run, "train") == replace(
+        r3.TINY, steps=4, batch_size=4, group_size=3, limit=4, num_problems=30, num_samples=2,
+        max_attempts=1, max_new_tokens=16, save_every=3, name="finished",
+    )  # fmt: skip
+    for record in read_lines(run / "failures.jsonl"):
+        assert record["attempt_verdict"] == {"correct": False, "reason": "wrong_value"}
+        assert record["attempt"]["tokens"] and "retry_verdict" not in record
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    assert weights != (base_folder / "model.safetensors").read_bytes()
+
+
+def test_the_logs_of_a_run_fit_together(finished_run):
+    run, _ = finished_run
+    metrics = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in read_lines(run / "timings.jsonl")] == [0, 1, 2, 3, 4]
+    assert all("within two" in line and "1st try" in line for line in metrics)
+    assert max(line.get("mismatch", 0) for line in metrics) < 1e-4  # invariant 2, over a whole run
+    # The reference model is the model before training: the KL divergence is zero at first.
+    kl = [line["kl"] for line in metrics[1:]]
+    assert abs(kl[0]) < 1e-6 < kl[1] < kl[2] < kl[3]
+    tokenizer, samples = Tokenizer.from_pretrained(run / "model"), read_lines(run / "samples.jsonl")
+    assert len(samples) == 4 * 4 * 3
+    for i in range(0, len(samples), 3):
+        group = samples[i : i + 3]
+        assert len({(s["step"], s["problem"]["id"], s["attempt_index"]) for s in group}) == 1
+        assert [s["reflection_index"] for s in group] == [0, 1, 2]
+        advantages = grpo.group_advantages(torch.tensor([[s["reward"] for s in group]]))[0]
+        assert [s["advantage"] for s in group] == pytest.approx(advantages.tolist())
+    for sample in samples:
+        assert sample["reflection"]["tokens"] == tokenizer.encode(sample["reflection"]["text"])
+        assert sample["context"].endswith("Wrong. Reflect. <|end|> <|assistant|>")
+    for step, line in enumerate(metrics[1:], 1):
+        rewards = [sample["reward"] for sample in samples if sample["step"] == step]
+        truncated = [s["reflection"]["truncated"] for s in samples if s["step"] == step]
+        assert line["reward"] == pytest.approx(np.mean(rewards))
+        assert line["truncated"] == pytest.approx(np.mean(truncated))
+
+
+REPRODUCIBLE = ("failures.jsonl", "metrics.jsonl", "samples.jsonl", "report.json", "vanilla.jsonl",
+                "trained.jsonl", "model/model.safetensors")  # fmt: skip
+
+
+def assert_same_files(run: Path, other: Path) -> None:
+    for name in REPRODUCIBLE:
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_run_depends_on_its_seed_alone(runs_folder, base_folder, finished_run, chance_verifier):
+    """Invariant 6, with the tiny model made again, and with the failures of the first run."""
+    shutil.rmtree(runs_folder / base_folder.name)
+    failures = finished_run[0] / "failures.jsonl"
+    r3.main(["train", *SMALL_RUN, "--name", "again", "--failures", str(failures)])
+    for path in base_folder.iterdir():
+        assert (runs_folder / base_folder.name / path.name).read_bytes() == path.read_bytes()
+    assert_same_files(runs_folder / "again", finished_run[0])
+
+
+def test_ctrl_c_prints_how_to_resume(runs_folder, finished_run, chance_verifier, monkeypatch):
+    """An evaluation after step 4 is interrupted, and the steps before it are not repeated."""
+    evaluate, run = r3.evaluate, runs_folder / "x" / "y"
+
+    def interrupt(agent, problems, num_samples, title, *rest, **options):
+        if title == "step 4":
+            raise KeyboardInterrupt
+        return evaluate(agent, problems, num_samples, title, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(r3, "evaluate", interrupt)
+        message = "interrupted; to resume: .*r3.py train --resume .*/x/y"
+        with pytest.raises(SystemExit, match=message):
+            r3.main(["train", *SMALL_RUN, "--name", "x/y"])
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [0, 1, 2, 3]
+    steps, rollout = [], grpo.rollout
+
+    def record(agent, failures, group_size, rng_key, **options):
+        steps.append(rng_key[1])
+        return rollout(agent, failures, group_size, rng_key, **options)
+
+    monkeypatch.setattr(grpo, "rollout", record)
+    r3.main(["train", "--resume", str(run)])
+    assert steps == [3]  # the first three steps are in the checkpoint
+    assert_same_files(run, finished_run[0])
+
+
+INTERRUPTED_CALLS = {  # functions of grpo.py, and which of their calls belongs to step 2
+    "append_jsonl": 4,  # after the metrics of step 0, and the metrics and the samples of step 1
+    "log_samples": 2,
+    "save_checkpoint": 2,
+}
+
+
+def test_the_callers_metrics_are_logged_before_the_checkpoint_is_saved(
+    agent, task, chance_verifier, tmp_path, monkeypatch
+):
+    """A run that is killed between the two has no line twice after it resumes, and lacks none."""
+    agent.max_new_tokens = 6
+    failures = grpo.sample_attempts(agent, task.load(split="dev", limit=3), 1, (0, 0))
+    config = grpo.TrainConfig(steps=3, batch_size=2, group_size=2, beta=0.0, lr=1e-3, save_every=1)
+    save_checkpoint, logged_steps = grpo.save_checkpoint, []
+
+    def train(folder: Path) -> None:
+        learner = replace(agent, model=copy.deepcopy(agent.model))
+        for step, metrics in grpo.train(learner, None, failures, config, folder):
+            metrics["measured by the caller"] = 10 * step
+
+    def check_logs_and_save(folder, step, *rest):
+        metrics = read_lines(folder / "metrics.jsonl")[-1]
+        assert (metrics["step"], metrics["measured by the caller"]) == (step, 10 * step)
+        assert read_lines(folder / "samples.jsonl")[-1]["step"] == step
+        logged_steps.append(step)
+        save_checkpoint(folder, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "save_checkpoint", check_logs_and_save)
+        train(tmp_path / "undisturbed")
+    assert logged_steps == [1, 2, 3]
+
+    for name, moment in itertools.product(INTERRUPTED_CALLS, ("before", "after")):
+        function, calls = getattr(grpo, name), itertools.count(1)
+
+        def kill_in_step_2(*arguments, name=name, moment=moment, function=function, calls=calls):
+            in_step_2 = next(calls) == INTERRUPTED_CALLS[name]
+            if not in_step_2 or moment == "after":
+                function(*arguments)
+            if in_step_2:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(grpo, name, kill_in_step_2)
+            train(tmp_path / f"{moment} {name}")
+        train(tmp_path / f"{moment} {name}")
+        for log in ("metrics.jsonl", "samples.jsonl"):
+            undisturbed = (tmp_path / "undisturbed" / log).read_text()
+            assert (tmp_path / f"{moment} {name}" / log).read_text() == undisturbed, (name, moment)
+
+
+def test_the_trained_model_can_be_evaluated(finished_run, runs_folder, capsys):
+    """With the settings of the tiny model, because its folder says that it is one."""
+    flags = ["--limit", "5", "--max-new-tokens", "9"]
+    r3.main(["eval", "--model", str(finished_run[0] / "model"), *flags])
+    assert "5 problems, 4 samples each, temperature 1" in capsys.readouterr().out
+    [run] = runs_folder.glob("eval-countdown-*")
+    assert len(read_lines(run / "conversations.jsonl")) == 20
+    r3.main(["eval", *flags, "--temperature", "0", "--name", "greedy"])
+    assert re.search("5 problems, 1 samples? each, temperature 0", capsys.readouterr().out)
+    assert len(read_lines(runs_folder / "greedy" / "conversations.jsonl")) == 5
+
+
+def test_another_seed_changes_the_model_the_problems_and_the_samples(
+    runs_folder, chance_verifier, monkeypatch
+):
+    monkeypatch.setitem(r3.COLD_START, "steps", 1)
+    runs = []
+    for seed in ("1", "2"):
+        r3.main(["eval", "--seed", seed, "--limit", "4", "--max-new-tokens", "9", "--name", seed])
+        runs.append(read_lines(runs_folder / seed / "conversations.jsonl"))
+    for values in (
+        [{line["context"] for line in run} for run in runs],
+        [{line["attempt"]["text"] for line in run} for run in runs],
+    ):
+        assert not values[0] & values[1]
+
+
+def test_an_interrupted_search_for_failures_resumes(
+    runs_folder, chance_verifier, monkeypatch, capsys, attempted_problems
+):
+    command = ["failures", "--model", "tiny", "--num-problems", "30", "--max-attempts", "2"]
+    command += ["--cache-tokens", "600", "--max-new-tokens", "12", "--name"]
+    r3.main([*command, "whole"])
+    append_jsonl = r3.append_jsonl
+
+    def interrupt(path, *records):
+        append_jsonl(path, *records)
+        if len(path.read_text().splitlines()) >= 12:
+            raise KeyboardInterrupt
+
+    message = "interrupted; to resume: .*r3.py failures --resume"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=message):
+        patch.setattr(r3, "append_jsonl", interrupt)
+        r3.main([*command, "killed"])
+    whole, killed = runs_folder / "whole" / "failures.jsonl", runs_folder / "killed"
+    before = {line["problem"]["id"] for line in read_lines(killed / "failures.jsonl")}
+    with open(killed / "failures.jsonl", "a") as file:
+        file.write('{"problem": {"id"')  # an incomplete line
+    attempted_problems.clear()
+    r3.main(["failures", "--resume", str(killed)])
+    assert (killed / "failures.jsonl").read_text() == whole.read_text()
+    after = {problem.id for problem in attempted_problems}
+    assert after and not before & after
+    num_failures = len(read_lines(whole))
+    assert 12 < num_failures < 30
+    assert f"failures on {num_failures} of 30 problems" in capsys.readouterr().out
+    for flags, message in (
+        (["train", "--resume", str(killed)], "is not a run of"),
+        (["failures", "--resume", str(runs_folder / "nothing")], "nothing"),
+        (["failures", "--resume", str(killed), "--seed", "1"], "give no other flags"),
+        ([*command, "killed"], "choose another --name"),
+    ):
+        assert message in error_line(flags, capsys)
+
+
+def test_play(runs_folder, capsys, monkeypatch):
+    typed_lines = iter(["6 10 2 32", "nonsense", "6 10 2 99", "6 10 2 32", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed_lines))
+    r3.main(["play", "--model", "tiny", "--max-new-tokens", "12"])
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"user  Make 32 from 6 10 2 \.", printed)) == 2
+    assert "reflection  " in printed and "<- no_answer" in printed
+    assert printed.count("  type 3 numbers from 1 to 10") == 2  # nonsense, and a target of 99
+    attempts = re.findall(r"attempt  (.*)", printed)
+    assert len(attempts) == 2 and attempts[0] != attempts[1]
+
+    def end_of_input(_):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end_of_input)
+    r3.main(["play", "--model", "tiny"])  # Ctrl-D
+    assert "there is no run in" in error_line(["play"], capsys)
+
+
+# -- Settings --------------------------------------------------------------------------------------
+SETTINGS = [field.name for field in fields(r3.Config)]
+SHARED = [
+    "model", "task", "data", "seed", "device", "dtype", "temperature", "max_new_tokens",
+    "cache_tokens",
+]  # fmt: skip
+SETTINGS_OF_COMMANDS = {
+    "train": SETTINGS,
+    "failures": [*SHARED, "name", "num_problems", "max_attempts"],
+    "eval": [*SHARED, "name", "split", "limit", "num_samples"],
+    "play": [*SHARED, "split"],
+}
+WRONG_VALUES = {  # values that a setting cannot have
+    **dict.fromkeys(("steps", "batch_size", "updates", "save_every", "max_new_tokens"), (0, -1)),
+    **dict.fromkeys(("num_samples", "num_problems", "max_attempts", "cache_tokens"), (0, -1)),
+    **dict.fromkeys(("group_size", "limit"), (1, 0, -1)),
+    "seed": (-1,),
+    **dict.fromkeys(
+        ("lr", "beta", "clip", "temperature"), (-1e-9, -1.0, math.nan, math.inf, -math.inf)
+    ),
+    "warmup": (-1e-9, 1.1, 50.0, math.nan, math.inf),  # a fraction of the steps
+    "max_grad_norm": (0.0, -1.0, math.nan, math.inf),  # With 0, nothing would be trained.
+    **dict.fromkeys(("loss_type", "dtype", "split"), ("nonsense", "")),
+}
+OPTIONAL = ("data", "name", "cache_tokens", "limit", "num_problems", "failures")
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def values_of_wrong_types(name: str) -> list:
+    default = getattr(r3.Config(), name)
+    is_number = name in WRONG_VALUES and not isinstance(default, str)
+    if isinstance(default, bool):
+        values = [0, 1, "yes", None]
+    elif is_number:
+        values = ["3", True, [1]] + ([] if isinstance(default, float) else [3.0])
+    else:
+        values = [3, True, ["x"]]
+    return values if name in OPTIONAL else [*values, None]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_refuses_what_it_cannot_be(name):
+    values = [*values_of_wrong_types(name), *WRONG_VALUES.get(name, ())]
+    assert len(values) >= 3
+    for value in values:
+        with pytest.raises(ValueError) as error:
+            r3.Config(**{name: value})
+        message = str(error.value)
+        assert message.startswith(f"{flag_of(name)} ") and f"{value}" in message, message
+        assert "must be" in message and "\n" not in message
+    if name in OPTIONAL:
+        assert getattr(r3.Config(**{name: None}), name) is None
+
+
+def test_messages_about_settings_say_what_they_must_be():
+    for settings, message in (
+        ({"group_size": 1}, "--group-size 1: must be at least 2"),
+        ({"steps": "3"}, "--steps '3': must be of type int"),
+        ({"loss_type": "ppo"}, "--loss-type ppo: must be one of dapo, grpo, dr_grpo"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            r3.Config(**settings)
+    assert r3.Config(lr=1).lr == 1 and r3.Config(temperature=0).temperature == 0
 
 
 @pytest.fixture
 def parsers(monkeypatch):
     """The parser of each command."""
-    found = []
+    parse_args, parsers = argparse.ArgumentParser.parse_args, []
+
+    def record(parser, arguments):
+        parsers.append(parser)
+        return parse_args(parser, arguments)
+
     with monkeypatch.context() as patch:
-        parse = argparse.ArgumentParser.parse_args
-        patch.setattr(
-            argparse.ArgumentParser, "parse_args", lambda s, a: found.append(s) or parse(s, a)
-        )
+        patch.setattr(argparse.ArgumentParser, "parse_args", record)
         r3.read_command_line(["plot"])
-    [commands] = [a.choices for a in found[0]._actions if a.dest == "command"]
-    return commands
+    [choices] = [action.choices for action in parsers[0]._actions if action.dest == "command"]
+    return choices
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_flags_of_a_command_are_the_fields_that_name_it(parsers, command):
+@pytest.mark.parametrize("command", SETTINGS_OF_COMMANDS)
+def test_a_command_has_a_flag_for_each_of_its_settings(parsers, command):
     actions = {action.dest: action for action in parsers[command]._actions}
-    assert set(actions) - {"help", "resume"} == {f.name for f in settings(command)}
     assert ("resume" in actions) == (command in ("train", "failures"))
-    for f in settings(command):
-        action, tiny, paper = actions[f.name], getattr(r3.TINY, f.name), getattr(r3.PAPER, f.name)
-        assert action.option_strings[0] == f"--{f.name.replace('_', '-')}"
-        assert action.help.startswith(f.metadata["help"])
-        assert action.default == argparse.SUPPRESS  # what is not given takes TINY's or PAPER's
-        assert action.choices is None or action.choices == list(f.metadata["choices"])
-        if tiny is not None:
-            default = f"{tiny}" if tiny == paper else f"{tiny}; a checkpoint's: {paper}"
-            assert f"(default: {default})" in action.help
+    assert actions.keys() - {"help", "resume"} == set(SETTINGS_OF_COMMANDS[command])
+    for name in SETTINGS_OF_COMMANDS[command]:
+        action, tiny, paper = actions[name], getattr(r3.TINY, name), getattr(r3.PAPER, name)
+        assert action.option_strings[0] == flag_of(name)
+        assert action.default == argparse.SUPPRESS  # A flag that is not given is not a setting.
+        assert (action.choices is not None) == (name in ("loss_type", "dtype", "split", "task"))
+        default = f"{tiny}" if tiny == paper else f"{tiny} with the tiny model, else {paper}"
+        assert len(action.help.partition(" (default")[0]) > 10
+        assert (f"(default: {default})" in action.help) == (tiny is not None)
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "show", "plot"])
+@pytest.mark.parametrize("command", ["", *SETTINGS_OF_COMMANDS, "show", "plot"])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         r3.main([*command.split(), "--help"])
     printed = capsys.readouterr().out
-    assert stop.value.code == 0 and printed.startswith("usage: r3.py")
-    for each in ("train", "failures", "eval", "play", "show", "plot") if not command else ():
-        assert f"    {each} " in printed  # with what it does
+    assert stop.value.code == 0 and re.match("usage: .*r3.py ", printed)
+    if not command:
+        for name in r3.COMMANDS:
+            assert f"    {name} " in printed
+    if command == "train":
+        for title, (commands, _) in r3.FLAG_GROUPS.items():
+            assert (f"\n{title}:\n" in printed) == ("train" in commands.split())
     assert max(map(len, printed.splitlines())) <= 200
 
 
-def test_what_is_given_stands_over_the_defaults(folder, monkeypatch, small):
-    commands, found = ("train_command", "eval_command", "play_command"), []
-    for name in commands:
-        monkeypatch.setitem(r3.COMMANDS, name[:-8], lambda c, folder=None: found.append(c))
+@pytest.fixture
+def settings_of(monkeypatch):
+    """A function that returns the Config with which a command line would run its command."""
+    configs = []
+    for command in ("train", "failures", "eval", "play"):
+        monkeypatch.setitem(r3.COMMANDS, command, lambda config, *_: configs.append(config))
     monkeypatch.setattr(r3, "play_command", r3.COMMANDS["play"])
 
     def settings_of(flags: str) -> r3.Config:
         r3.main(flags.split())
-        return found.pop()
+        return configs.pop()
 
+    return settings_of
+
+
+def test_the_defaults_are_those_of_the_model(folder, settings_of, runs_folder):
     tiny, paper = settings_of("train"), settings_of(f"train --model {folder}")
     assert tiny == r3.TINY and paper == replace(r3.PAPER, model=str(folder))
     assert (tiny.steps, tiny.batch_size, tiny.lr, tiny.num_samples) == (18, 32, 3e-4, 4)
-    # The paper's values; and those of the method.
+    # The paper's values, and then those of the method.
     assert (paper.steps, paper.batch_size, paper.lr, paper.beta) == (1_750, 256, 5e-7, 0.001)
-    assert (paper.warmup, paper.temperature, paper.max_attempts, paper.num_samples) == (
-        0.03,
-        1.0,
-        64,
-        1,
-    )
+    assert (paper.warmup, paper.temperature) == (0.03, 1.0)
+    assert (paper.max_attempts, paper.num_samples) == (64, 1)
     assert paper.loss_type == "dapo" and paper.scale_advantages and paper.clip == 0.2
-    assert paper.group_size == tiny.group_size == 8
-    given = {"steps": 3, "scale_advantages": False, "limit": 7, "model": str(folder)}
-    flags = f"train --steps 3 --no-scale-advantages --limit 7 --model {folder}"
-    assert settings_of(flags) == replace(r3.PAPER, **given)
-    model, tokenizer = models.tiny_model(tasks.TinyCountdown().words(), 0)
-    tokenizer.save_pretrained(Path("a/model"))  # a tiny model's folder has the tiny's defaults
+    assert paper.group_size == tiny.group_size == 8 and paper.updates == tiny.updates == 1
+    # The folder of a tiny model has the tiny model's defaults, and play takes the newest model.
+    model, tokenizer = tiny_model(tasks.TinyCountdown().words(), 0)
+    for path in (Path("a/model"), runs_folder / "x" / "model"):
+        tokenizer.save_pretrained(path)
+        model.save_pretrained(path)
     assert settings_of("eval --model a/model") == replace(r3.TINY, model="a/model")
-    model.save_pretrained(small / "x" / "model")
-    tokenizer.save_pretrained(small / "x" / "model")
-    newest = replace(r3.TINY, model=str(small / "x" / "model"), seed=7)
-    assert settings_of("play --seed 7") == newest
-    assert settings_of("eval --temperature 0").num_samples == 1  # greedy tries are all alike
-    read = r3.read_command_line
-    flags = "--no-scale-advantages --steps 5 --lr 1e-5 --data d.json --loss-type grpo"
-    flags += " --offload --seed 3"
-    assert read(["train", *flags.split()]) == {
+    newest = str(runs_folder / "x" / "model")
+    assert settings_of("play --seed 7") == replace(r3.TINY, model=newest, seed=7)
+
+
+def test_flags_override_the_defaults(folder, settings_of):
+    flags = f"train --steps 3 --no-scale-advantages --limit 7 --updates 2 --model {folder}"
+    given = {"steps": 3, "scale_advantages": False, "limit": 7, "updates": 2, "model": str(folder)}
+    assert settings_of(flags) == replace(r3.PAPER, **given)
+    greedy = settings_of("eval --temperature 0")
+    assert (greedy.num_samples, greedy.max_attempts) == (1, 1)  # Greedy attempts are all the same.
+    flags = "train --no-scale-advantages --steps 5 --lr 1e-5 --data d.json --loss-type grpo"
+    assert r3.read_command_line([*flags.split(), "--offload", "--seed", "3"]) == {
         "command": "train", "scale_advantages": False, "steps": 5, "lr": 1e-5, "data": "d.json",
         "loss_type": "grpo", "offload": True, "seed": 3,
     }  # fmt: skip
 
 
-def bad_values():
-    """Each flag of each command with values that it cannot have."""
-    for command in COMMANDS:
-        for f in settings(command):
-            kind, least, choices = f.type, f.metadata["least"], f.metadata["choices"]
-            values = ["nonsense"] if choices or kind in (int, float, int | None) else []
-            values += [str(least - 1)] if least is not None else []
-            values += ["nan", "inf"] if kind is float else []
-            for value in values:
-                yield command, f.name, value
+def wrong_flags():
+    """Each flag of each command, with values that it cannot have."""
+    for command, names in SETTINGS_OF_COMMANDS.items():
+        for name in [*WRONG_VALUES, "task"]:
+            if name in names:
+                for value in (*WRONG_VALUES.get(name, ()), "nonsense"):
+                    yield command, flag_of(name), str(value)
 
 
-def test_every_flag_refuses_what_it_cannot_be(small, capsys):
-    values = list(bad_values())
-    assert len(values) > 80
-    for command, name, value in values:
+def test_every_flag_refuses_what_it_cannot_be(runs_folder, capsys):
+    flags = list(wrong_flags())
+    assert len(flags) > 80
+    for command, flag, value in flags:
         model = ["--model", "tiny"] if command == "play" else []
-        said = refused([command, *model, f"--{name.replace('_', '-')}={value}"], capsys)
-        assert f"--{name.replace('_', '-')}" in said and value in said, (command, name, said)
-    with pytest.raises(ValueError, match="--group-size 1: give a number from 2 on"):
-        r3.Config(group_size=1)
-    assert {path.name[:5] for path in small.iterdir()} == {"base-"}
+        message = error_line([command, *model, f"{flag}={value}"], capsys)
+        assert flag in message and value in message, message
+    assert {path.name[:5] for path in runs_folder.iterdir()} == {"base-"}
 
 
+def write_settings(run: Path, changes: dict, without: tuple = ()) -> None:
+    """Write the config.json of a run of `train` with the tiny model's settings, but for changes."""
+    r3.write_config(run, "train", r3.TINY)
+    settings = json.loads((run / "config.json").read_text()) | changes
+    kept = {name: value for name, value in settings.items() if name not in without}
+    (run / "config.json").write_text(json.dumps(kept))
+
+
+def test_a_setting_that_an_older_run_lacks_has_its_default(settings_of, runs_folder, folder):
+    run = runs_folder / "x"
+    write_settings(run, {"steps": 5}, without=("updates", "lr", "loss_type", "torch"))
+    assert settings_of(f"train --resume {run}") == replace(r3.TINY, steps=5)
+    write_settings(run, {"model": str(folder)}, without=("lr", "batch_size"))
+    config = settings_of(f"train --resume {run}")
+    assert (config.lr, config.batch_size, config.steps) == (5e-7, 256, r3.TINY.steps)
+
+
+@pytest.mark.parametrize(
+    "changes, without, message",
+    [
+        ({"batch": 4, "group": 3}, (), "settings of another version of this code: batch, group"),
+        ({"steps": [1]}, (), "--steps [1]: must be of type int"),
+        ({"steps": None}, (), "--steps None: must be of type int"),
+        ({"steps": 0}, (), "--steps 0: must be at least 1"),
+        ({"loss_type": "ppo"}, (), "--loss-type ppo: must be one of dapo, grpo, dr_grpo"),
+        ({"model": 5}, (), "--model 5: must be of type str"),
+        ({"task": ["countdown"]}, (), "--task ['countdown']: must be of type str"),
+        ({"task": "chess"}, (), "--task chess: must be one of countdown, apigen"),
+        ({"command": "eval"}, (), "is not a run of"),
+        ({}, ("command",), "is not a run of"),
+    ],
+)
+def test_a_damaged_settings_file_ends_in_one_line(runs_folder, capsys, changes, without, message):
+    write_settings(runs_folder / "x", changes, without)
+    assert message in error_line(["train", "--resume", str(runs_folder / "x")], capsys)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"command": "train"'])
+def test_a_settings_file_that_is_not_an_object_is_named(runs_folder, capsys, content):
+    (runs_folder / "x").mkdir()
+    (runs_folder / "x" / "config.json").write_text(content)
+    message = error_line(["train", "--resume", str(runs_folder / "x")], capsys)
+    assert message.startswith(f"r3.py: {runs_folder / 'x' / 'config.json'} ")
+
+
+# -- Bad input -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -761,482 +1001,450 @@ def test_every_flag_refuses_what_it_cannot_be(small, capsys):
         ("", "COMMAND"),
         ("train --stepps 3", "--stepps"),
         ("play --steps 3", "--steps"),
-        ("train --temperature 0", "nothing to compare"),
+        ("train --temperature 0", "nothing could be compared"),
         ("eval --model nowhere", "nowhere: no such file or folder"),
-        ("eval --model no/where", "no/where is not to be had from the hub"),
-        ("eval --model .", "No such file or directory: 'tokenizer_config.json'"),
+        ("eval --model no/where", "no/where"),
+        ("eval --model .", "No such file or directory: 'config.json'"),
         ("eval --model {folder} --data nowhere.json", "nowhere.json: no such file"),
-        ("eval --model {folder} --task apigen", "xlam-function-calling-60k is not to be had"),
-        ("eval --model {folder}", "Countdown-Tasks-3to4 is not to be had"),
+        ("eval --model {folder} --task apigen", "Salesforce/xlam-function-calling-60k"),
+        ("eval --model {folder}", "Jiayi-Pan/Countdown-Tasks-3to4"),
         ("eval --model {folder} --split cold", "--split"),
-        ("eval --model tiny --max-new-tokens 300", "lower --max-new-tokens"),
-        ("eval --task apigen", "give --model a folder for"),
-        ("eval --data x.json", "give --model a folder for"),
-        ("play --model tiny --task apigen", "give --model a folder for"),
+        ("eval --model tiny --max-new-tokens 300", "use a lower --max-new-tokens"),
+        ("eval --task apigen", "for other tasks use --model"),
+        ("eval --data x.json", "for other tasks use --model"),
+        ("play --model tiny --task apigen", "for other tasks use --model"),
         ("eval --split all", "no split 'all'"),
-        ("train --failures nowhere.jsonl", "nowhere.jsonl"),
-        ("train --failures .", "directory"),
-        ("train --device banana", "torch finds no such device here"),
-        ("train --device cuda:99", "torch finds no such device here"),
-        ("train --device meta", "torch finds no such device here"),
-        ("train --resume nowhere", "No such file or directory: 'nowhere/config.json'"),
-        ("train --resume . --steps 3", "--resume takes all other settings from the run"),
+        ("train --failures nowhere.jsonl", "--failures nowhere.jsonl: there is no such file"),
+        ("train --failures .", "--failures .: there is no such file"),
+        ("train --device banana", "--device banana is not available here"),
+        ("train --device cuda:99", "--device cuda:99 is not available here"),
+        ("train --device meta", "--device meta is not available here"),
+        ("train --resume nowhere", "nowhere"),
+        ("train --resume . --steps 3", "--resume uses the settings of the run"),
         ("show nowhere", "No such file or directory: 'nowhere/conversations.jsonl'"),
         ("show --limit x", "--limit"),
-        ("show", "no run in"),
+        ("show", "there is no run in"),
         ("plot nowhere", "No such file or directory: 'nowhere/metrics.jsonl'"),
-        ("plot", "no run in"),
+        ("plot", "there is no run in"),
     ],
 )
-def test_bad_input_ends_in_one_line(small, folder, capsys, flags, message, monkeypatch):
-    monkeypatch.setattr(models.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert message in refused(flags.format(folder=folder).split(), capsys)
-    assert {path.name[:5] for path in small.iterdir()} == {"base-"}  # nothing is left behind
+def test_bad_input_ends_in_one_line(runs_folder, folder, capsys, flags, message, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert message in error_line(flags.format(folder=folder).split(), capsys)
+    assert {path.name[:5] for path in runs_folder.iterdir()} == {"base-"}  # no folder is left
 
 
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        ("", "config.json is not JSON"),
-        ("[]", "holds no JSON object"),
-        ("{}", "is a run of None, not of train"),
-        ('{"command": "train"}', "config.json is damaged"),
-        ({"steps": "absent"}, "config.json is damaged"),
-        ({"steps": [1]}, "config.json is damaged"),
-        ({"steps": 0}, "--steps 0"),
-    ],
-)
-def test_a_damaged_config_ends_in_one_line(small, capsys, config, message):
-    run = small / "x"
-    r3.write_config(run, "train", r3.TINY)
-    whole = json.loads((run / "config.json").read_text())
-    if isinstance(config, dict):
-        config = {**whole, **config}
-        config = json.dumps({name: value for name, value in config.items() if value != "absent"})
-    (run / "config.json").write_text(config)
-    assert message in refused(["train", "--resume", str(run)], capsys)
-
-
-def test_a_run_without_failures_says_so(small, capsys, monkeypatch):
-    """Also where --failures holds right attempts alone."""
+def test_a_run_without_failures_is_refused(runs_folder, capsys, monkeypatch):
+    """Also if all attempts in the file of --failures are correct."""
     monkeypatch.setattr(Agent, "verify", lambda *_: Verdict(True, "correct"))
-    nothing = "there are no failures to learn from"
-    assert nothing in refused(["train", *SHORT, "--name", "a"], capsys)
-    assert lines(small / "a" / "failures.jsonl") == []
-    r3.main(["eval", "--limit", "5", "--max-new-tokens", "12", "--name", "e"])
-    capsys.readouterr()
-    path = small / "e" / "conversations.jsonl"
-    flags = ["train", *SHORT, "--name", "b", "--failures", str(path)]
-    assert nothing in refused(flags, capsys)
+    message = "there are no failures to learn from"
+    assert message in error_line(["train", *SMALL_RUN, "--name", "a"], capsys)
+    assert read_lines(runs_folder / "a" / "failures.jsonl") == []
+    r3.main(["eval", "--limit", "5", "--max-new-tokens", "10", "--name", "e"])
+    path = runs_folder / "e" / "conversations.jsonl"
+    flags = ["train", *SMALL_RUN, "--name", "b", "--failures", str(path)]
+    assert message in error_line(flags, capsys)
 
 
-def test_right_attempts_are_not_trained_on(small, lenient, capsys):
-    """Of a file with right and wrong ones, as `eval` leaves it, the wrong ones are taken."""
-    r3.main(["eval", "--limit", "5", "--max-new-tokens", "12", "--name", "e"])
-    path = small / "e" / "conversations.jsonl"
-    wrong = [line for line in lines(path) if not line["attempt_verdict"]["correct"]]
-    assert 0 < len(wrong) < len(lines(path))
-    r3.main(["train", *SHORT, "--steps", "1", "--name", "t", "--failures", str(path)])
-    assert lines(small / "t" / "failures.jsonl") == wrong
-    capsys.readouterr()
-    wrong[0]["ids"]["attempt"][0] = 5_000  # no token of this model
-    path.write_text(json.dumps(wrong[0]) + "\n")
-    flags = ["train", *SHORT, "--name", "u", "--failures", str(path)]
-    assert "conversations.jsonl, line 1 does not fit this run" in refused(flags, capsys)
-    assert not (small / "u").exists()
+def test_only_wrong_attempts_of_a_file_are_trained_on(runs_folder, chance_verifier, capsys):
+    """The file that `eval` writes also contains correct ones."""
+    evaluation = ["eval", "--split", "test", "--limit", "5", "--max-new-tokens", "10"]
+    r3.main([*evaluation, "--name", "e"])
+    path = runs_folder / "e" / "conversations.jsonl"
+    wrong = [line for line in read_lines(path) if not line["attempt_verdict"]["correct"]]
+    assert 0 < len(wrong) < len(read_lines(path))
+    flags = ["train", *SMALL_RUN, "--failures", str(path), "--name"]
+    r3.main([*flags, "t", "--steps", "1"])
+    copied = [
+        {**record, "trained_steps": 0}
+        for record in read_lines(runs_folder / "t" / "failures.jsonl")
+    ]
+    assert copied == wrong
+    wrong[0]["attempt"]["tokens"][0] = 5_000  # not a token of this model
+    write_lines(path, wrong[:1])
+    message = error_line([*flags, "u"], capsys)
+    assert "conversations.jsonl, line 1: it does not fit this run" in message
+    assert not (runs_folder / "u").exists()
 
 
-def test_out_of_memory_ends_in_one_line(small, capsys, monkeypatch):
-    def full(*_):
+def test_out_of_memory_ends_in_one_line(runs_folder, capsys, monkeypatch):
+    def out_of_memory(*_, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 MiB")
 
-    monkeypatch.setattr(Agent, "generate", full)
-    said = refused(["eval", "--limit", "2", "--name", "x"], capsys)
-    assert "out of GPU memory; lower --cache-tokens" in said
+    monkeypatch.setattr(Agent, "sample_turns", out_of_memory)
+    message = error_line(["eval", "--limit", "2", "--name", "x"], capsys)
+    assert "out of GPU memory; try a lower --cache-tokens" in message
 
 
 # -- Looking at a run ------------------------------------------------------------------------------
+def sample_record(step: int, problem_id: int, context: str, reward: float, advantage: float):
+    """A line of samples.jsonl."""
+    retry_verdict = {"correct": reward > 0, "reason": "correct" if reward else "wrong_value"}
+    turns = {"attempt": "7", "reflection": "Hm", "retry": "8"}
+    return {
+        "step": step, "reward": reward, "advantage": advantage, "problem": {"id": problem_id},
+        "attempt_index": 0, "reflection_index": 0, "context": context,
+        **{name: {"text": text, "tokens": [], "truncated": False} for name, text in turns.items()},
+        "attempt_verdict": {"correct": False, "reason": "wrong_value"},
+        "retry_verdict": retry_verdict,
+    }  # fmt: skip
 
 
 @pytest.fixture
 def samples():
-    """Two steps: of one failure two tries in the first, of two failures one each in the last."""
-
-    def line(step, number, context, reward, advantage, **more):
-        turns = {"context": context, "attempt": "7", "reflection": "Hm", "retry": "8"}
-        second = {"correct": reward > 0, "reason": "correct" if reward else "wrong_value"}
-        verdicts = {
-            "attempt_verdict": {"correct": False, "reason": "wrong_value"},
-            "retry_verdict": second,
-        }
-        worth = {"reward": reward, "advantage": advantage}
-        known = {"step": step, "problem": {"id": number}, "attempt_index": 0}
-        return {**known, **turns, **verdicts, **worth, **more}
-
+    """Two steps. The first has two reflections on one failure, the last has one on each of two."""
     return [
-        line(1, 5, "five", 1.0, 0.7), line(1, 5, "five", 0.0, -0.7),
-        line(2, 5, "five", 0.0, 0.0), line(2, 6, "six", 1.0, 0.0),
+        sample_record(1, 5, "five", 1.0, 0.7), sample_record(1, 5, "five", 0.0, -0.7),
+        sample_record(2, 5, "five", 0.0, 0.0), sample_record(2, 6, "six", 1.0, 0.0),
     ]  # fmt: skip
 
 
 @pytest.fixture
-def run(small, samples):
-    """A run that sampled them."""
-    (small / "x").mkdir(parents=True)
-    write(small / "x" / "samples.jsonl", samples)
-    return small / "x"
+def sampled_run(runs_folder, samples):
+    """The folder of a run with these samples."""
+    (runs_folder / "x").mkdir(parents=True)
+    write_lines(runs_folder / "x" / "samples.jsonl", samples)
+    return runs_folder / "x"
 
 
-def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def test_show_groups_the_tries_of_a_step(run, samples, capsys):
-    def found(*flags):
-        """(context, reasons of its tries) of each group."""
-        r3.main(["show", str(run), *flags])
+def test_show_prints_the_groups_of_a_step(sampled_run, samples, capsys):
+    def shown(*flags) -> list[tuple[str, list[str]]]:
+        """The context of each group, and the reasons of its retries."""
+        r3.main(["show", str(sampled_run), *flags])
         groups = re.split(r" +context  ", capsys.readouterr().out)[1:]
-        conversations = [re.findall("<- (correct|wrong_value)", group) for group in groups]
-        return list(zip((group.split()[0] for group in groups), conversations, strict=True))
+        reasons = [re.findall("retry .*<- (correct|wrong_value)", group) for group in groups]
+        return list(zip((group.split()[0] for group in groups), reasons, strict=True))
 
-    assert found() == [("five", ["wrong_value"]), ("six", ["correct"])]  # of the last step
-    assert found("--step", "1") == [("five", ["correct", "wrong_value"])]
-    assert found("--limit", "1") == [("five", ["wrong_value"])]
-    assert "has no step 7" in refused(["show", "--step", "7"], capsys)
-    six = {**samples[3], "context": "seven"}
-    write(run / "samples.jsonl", [*samples[2:], {**six, "advantage": 0.5}])
-    assert [context for context, _ in found()] == ["seven", "five", "six"]  # the mixed one first
+    assert shown() == [("five", ["wrong_value"]), ("six", ["correct"])]  # the last step
+    assert shown("--step", "1") == [("five", ["correct", "wrong_value"])]
+    assert shown("--limit", "1") == [("five", ["wrong_value"])]
+    assert "has no step 7" in error_line(["show", "--step", "7"], capsys)
+    mixed = {**samples[3], "context": "seven", "advantage": 0.5}
+    write_lines(sampled_run / "samples.jsonl", [*samples[2:], mixed])
+    assert [context for context, _ in shown()] == ["seven", "five", "six"]  # mixed groups first
 
 
-def test_show_prints_what_was_said(run, samples, capsys):
-    r3.main(["show", str(run), "--step", "1"])
-    plain = capsys.readouterr().out
-    assert "+0.70 reflection  Hm" in plain and "-0.70 reflection  Hm" in plain
-    assert "retry  8   <- correct" in plain and "retry  8   <- wrong_value" in plain
-    assert "             context  five" in plain
-    long = {**samples[3], "reflection": "\033[2Jgone\a\n\tTab " + "word " * 100}
-    write(run / "samples.jsonl", [long])
-    r3.main(["show"])  # no terminal obeys what a model says
+def test_show_prints_turns_with_their_advantages_and_reasons(sampled_run, samples, capsys):
+    r3.main(["show", str(sampled_run), "--step", "1"])
     printed = capsys.readouterr().out
+    assert "+0.70 reflection  Hm" in printed and "-0.70 reflection  Hm" in printed
+    assert "retry  8   <- correct" in printed and "retry  8   <- wrong_value" in printed
+    assert "             context  five" in printed
+    samples[3]["reflection"]["text"] = "\033[2Jgone\a\n\tTab " + "word " * 100
+    write_lines(sampled_run / "samples.jsonl", samples[3:])
+    r3.main(["show"])
+    printed = capsys.readouterr().out  # without control characters, which a terminal would obey
     assert "[2Jgone" in printed and "Tab word" in printed and printed.isascii()
-    assert all(c.isprintable() or c == "\n" for c in printed)
+    assert all(character.isprintable() or character == "\n" for character in printed)
     assert printed.count("word") == 100 and max(map(len, printed.splitlines())) <= 100
 
-    right = {
-        "problem": {"id": 1},
-        "attempt_index": 0,
-        "context": "a",
-        "attempt": "b",
-        "retry_verdict": None,
-    }
-    right["attempt_verdict"] = {"correct": True, "reason": "correct"}
-    write(run / "conversations.jsonl", [right])  # what eval leaves
-    (run / "samples.jsonl").unlink()
-    r3.main(["show", str(run)])
+
+def test_show_prints_correct_attempts_of_an_evaluation(sampled_run, samples, capsys):
+    (sampled_run / "samples.jsonl").unlink()
+    names = ("problem", "attempt_index", "reflection_index", "context", "attempt")
+    record = {name: samples[0][name] for name in names}
+    record["attempt_verdict"] = {"correct": True, "reason": "correct"}
+    write_lines(sampled_run / "conversations.jsonl", [record])
+    r3.main(["show", str(sampled_run)])
     printed = capsys.readouterr().out
-    assert "attempt  b   <- correct" in printed
+    assert "attempt  7   <- correct" in printed
     assert "reflection" not in printed and "retry" not in printed
 
 
-def test_show_refuses_what_is_no_run(run, samples, capsys):
-    with (run / "samples.jsonl").open("a") as file:
-        file.write('{"step": 3')  # a run may be writing it
+def test_show_reads_what_train_and_eval_write(finished_run, runs_folder, capsys):
+    r3.main(["show", str(finished_run[0]), "--limit", "100"])
+    printed = capsys.readouterr().out
+    assert len(re.findall("^ +context  ", printed, re.MULTILINE)) == 4
+    assert len(re.findall(r"^ +[+-]\d\.\d\d reflection  ", printed, re.MULTILINE)) == 12
+    r3.main(["eval", "--limit", "2", "--max-new-tokens", "9", "--num-samples", "1", "--name", "e"])
+    capsys.readouterr()
+    r3.main(["show", str(runs_folder / "e")])
+    assert "<- no_answer" in capsys.readouterr().out
+
+
+def test_show_refuses_files_that_are_not_samples(sampled_run, capsys):
+    with (sampled_run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 3')  # an incomplete line, which a running process may be writing
     r3.main(["show"])
     assert "context  six" in capsys.readouterr().out
     for text in ('{"step": 1}', "[]", "7", "{", "", "\udcff"):
-        (run / "samples.jsonl").write_bytes(f"{text}\n".encode(errors="surrogateescape"))
-        said = refused(["show"], capsys)
-        assert "samples.jsonl is not what a run of r3.py writes" in said, text
-
-
-def test_plot(small, monkeypatch, capsys):
-    runs = []
-    for name in ("one", "two"):
-        (small / name).mkdir(parents=True)
-        rows = [
-            {"step": 0, "within two": [0.1, 0.05, 0.2]},
-            {"step": 1, "reward": 0.2, "reflection_tokens": 7},
-        ]
-        rows += [{"step": 2, "within two": [0.2, 0.1, 0.4], "reward": 0.4, "kl": math.nan}]
-        write(small / name / "metrics.jsonl", rows)
-        runs.append(str(small / name))
-    with (small / "two" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3')  # a run may be writing it
-    r3.main(["plot", runs[0]])
-    assert (small / "one" / "curves.png").read_bytes()[1:4] == b"PNG"
-    assert f"The curves are in {small / 'one' / 'curves.png'}" in capsys.readouterr().out
-    r3.main(["plot", *runs])
-    assert Path("curves.png").read_bytes() != (small / "one" / "curves.png").read_bytes()
-    drawn = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda f, path, **_: drawn.append(f))
-    r3.main(["plot", *runs])
-    assert "curves.png" in capsys.readouterr().out
-    axes = dict(zip(r3.PANELS, drawn[0].axes, strict=True))
-    for name, axis in axes.items():
-        assert axis.get_title() == r3.PANELS[name]
-        assert len(axis.containers) == {
-            "within two": 2,
-            "reward": 2,
-            "reflection_tokens": 2,
-            "kl": 2,
-        }.get(name, 0)
-    line, _, [bars] = axes["within two"].containers[0]
-    assert line.get_xydata().tolist() == [[0, 0.1], [2, 0.2]]
-    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
-    assert np.allclose(ends, [[0.05, 0.2], [0.1, 0.4]])  # low and high
-    assert axes["reward"].containers[0][0].get_xydata().tolist() == [[1, 0.2], [2, 0.4]]
-    labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
-    assert labels == ["one", "two"]
-    for text in ('{"reward": 1}', "[]", "{"):
-        (small / "one" / "metrics.jsonl").write_text(text + "\n")
-        said = refused(["plot", *runs], capsys)
-        assert "one/metrics.jsonl is not what a run of r3.py writes" in said
-
-
-# -- Checkpoints of others -------------------------------------------------------------------------
+        path = sampled_run / "samples.jsonl"
+        path.write_bytes(f"{text}\n".encode(errors="surrogateescape"))
+        message = error_line(["show"], capsys)
+        assert "samples.jsonl was not written by this version of r3.py" in message, text
 
 
 @pytest.fixture
-def data(tmp_path):
-    """A file of function-calling problems: 6 to train on, 2 and 2 to evaluate on."""
+def plotted_runs(runs_folder):
+    """Two runs with a few metrics."""
+    runs = [runs_folder / "one", runs_folder / "two"]
+    metrics = [
+        {"step": 0, "within two": [0.1, 0.05, 0.2]},
+        {"step": 1, "reward": 0.2, "reflection_tokens": 7},
+        {"step": 2, "within two": [0.2, 0.1, 0.4], "reward": 0.4, "kl": math.nan},
+    ]
+    for run in runs:
+        run.mkdir()
+        write_lines(run / "metrics.jsonl", metrics)
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3')  # an incomplete line, which a running process may be writing
+    return runs
+
+
+def test_plot_draws_one_run_or_several(plotted_runs, monkeypatch, capsys):
+    one, two = map(str, plotted_runs)
+    r3.main(["plot", one])
+    curves = plotted_runs[0] / "curves.png"
+    assert curves.read_bytes()[1:4] == b"PNG"
+    assert f"The curves are in {curves}" in capsys.readouterr().out
+    figures, paths = [], []
+
+    def record(figure, path, **options):
+        figures.append(figure)
+        paths.append(path)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", record)
+    r3.main(["plot", one, two])
+    assert paths == [Path("curves.png")] and "curves.png" in capsys.readouterr().out
+    panels = ("within two", "reward", "reflection_tokens", "kl")  # those that have data
+    axes = dict(zip(panels, figures[0].axes, strict=True))
+    for name, axis in axes.items():
+        assert axis.get_title() == r3.PANELS[name]
+        assert len(axis.containers) == 2
+    line, _, [bars] = axes["within two"].containers[0]
+    assert line.get_xydata().tolist() == [[0, 0.1], [2, 0.2]]
+    bounds = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert np.allclose(bounds, [[0.05, 0.2], [0.1, 0.4]])
+    assert axes["reward"].containers[0][0].get_xydata().tolist() == [[1, 0.2], [2, 0.4]]
+    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert labels == ["one", "two"]
+
+
+def test_plot_refuses_files_that_are_not_metrics(plotted_runs, capsys):
+    for text in ('{"reward": 1}', "[]", "{"):
+        (plotted_runs[0] / "metrics.jsonl").write_text(text + "\n")
+        message = error_line(["plot", *map(str, plotted_runs)], capsys)
+        assert "one/metrics.jsonl was not written by this version of r3.py" in message
+
+
+# -- Pretrained models and other tasks -------------------------------------------------------------
+@pytest.fixture
+def apigen_file(tmp_path):
+    """A file of function-calling problems: 2 to train on, and 2 in each split to evaluate on."""
     task, problems = DrawnAPIGen(), []
-    for split, count in (("train", 6), ("dev", 2), ("test", 2)):
-        problems += task.load(split=split, limit=count)
-    write(tmp_path / "data.jsonl", [asdict(problem) for problem in problems])
+    for split, num_problems in (("train", 2), ("dev", 2), ("test", 2)):
+        problems += task.load(split=split, limit=num_problems)
+    write_lines(tmp_path / "data.jsonl", [asdict(problem) for problem in problems])
     return tmp_path / "data.jsonl"
 
 
-def test_a_folder_with_apigen_from_a_file(small, folder, data, capsys):
-    flags = ["eval", "--model", str(folder), "--task", "apigen", "--data", str(data)]
-    whole = data.read_text()
-    data.write_text(whole + "{")
-    assert "data.jsonl, record 11: " in refused(flags, capsys)
-    data.write_text(whole)
-    r3.main([*flags, "--split", "all", "--max-new-tokens", "9", "--name", "e"])
+def test_a_pretrained_model_is_evaluated_on_apigen(runs_folder, folder, apigen_file, capsys):
+    flags = ["eval", "--model", str(folder), "--task", "apigen", "--data", str(apigen_file)]
+    flags += ["--max-new-tokens", "9", "--name"]
+    data = apigen_file.read_text()
+    apigen_file.write_text(data + "{")
+    assert "data.jsonl, record 7: " in error_line([*flags, "damaged"], capsys)
+    apigen_file.write_text(data)
+    r3.main([*flags, "e", "--split", "all"])
     printed = capsys.readouterr().out
-    assert "10 problems, 1 samples each, temperature 1" in printed and "no_answer" in printed
-    told = lines(small / "e" / "conversations.jsonl")
-    assert sorted(c["problem"]["id"] for c in told) == list(range(10))
-    for c in told:
-        # The template has no place for tools: they are in the text.
-        assert c["problem"]["tools"].split('"name": "')[1].split('"')[0] in c["context"]
+    assert re.search("6 problems, 1 samples? each, temperature 1", printed)
+    assert "no_answer" in printed
+    conversations = read_lines(runs_folder / "e" / "conversations.jsonl")
+    assert sorted(c["problem"]["id"] for c in conversations) == list(range(6))
+    for c in conversations:
+        # The chat template has no place for tools, so they are in the text.
+        tool = c["problem"]["tools"].split('"name": "')[1].split('"')[0]
+        assert tool in c["context"]
         assert not c["attempt_verdict"]["correct"] and c["retry"] and c["retry_verdict"]
-    rows = json.loads((small / "e" / "report.json").read_text())["tables"]
-    assert next(iter(rows.values()))["model"]["within two"][0] == 0
-    r3.main([*flags, "--max-new-tokens", "9", "--name", "dev"])
+    tables = json.loads((runs_folder / "e" / "report.json").read_text())["tables"]
+    assert next(iter(tables.values()))["model"]["within two"][0] == 0
+    r3.main([*flags, "dev"])
     assert "2 problems" in capsys.readouterr().out
 
 
-def test_a_folder_is_trained(small, folder, lenient, countdown):
-    few = [
-        "--num-problems",
-        "4",
-        "--steps",
-        "2",
-        "--batch-size",
-        "2",
-        "--name",
-        "f",
-        "--max-attempts",
-        "1",
-    ]
-    few += ["--max-new-tokens", "8", "--limit", "2", "--lr", "0.01", "--data", countdown]
-    r3.main(["train", "--model", str(folder), *few])
-    config = json.loads((small / "f" / "config.json").read_text())
+def test_a_pretrained_model_is_trained(runs_folder, folder, chance_verifier, tmp_path):
     given = {
-        "max_new_tokens",
-        "limit",
-        "num_problems",
-        "steps",
-        "batch_size",
-        "name",
-        "max_attempts",
-        "lr",
-    }
-    given |= {"model", "data"}
-    for f in fields(r3.Config):  # what is not given is the paper's
-        assert f.name in given or config[f.name] == getattr(r3.PAPER, f.name)
-    assert config["group_size"] == 8 and config["beta"] == 0.001 and config["lr"] == 0.01
-    trained = transformers.AutoModelForCausalLM.from_pretrained(small / "f" / "model")
-    before = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        "model": str(folder), "data": countdown_file(tmp_path / "countdown.jsonl"), "name": "f",
+        "num_problems": 4, "steps": 2, "batch_size": 2, "max_attempts": 1, "max_new_tokens": 8,
+        "limit": 2, "lr": 0.01,
+    }  # fmt: skip
+    r3.main(["train", *(f"{flag_of(name)}={value}" for name, value in given.items())])
+    run = runs_folder / "f"
+    assert r3.load_config(run, "train") == replace(r3.PAPER, **given)
     ids = torch.randint(0, 257, (1, 9))
-    assert not torch.allclose(trained(ids).logits, before(ids).logits, atol=1e-4)
-    ours = models.Model.from_pretrained(small / "f" / "model")
-    assert torch.allclose(ours(ids), trained(ids).logits, atol=1e-4)
-    assert max(s.get("mismatch", 0) for s in lines(small / "f" / "metrics.jsonl")) < 1e-4
+    before = transformers.AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    after = transformers.AutoModelForCausalLM.from_pretrained(run / "model")(ids).logits
+    assert not torch.allclose(after, before, atol=1e-4)
+    assert torch.allclose(Model.from_pretrained(run / "model")(ids), after, atol=1e-4)
+    assert max(line.get("mismatch", 0) for line in read_lines(run / "metrics.jsonl")) < 1e-4
 
 
-def test_the_papers_experiment_finds_its_splits(small, folder, data, monkeypatch, capsys):
-    """Without --data the hub's: trained on "train", evaluated on the split that is asked for."""
-    found, load, from_hub = [], tasks.APIGen.load, models.from_hub
+def test_the_papers_experiment_loads_its_splits_from_the_hub(
+    runs_folder, folder, apigen_file, monkeypatch, capsys
+):
+    """It is trained on "train", and evaluated on the split in the settings."""
+    loaded, load = [], tasks.APIGen.load
 
-    def asked_for(name, files, kind="model"):
-        if kind == "model":
-            return from_hub(name, files)
-        found.append(name)
-        return data
+    def from_hub(hub_id, files, kind="model"):
+        loaded.append(hub_id)
+        return apigen_file
 
-    def stops(*_):
-        raise ValueError("nothing but failures is missing")
+    def load_split(task, path, split, *rest):
+        loaded.append(split)
+        return load(task, path, split, *rest)
 
-    monkeypatch.setattr(models, "from_hub", asked_for)
-    monkeypatch.setattr(r3, "find_failures", stops)
-    monkeypatch.setattr(
-        tasks.APIGen, "load", lambda self, *rest: found.append(rest[1]) or load(self, *rest)
-    )
-    flags = ["--model", str(folder), "--task", "apigen", "--max-new-tokens", "8"]
-    name = "Salesforce/xlam-function-calling-60k"
-    for split, more in (("dev", []), ("test", ["--split", "test"])):
-        flags += ["--name", split]
-        assert "nothing but failures is missing" in refused(["train", *flags, *more], capsys)
-        assert found == [name, split, name, "train"]
-        found.clear()
+    def stop(*_):
+        raise ValueError("the search for failures begins")
 
-
-def open_folder(folder, **more):
-    return r3.load_agent(
-        replace(r3.PAPER, model=str(folder), device="cpu", dtype="float32", **more)
-    )
+    monkeypatch.setattr(r3, "from_hub", from_hub)
+    monkeypatch.setattr(tasks.APIGen, "load", load_split)
+    monkeypatch.setattr(r3, "find_failures", stop)
+    flags = ["train", "--model", str(folder), "--task", "apigen", "--max-new-tokens", "8"]
+    hub_id = "Salesforce/xlam-function-calling-60k"
+    for split, split_flags in (("dev", []), ("test", ["--split", "test"])):
+        message = error_line([*flags, *split_flags, "--name", split], capsys)
+        assert "the search for failures begins" in message
+        assert loaded == [hub_id, split, hub_id, "train"]
+        loaded.clear()
 
 
-def test_problems_that_might_outgrow_the_context_are_dropped_and_counted(
+def test_problems_that_might_not_fit_into_the_context_are_dropped_and_counted(
     agent, task, capsys, monkeypatch
 ):
-    problems = task.load(split="dev", limit=8)
+    problems, attempt_prompt = task.load(split="dev", limit=8), Agent.attempt_prompt
     agent.max_new_tokens = 160
-    c = replace(r3.TINY, max_new_tokens=160)
-    assert r3.load_problems(c, agent, "dev", 8) == problems and capsys.readouterr().out == ""
-    question = Agent.attempt_prompt
-    bridges = agent.tokenizer.bridge(task.reflection_instruction) + agent.tokenizer.bridge(
-        task.retry_instruction
+    config = replace(r3.TINY, max_new_tokens=160)
+    assert r3.load_problems(config, agent, "dev", 8) == problems
+    assert capsys.readouterr().out == ""
+    # Make the prompts of later problems longer than those of earlier ones.
+    monkeypatch.setattr(
+        Agent,
+        "attempt_prompt",
+        lambda agent, problem: attempt_prompt(agent, problem) + [9] * (3 * problem.id),
     )
-    room = 512 - 3 * 160 - len(bridges)
-    monkeypatch.setattr(Agent, "attempt_prompt", lambda s, p: question(s, p) + [9] * (3 * p.id))
-    longest = max(p.id for p in problems if len(question(agent, p)) + 3 * p.id <= room)
-    assert 0 < longest < 7
-    kept = r3.load_problems(c, agent, "dev", 8)
-    assert kept == problems[: longest + 1]
-    assert f"{7 - longest} problems dropped" in capsys.readouterr().out
-    [last] = grpo.rollout(agent, grpo.sample_attempts(agent, kept[-1:], 1, (0, 0)), 1, (0, 0))
-    assert len(last.reflection_prompt) + len(last.reflection) + len(last.retry) < 512
-    with pytest.raises(ValueError, match="lower --max-new-tokens"):
-        r3.load_problems(replace(c, max_new_tokens=200), agent, "dev", 8)
+    instructions = (task.reflection_instruction, task.retry_instruction)
+    bridges = sum(len(agent.tokenizer.bridge(instruction)) for instruction in instructions)
+    longest = 512 - 3 * 160 - bridges
+    num_fitting = sum(len(agent.attempt_prompt(problem)) <= longest for problem in problems)
+    assert 1 < num_fitting < 8
+    fitting = r3.load_problems(config, agent, "dev", 8)
+    assert fitting == problems[:num_fitting]
+    assert f"{r3.plural(8 - num_fitting, 'problem')} dropped" in capsys.readouterr().out
+    failures = grpo.sample_attempts(agent, fitting[-1:], 1, (0, 0))
+    [[conversation]] = grpo.rollout(agent, failures, 1, (0, 0))
+    assert len(conversation.retry.prompt) + len(conversation.retry.tokens) < 512
+    agent.max_new_tokens = 200
+    with pytest.raises(ValueError, match="use a lower --max-new-tokens"):
+        r3.load_problems(replace(config, max_new_tokens=200), agent, "dev", 8)
 
 
-def test_padded_rows_of_the_head_are_neither_sampled_nor_trained(folder):
-    agent = open_folder(folder, max_new_tokens=40, seed=0)
+def test_the_padded_rows_of_the_head_are_neither_sampled_nor_trained(folder):
+    """The model has 300 embeddings, and its tokenizer 258 tokens."""
+    config = replace(r3.PAPER, model=str(folder), device="cpu", dtype="float32", max_new_tokens=40)
+    agent = r3.load_agent(config)
     assert agent.model.vocab_size == 258 < agent.model.config.vocab_size == 300
     with torch.no_grad():
         agent.model.model.embed_tokens.weight[258:] = agent.model.model.embed_tokens.weight[65]
     problem = tasks.CountdownProblem(0, (6, 10, 2), 32)
-    conversations = grpo.rollout(
-        agent, grpo.sample_attempts(agent, [problem], 16, (0, 0)), 1, (0, 0)
-    )
-    said = [token for c in conversations for token in c.attempt + c.reflection]
-    assert len(said) > 100 and max(said) < 258
-    ids, mask, old = grpo.reflection_rows(conversations[:1])
-    logprobs = grpo.token_logprobs(agent.model, ids, mask)
-    assert torch.allclose(logprobs.detach(), old, atol=1e-4)
+    attempts = grpo.sample_attempts(agent, [problem], 16, (0, 0))
+    groups = grpo.rollout(agent, attempts, 1, (0, 0))
+    tokens = [t for [c] in groups for turn in (c.attempt, c.reflection) for t in turn.tokens]
+    assert len(tokens) > 100 and max(tokens) < 258
+    rows = grpo.training_rows(groups[0])
+    logprobs = grpo.token_logprobs(agent.model, rows)
+    assert torch.allclose(logprobs.detach(), rows.old_logprobs, atol=1e-4)
 
 
 # -- Memory ----------------------------------------------------------------------------------------
+QWEN_1_5B = json.loads((Path(__file__).parent / "configs" / "qwen2.5-1.5b.json").read_text())
+NUM_PARAMETERS = 1_543_714_304
+KEY_VALUE_SIZE = (
+    2 * 28 * 2 * 128 * 2
+)  # bytes of a token: k and v, layers, heads, head_dim, bfloat16
 
 
-class Loader:
-    """Instead of Model: shapes of a model with 1.5 billion parameters, and no weights."""
+@pytest.fixture(scope="module")
+def qwen():
+    """A model of 1.5 billion parameters without storage."""
+    with torch.device("meta"):
+        return Model(QWEN_1_5B)
 
-    config = json.loads((Path(__file__).parent / "configs" / "qwen2.5-1.5b.json").read_text())
-    loaded: list = []
 
-    @classmethod
-    def from_pretrained(cls, path, dtype, device):
-        cls.loaded.append((path, dtype, device))
-        with torch.device("meta"):
-            return models.Model(cls.config)
+def test_the_memory_of_training_is_estimated(qwen):
+    config = replace(r3.PAPER, dtype="bfloat16")
+    needed, bytes_per_token = r3.memory_needed(config, qwen, training=True)
+    assert list(needed) == [
+        "weights", "reference model", "gradients, masters and moments", "activations",
+    ]  # fmt: skip
+    assert needed["weights"] == needed["reference model"] == 2 * NUM_PARAMETERS
+    assert needed["gradients, masters and moments"] == 18 * NUM_PARAMETERS
+    assert bytes_per_token == 2.5 * KEY_VALUE_SIZE
+
+    def total(training=True, **changes):
+        return sum(r3.memory_needed(replace(config, **changes), qwen, training)[0].values())
+
+    for saving in ({"offload": True}, {"beta": 0.0}, {"checkpointing": True}, {"group_size": 4}):
+        assert total(**saving) < total(), saving
+    assert total(training=False) == 2 * NUM_PARAMETERS
+    in_float32 = replace(config, dtype="float32")
+    assert r3.memory_needed(in_float32, qwen, training=False) == (
+        {"weights": 4 * NUM_PARAMETERS},
+        2.5 * 2 * KEY_VALUE_SIZE,
+    )
+    assert total(dtype="float32", beta=0.0) - total(dtype="float32", beta=0.0, training=False) > (
+        12 * NUM_PARAMETERS
+    )
 
 
 @pytest.fixture
-def memory(tiny, monkeypatch, capsys):
-    """load_agent on a GPU that has so many free bytes: the keys' and values' tokens, and what was
-    said to be needed, in GB by name."""
+def load_with_free_memory(qwen, tiny, monkeypatch, capsys):
+    """A function that calls `load_agent` on a GPU with some free bytes. It returns the size of the
+    KV cache, in tokens, and the line that was printed."""
 
-    def load(free: float, training=False, **settings):
-        asked, zeros = [], torch.zeros
-        free_of_all = int(free), 10**12
+    def load(free: float, training: bool = False, **changes) -> tuple[int, str]:
+        config = replace(
+            r3.PAPER, **{"model": "x", "device": "cuda:1", "dtype": "bfloat16"} | changes
+        )
+        zeros, asked_devices, loaded = torch.zeros, [], []
+
+        def mem_get_info(device):
+            asked_devices.append(device)
+            return int(free), 10**12  # free bytes and all bytes
+
+        def from_pretrained(path, dtype, device):
+            loaded.append((path, dtype, device))
+            return copy.copy(qwen)
+
         with monkeypatch.context() as patch:
             patch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
-            patch.setattr(
-                torch.cuda, "mem_get_info", lambda device: asked.append(device) or free_of_all
-            )
-            patch.setattr(r3, "Model", Loader)
+            patch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+            patch.setattr(r3.Model, "from_pretrained", from_pretrained)
             patch.setattr(r3.Tokenizer, "from_pretrained", lambda path: tiny[1])
-            given = {"model": "x", "device": "cuda:1", "dtype": "bfloat16", **settings}
-            c = replace(r3.PAPER, **given)
-            agent = r3.load_agent(c, training)
-        dtype = getattr(torch, c.dtype)
-        assert Loader.loaded == [("x", dtype, "meta"), ("x", dtype, c.device)]
-        Loader.loaded.clear()
+            agent = r3.load_agent(config, training)
+        dtype = getattr(torch, config.dtype)
+        assert loaded == [("x", dtype, "meta"), ("x", dtype, config.device)]
         assert agent.model.vocab_size == tiny[1].vocab_size
-        assert asked == (["cuda:1"] if c.cache_tokens is None and c.device != "cpu" else [])
-        said = capsys.readouterr().out
-        needs = re.findall(r"[:,] ([a-z][\w ',]*?|[\d,]+ tokens[\w ']*) (\d[\d.]*)(?=,|\n)", said)
-        assert len(needs) == 2 + 3 * training, said  # and none is 1.3e+02
-        return agent.cache_tokens, {name: float(need) for name, need in needs}
+        asks = config.cache_tokens is None and config.device != "cpu"
+        assert asked_devices == (["cuda:1"] if asks else [])
+        return agent.cache_tokens, capsys.readouterr().out
 
     return load
 
 
-def test_keys_and_values_get_what_is_left_of_a_gpu(memory):
-    # In bfloat16 a token's keys and values: 2 x 28 layers x 2 heads x 128 numbers x 2 bytes.
-    size, n = 28_672, 1_543_714_304
-    tokens, needs = memory(40e9)
-    assert tokens == int((0.9 * 40e9 - 2 * n) / (2.5 * size))
-    assert needs["weights"] == pytest.approx(2 * n / 1e9, rel=0.01)
-    assert sum(needs.values()) == pytest.approx(0.9 * 40, rel=0.01)  # all is used, and no more
-
-    more, needs = memory(300e9, training=True)
-    assert sum(needs.values()) == pytest.approx(0.9 * 300, rel=0.01)
-    assert needs["reference"] == needs["weights"]
-    assert needs["gradients, masters, moments"] == pytest.approx(18 * n / 1e9, rel=0.01)
-    for saving in ({"offload": True}, {"beta": 0.0}, {"checkpointing": True}):
-        assert memory(300e9, training=True, **saving)[0] > more
-    fewer, _ = memory(300e9, training=True, group_size=16)
-    assert fewer < more
-    assert memory(1e9) == (4_096, memory(1e9)[1])  # never less than this
-    assert memory(40e9, cache_tokens=7_000)[0] == 7_000  # given
-    tokens, needs = memory(40e9, device="cpu", dtype="float32")
-    assert tokens == 65_536 and needs["weights"] == pytest.approx(4 * n / 1e9, rel=0.01)
-    assert needs["65,536 tokens' keys and values"] == pytest.approx(
-        2.5 * 2 * size * 65_536 / 1e9, abs=0.01
+def test_the_kv_cache_gets_the_free_memory_of_a_gpu(load_with_free_memory):
+    load = load_with_free_memory
+    cache_tokens, printed = load(40e9)
+    assert cache_tokens == int((0.9 * 40e9 - 2 * NUM_PARAMETERS) / (2.5 * KEY_VALUE_SIZE))
+    assert printed == (
+        "1,543,714,304 parameters in bfloat16 on cuda:1\n"
+        "Estimated memory in GB: weights 3.09, "
+        f"keys and values of {cache_tokens:,} tokens 32.9\n"
     )
-
-
-# -- Statistics ------------------------------------------------------------------------------------
-
-
-def conversations(ids):
-    problems = [SimpleNamespace(id=i) for i in ids]
-    return [Conversation(p, 0, [], [], Verdict(False, "x")) for p in problems]
-
-
-def test_interval_is_the_cluster_robust_one():
-    rng = np.random.default_rng(0)
-    ids = np.repeat(np.arange(50), 4)
-    values = (rng.random(200) < np.repeat(rng.random(50), 4)).astype(float)
-    mean, low, high = r3.interval(values, conversations(ids))
-    means = values.reshape(50, 4).mean(axis=1)  # equal clusters: the interval of problems' means
-    half = 1.96 * means.std(ddof=1) / math.sqrt(50)
-    assert (mean, low, high) == pytest.approx((means.mean(), mean - half, mean + half))
-    for value in (0.0, 1.0):  # all alike: the rule of three, on the number of problems
-        found = r3.interval(np.full(200, value), conversations(ids))
-        assert found == pytest.approx([value, value - 3 / 50, value + 3 / 50])
-
-
-def test_interval_covers_the_truth_about_95_times_of_100():
-    rng, hits = np.random.default_rng(1), 0
-    same = conversations(np.repeat(np.arange(80), 4))
-    for _ in range(1_000):
-        values = (rng.random(320) < np.repeat(rng.beta(2, 3, 80), 4)).astype(float)
-        _, low, high = r3.interval(values, same)
-        hits += low <= 0.4 <= high
-    assert 920 <= hits <= 975
+    cache_tokens, printed = load(300e9, training=True)
+    sizes = [float(size) for size in re.findall(r"[a-z] (\d[\d.]*)(?=, |\n)", printed)]
+    assert len(sizes) == 5 and sum(sizes) == pytest.approx(0.9 * 300, rel=0.01)
+    assert load(300e9, training=True, offload=True)[0] > cache_tokens
+    assert load(1e9)[0] == 4_096  # the smallest cache
+    assert load(40e9, cache_tokens=7_000)[0] == 7_000
+    cache_tokens, printed = load(40e9, device="cpu", dtype="float32")
+    assert cache_tokens == 65_536 and "keys and values of 65,536 tokens 9.4" in printed

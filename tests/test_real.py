@@ -1,6 +1,8 @@
-"""SmolLM2-135M-Instruct, a real model: the words, the odds and the ids are transformers'.
+"""A real model, SmolLM2-135M-Instruct, gives the same token ids, probabilities and replies as with
+transformers.
 
-R3_REAL_MODEL names its folder; where it is unset, a tool beside the repository makes one, once.
+These tests take minutes, so they are skipped unless the environment variable R3_REAL_MODEL is set:
+to the model's folder, or to nothing if a tool beside the repository should make one, once.
 """
 
 import math
@@ -15,7 +17,7 @@ import transformers
 from model import Model, Tokenizer, generate
 
 TOOL = Path(__file__).resolve().parents[2] / "shared" / "tools" / "real-model"
-LENGTH = 24
+MAX_NEW_TOKENS = 24
 QUESTIONS = [
     "Hi!",
     "What is 2 + 2? Answer with one number.",
@@ -52,85 +54,101 @@ PARAGRAPH = (
 
 @pytest.fixture(scope="module")
 def folder(request) -> Path:
+    """The folder of the real model."""
     given = os.environ.get("R3_REAL_MODEL")
     if given:
         return Path(given)
-    if given is None:  # set but empty: make one
-        pytest.skip("minutes long: set R3_REAL_MODEL to a folder, or to nothing to make one")
+    if given is None:
+        pytest.skip("takes minutes; set R3_REAL_MODEL to a folder, or to nothing to make one")
     if not TOOL.is_file():
-        pytest.skip(
-            "no real model: R3_REAL_MODEL is not set, and the tool that makes one is absent"
-        )
-    kept = Path(request.config.cache.mkdir("real-model"))
-    if not (kept / "whole").is_dir():
-        made = subprocess.run([TOOL, kept / "part"], capture_output=True, text=True)
-        if made.returncode:
-            pytest.skip(f"the real model could not be made: {made.stderr.strip()[-200:]}")
-        (kept / "part").rename(kept / "whole")
-    return kept / "whole"
+        pytest.skip("R3_REAL_MODEL names no folder, and there is no tool that makes one")
+    cache = Path(request.config.cache.mkdir("real-model"))
+    unfinished, finished = cache / "part", cache / "whole"
+    if not finished.is_dir():
+        result = subprocess.run([TOOL, unfinished], capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"the real model could not be made: {result.stderr.strip()[-200:]}")
+        unfinished.rename(finished)
+    return finished
 
 
 @pytest.fixture(scope="module")
 def ours(folder):
+    """Our model and tokenizer."""
     return Model.from_pretrained(folder), Tokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def theirs(folder):
+    """The model and the tokenizer of transformers."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def test_the_chat_is_encoded_and_decoded_as_by_transformers(ours, theirs):
-    (_, our), (_, their) = ours, theirs
+def test_a_chat_is_encoded_and_decoded_as_by_transformers(ours, theirs):
+    (_, our_tokenizer), (_, their_tokenizer) = ours, theirs
     replies = ["“Wien”, of course.\n\n```json\n[{}]\n```", "東京  🙂\t12,000 \n", "Fine."]
-    agent = []
-    for question, reply in zip(QUESTIONS[3:6], replies, strict=True):
-        agent.append({"role": "user", "content": question})
-        ids = their.apply_chat_template(agent, add_generation_prompt=True, return_dict=False)
-        assert our.prompt(agent) == ids
-        assert our.decode(ids) == their.decode(ids, skip_special_tokens=True)
-        agent.append({"role": "assistant", "content": reply})
-        said = our.encode(reply)
-        assert our.decode(said + our.stop_ids) == reply == their.decode(said)
-    turn_by_turn = our.prompt(agent[:1])
-    for said, told in zip(replies, QUESTIONS[4:6], strict=False):
-        turn_by_turn += our.next_turn(our.encode(said) + our.stop_ids, our.bridge(told))
-    assert turn_by_turn == ids
-    assert our.stop_ids == [their.convert_tokens_to_ids("<|im_end|>")] == [their.eos_token_id]
+    questions, messages = QUESTIONS[3:6], []
+    for question, reply in zip(questions, replies, strict=True):
+        messages.append({"role": "user", "content": question})
+        expected = their_tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        assert our_tokenizer.prompt(messages) == expected
+        text = their_tokenizer.decode(expected, skip_special_tokens=True)
+        assert our_tokenizer.decode(expected) == text
+        messages.append({"role": "assistant", "content": reply})
+        reply_ids = our_tokenizer.encode(reply)
+        assert our_tokenizer.decode(reply_ids + our_tokenizer.stop_ids) == reply
+        assert their_tokenizer.decode(reply_ids) == reply
+    turn_by_turn = our_tokenizer.prompt(messages[:1])
+    for reply, question in zip(replies[:2], questions[1:], strict=True):
+        turn_by_turn += our_tokenizer.next_turn(
+            our_tokenizer.encode(reply) + our_tokenizer.stop_ids, our_tokenizer.bridge(question)
+        )
+    assert turn_by_turn == expected
+    end_of_turn = their_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert our_tokenizer.stop_ids == [end_of_turn] == [their_tokenizer.eos_token_id]
 
 
 @torch.no_grad()
-def test_perplexity_equals_transformers(ours, theirs):
-    ids = torch.tensor([ours[1].encode(PARAGRAPH)])
-    assert ids.shape[1] > 120 and ids.tolist() == theirs[1]([PARAGRAPH]).input_ids
-    log_p = ours[0](ids)[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
-    ppl = math.exp(-log_p.mean())
-    assert ppl == pytest.approx(math.exp(theirs[0](ids, labels=ids).loss), rel=1e-4)
-    assert 5 < ppl < 30  # English is what it was taught
+def test_perplexity_equals_that_of_transformers(ours, theirs):
+    (our_model, our_tokenizer), (their_model, their_tokenizer) = ours, theirs
+    ids = torch.tensor([our_tokenizer.encode(PARAGRAPH)])
+    assert ids.shape[1] > 120 and ids.tolist() == their_tokenizer([PARAGRAPH]).input_ids
+    logprobs = our_model(ids)[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+    perplexity = math.exp(-logprobs.mean())
+    expected = math.exp(their_model(ids, labels=ids).loss)
+    assert perplexity == pytest.approx(expected, rel=1e-4)
+    assert 5 < perplexity < 30  # The model was trained on English.
 
 
 @torch.no_grad()
-def test_greedy_replies_equal_transformers(ours, theirs):
-    """20 prompts in one batch, token by token, to the end or to a tie of the two likeliest."""
-    (our, tokenizer), (their, their_tokenizer) = ours, theirs
-    prompts = [tokenizer.prompt([{"role": "user", "content": q}]) for q in QUESTIONS]
+def test_greedy_replies_equal_those_of_transformers(ours, theirs):
+    """20 prompts in one batch, token by token, to the end or to a tie of the two best tokens."""
+    (our_model, our_tokenizer), (their_model, their_tokenizer) = ours, theirs
+    prompts = [our_tokenizer.prompt([{"role": "user", "content": q}]) for q in QUESTIONS]
     assert len(prompts) == 20 and len({len(prompt) for prompt in prompts}) > 12
-    drawn = generate(
-        our, prompts, max_new_tokens=LENGTH, temperature=0, stop=tokenizer.stop_ids
+    [end_of_turn] = stop_ids = our_tokenizer.stop_ids
+    our_replies = generate(
+        our_model, prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=0, stop=stop_ids
     ).tokens
     batch = their_tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    replies = their.generate(**batch, max_new_tokens=LENGTH, do_sample=False, use_cache=True)
-    replies = replies[:, batch.input_ids.shape[1] :].tolist()
-    [end] = tokenizer.stop_ids
-    agree = ended = 0
-    for prompt, (got,), want in zip(prompts, drawn, replies, strict=True):
-        want = want[: want.index(end) + 1] if end in want else want  # what follows is padding
-        if got == want:
-            agree, ended = agree + 1, ended + (end in got)
+    their_replies = their_model.generate(
+        **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, use_cache=True
+    )
+    their_replies = their_replies[:, batch.input_ids.shape[1] :].tolist()
+    equal = ended = 0
+    for prompt, (our_reply,), their_reply in zip(prompts, our_replies, their_replies, strict=True):
+        if end_of_turn in their_reply:  # What follows is padding.
+            their_reply = their_reply[: their_reply.index(end_of_turn) + 1]
+        if our_reply == their_reply:
+            equal, ended = equal + 1, ended + (end_of_turn in our_reply)
             continue
-        at = len(os.path.commonprefix([got, want]))  # neither is the other's beginning
-        best = their(torch.tensor([prompt + want[:at]])).logits[0, -1].topk(2)
+        # They differ at some token, because neither can be the beginning of the other.
+        position = len(os.path.commonprefix([our_reply, their_reply]))
+        ids = torch.tensor([prompt + their_reply[:position]])
+        best = their_model(ids).logits[0, -1].topk(2)
         assert best.values[0] - best.values[1] < 1e-3
-        assert {got[at], want[at]} == set(best.indices.tolist())
-    assert agree >= 15 and 0 < ended < agree
+        assert {our_reply[position], their_reply[position]} == set(best.indices.tolist())
+    assert equal >= 15 and 0 < ended < equal

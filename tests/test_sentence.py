@@ -1,4 +1,4 @@
-"""The task of tests/sentence.py: its verifier under attack, and its splits."""
+"""The task of tests/sentence.py: attacks on its verifier, its splits, experiments on its runs."""
 
 import itertools
 import math
@@ -12,8 +12,10 @@ import torch
 import grpo
 import r3
 
-PROBLEM = sentence.Life(0, "by the sea", use="kettle", avoid="stone")
 TASK = sentence.Sentence()
+PROBLEM = sentence.SentenceProblem(
+    0, place="by the sea", required_word="kettle", forbidden_word="stone"
+)
 
 
 @pytest.mark.parametrize(
@@ -24,10 +26,10 @@ TASK = sentence.Sentence()
         "Why is the fisherman's kettle always hot, even at night?",
         '"The kettle is full of sea-water again"',
         "A " + "very " * 17 + "old kettle stands on my table.",
-        "The kettle sings while the waves roll in and then",  # cut at the longest turn
+        "The kettle sings while the waves roll in and then",  # truncated at the length limit
     ],
 )
-def test_a_sentence_is_right(text):
+def test_correct_sentences(text):
     assert TASK.verify(PROBLEM, text) == sentence.Verdict(True, "correct")
 
 
@@ -79,48 +81,51 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("reason", ATTACKS)
-def test_an_attack_is_wrong_and_the_reason_is_told(reason):
-    begun = time.process_time()
+def test_an_attack_fails_for_the_right_reason(reason):
+    start = time.process_time()
     for text in ATTACKS[reason]:
         verdict = TASK.verify(PROBLEM, text)
         assert not verdict.correct and verdict.reason == reason, text[:80]
-    assert time.process_time() - begun < 1
+    assert time.process_time() - start < 1
 
 
-def test_no_text_of_the_question_is_an_answer():
-    """Nor is the answer of the example, nor a list of all words."""
-    texts = [m["content"] for m in TASK.messages(PROBLEM)[0]]
-    texts += [part for text in texts for part in text.split(". ")]
+def test_copying_from_the_prompt_is_not_an_answer():
+    """Neither a message of the prompt, nor a sentence of it, nor a list of all words is correct."""
+    texts = [message["content"] for message in TASK.messages(PROBLEM)[0]]
+    texts += [text_sentence for text in texts for text_sentence in text.split(". ")]
     texts += [" ".join(words.split()) for words in sentence.WORDS.values()]
     for problem in (PROBLEM, *TASK.load(split="train", limit=5)):
         assert not any(TASK.verify(problem, text).correct for text in texts)
 
 
 def test_no_word_of_a_split_occurs_in_another():
-    splits = {split: TASK.load(split=split) for split in sentence.WORDS}
-    found = {split: {w for p in of for w in (p.use, p.avoid)} for split, of in splits.items()}
-    assert all(found[a].isdisjoint(found[b]) for a, b in itertools.combinations(found, 2))
-    assert {s: len(words) for s, words in found.items()} == {"train": 42, "dev": 14, "test": 28}
-    places = {word for place in sentence.PLACES.split(",") for word in place.split()}
-    assert all(words.isdisjoint(places) for words in found.values())
+    words = {split: set() for split in sentence.WORDS}
+    for split in words:
+        for problem in TASK.load(split=split):
+            words[split] |= {problem.required_word, problem.forbidden_word}
+    assert all(one.isdisjoint(other) for one, other in itertools.combinations(words.values(), 2))
+    assert {split: len(words[split]) for split in words} == {"train": 42, "dev": 14, "test": 28}
+    words_of_places = {word for place in sentence.PLACES.split(",") for word in place.split()}
+    assert all(words[split].isdisjoint(words_of_places) for split in words)
 
 
-def test_problems_are_numbered_different_and_drawn_from_the_seed():
-    one, two = (TASK.load(split="test", limit=50, seed=seed) for seed in (1, 2))
-    assert one == TASK.load(split="test", limit=50, seed=1) != two
-    assert [p.id for p in one] == list(range(50))
-    assert len({(p.place, p.use, p.avoid) for p in one}) == 50
-    assert all(p.use != p.avoid for p in one + two)
+def test_problems_are_numbered_distinct_and_determined_by_the_seed():
+    first_seed, second_seed = (TASK.load(split="test", limit=50, seed=seed) for seed in (1, 2))
+    assert first_seed == TASK.load(split="test", limit=50, seed=1) != second_seed
+    assert [problem.id for problem in first_seed] == list(range(50))
+    assert len({TASK.problem_key(problem) for problem in first_seed}) == 50
+    for problem in first_seed + second_seed:
+        assert problem.required_word != problem.forbidden_word
 
 
 def test_the_question_names_both_words():
-    [*_, asked], tools = TASK.messages(PROBLEM)
-    assert tools is None and asked["content"].endswith(
+    [*_, question], tools = TASK.messages(PROBLEM)
+    assert tools is None and question["content"].endswith(
         "sentence about life by the sea. Use the word kettle, but not the word stone."
     )
 
 
-# -- Experiments on a finished run of it -----------------------------------------------------------
+# -- Experiments on a finished run of this task ----------------------------------------------------
 
 FEW = "--steps 1 --batch-size 2 --group-size 2 --limit 3 --num-problems 4 --max-attempts 1"
 FEW += " --max-new-tokens 4"
@@ -141,26 +146,27 @@ def test_heldout_and_transfer_print_their_tables(run, capsys):
     experiments.main(f"transfer --run {run} --limit 3".split())
     printed = capsys.readouterr().out
     for title in (
-        "3 test problems, 2 samples each, temperature-1: % right [95%]",
-        "3 test problems, 1 samples each, temperature-0: % right [95%]",
-        "both: 3 dev problems, 2 samples each: % right [95%]",
-        "the Python licence",
+        "3 test problems, 2 samples each, temperature 1: % correct [95% interval]",
+        "3 test problems, 1 sample each, temperature 0: % correct [95% interval]",
+        "both: 3 dev problems, 2 samples each: % correct [95% interval]",
+        "the Python license",
     ):
         assert title in printed
     assert len(list(run.rglob("*heldout/*.jsonl"))) == 4
 
 
-def test_divergence_and_perplexity_are_what_they_say(run):
-    c, vanilla = experiments.open_run(run)
+def test_divergence_and_perplexity_follow_their_definitions(run):
+    _, vanilla = experiments.open_run(run)
     _, other = experiments.open_run(run)
     with torch.no_grad():
         other.model.lm_head.weight += 0.3 * torch.randn_like(other.model.lm_head.weight)
     problems = sentence.Sentence().load(limit=8)
-    conversations = grpo.rollout(other, grpo.attempt_all(other, problems, 1, (0, 0)), 4, (0, 0))
+    attempts = grpo.attempt_all(other, problems, 1, (0, 0))
+    conversations = sum(grpo.rollout(other, attempts, 4, (0, 0)), [])
     assert experiments.divergence(vanilla, vanilla, conversations) == 0
     assert experiments.divergence(other, vanilla, conversations) > 0
 
     ids = vanilla.tokenizer.encode("The waves.")
-    log_p = vanilla.model(torch.tensor([ids]))[0].log_softmax(-1)
-    nll = -sum(log_p[i, ids[i + 1]].item() for i in range(len(ids) - 1)) / (len(ids) - 1)
+    logprobs = vanilla.model(torch.tensor([ids]))[0].log_softmax(-1)  # (T, V)
+    nll = -sum(logprobs[i, ids[i + 1]].item() for i in range(len(ids) - 1)) / (len(ids) - 1)
     assert experiments.perplexity(vanilla, "The waves.") == pytest.approx(math.exp(nll), rel=1e-5)

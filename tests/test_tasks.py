@@ -1,11 +1,13 @@
-"""Invariant 5: the verifier cannot be fooled, and never raises."""
+"""Countdown: its verifier cannot be fooled and never raises; problems, splits and dialogues."""
 
 import doctest
 import hashlib
+import itertools
 import json
 import random
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -14,12 +16,22 @@ import pytest
 from conftest import countdown_file
 
 import tasks
-from tasks import Countdown, CountdownProblem, Task, TinyCountdown, Verdict, parse_expression
+from tasks import (
+    Countdown,
+    CountdownProblem,
+    Plan,
+    Step,
+    Task,
+    TinyCountdown,
+    Verdict,
+    parse_expression,
+)
 
 PROBLEM = CountdownProblem(0, (6, 10, 2), 32)
 
 
 def reason(answer: str, problem: CountdownProblem = PROBLEM) -> str:
+    """The verifier's reason for an answer, which is put between answer tags."""
     verdict = Countdown().verify(problem, f"<answer>{answer}</answer>")
     assert verdict.correct == (verdict.reason == "correct")
     return verdict.reason
@@ -36,7 +48,7 @@ def reason(answer: str, problem: CountdownProblem = PROBLEM) -> str:
         "((10+6))*2",
     ],
 )
-def test_right(answer):
+def test_correct_answers(answer):
     assert reason(answer) == "correct"
 
 
@@ -75,33 +87,32 @@ def test_right(answer):
         "(10+6)*2 = 0032",
     ],
 )
-def test_malformed(answer):
+def test_malformed_answers(answer):
     assert reason(answer) == "malformed"
 
 
 @pytest.mark.parametrize(
     "answer", ["32", "10+6", "16*2", "(10+6)*2+0", "(10+6)*2*10/10", "106/2", "(10+6)*2=32+0-0"]
 )
-def test_not_the_given_numbers(answer):
+def test_answers_with_other_numbers(answer):
     assert reason(answer) in ("wrong_numbers", "malformed")
     assert reason("(10+6)*2*1", CountdownProblem(0, (6, 10, 2), 32)) == "wrong_numbers"
-    assert (
-        reason("12+10", CountdownProblem(0, (1, 2, 10), 22)) == "wrong_numbers"
-    )  # 12 glued from 1 and 2
+    # 12 is not made from 1 and 2 by writing them side by side.
+    assert reason("12+10", CountdownProblem(0, (1, 2, 10), 22)) == "wrong_numbers"
     assert reason("1.5*2", CountdownProblem(0, (1, 5, 2), 3)) == "malformed"
 
 
-def test_worked_examples_in_docstrings():
+def test_examples_in_docstrings():
     result = doctest.testmod(tasks)
-    assert result.failed == 0 and result.attempted >= 2
+    assert result.failed == 0 and result.attempted >= 4
 
 
-def test_wrong_value_is_exact():
+def test_values_are_exact():
     assert reason("10*6/2") == "wrong_value"
     assert reason("8/3", CountdownProblem(0, (8, 3), 2)) == reason(
         "8/3", CountdownProblem(0, (8, 3), 3)
     )
-    assert reason("8/3", CountdownProblem(0, (8, 3), 2)) == "wrong_value"  # nothing is rounded
+    assert reason("8/3", CountdownProblem(0, (8, 3), 2)) == "wrong_value"  # no rounding
     assert reason("(1/3)*3", CountdownProblem(0, (1, 3, 3), 1)) == "correct"  # not 0.999…
     assert reason("8/(3-8/3)", CountdownProblem(0, (8, 3, 8, 3), 24)) == "correct"
 
@@ -111,15 +122,16 @@ def test_wrong_value_is_exact():
     [("10/(6-6)", (10, 6, 6)), ("0/0", (0, 0)), ("1-1/0*0", (1, 1, 0, 0)), ("-(5/0)", (5, 0)),
      ("10/(6-6)+(", (10, 6, 6)), ("5/0)**x", (5, 0)), ("0*(5/0)", (0, 5, 0))],
 )  # fmt: skip
-def test_what_divides_by_zero_is_never_right(answer, numbers):
-    """It has no value, and what comes after it is not read."""
+def test_a_division_by_zero_is_never_correct(answer, numbers):
+    """It has no value, and the text that follows it is not parsed."""
     assert parse_expression(answer) == (None, list(numbers))
     for target in (0, 1, 5, 10):
         assert reason(answer, CountdownProblem(0, numbers, target)) == "wrong_value"
         assert reason(answer, CountdownProblem(0, (*numbers, 7), target)) == "wrong_numbers"
 
 
-def test_no_answer_and_the_last_answer_counts():
+def test_a_missing_answer_and_several_answers():
+    """The last answer counts."""
     verify = Countdown().verify
     assert verify(PROBLEM, "").reason == "no_answer"
     assert verify(PROBLEM, "(10+6)*2").reason == "no_answer"
@@ -137,38 +149,60 @@ def test_no_answer_and_the_last_answer_counts():
         "1" + "+1" * 499,
     ],
 )
-def test_hostile_answers_are_wrong_and_quick(answer):
+def test_hostile_answers_are_rejected_quickly(answer):
     start = time.monotonic()
     assert reason(answer) in ("malformed", "wrong_numbers")
     assert time.monotonic() - start < 1
 
 
-def test_depth_is_bounded_not_merely_survived():
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("(1 + 2", "missing '\\)'"),
+        ("(1 + 2 3)", "missing '\\)'"),
+        ("1 +", "ends too early"),
+        ("", "ends too early"),
+        ("(", "ends too early"),
+        ("1 + 2)", "unexpected '\\)'"),
+        ("1 ** 2", "unexpected '\\*'"),
+        ("01", "unexpected '01'"),
+        ("-" * 101 + "1", "nested too deeply"),
+        ("1" * 1_001, "too long"),
+    ],
+)
+def test_the_parser_says_what_is_wrong(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_expression(text)
+
+
+def test_the_depth_of_an_expression_is_bounded():
     assert parse_expression("(" * 100 + "1" + ")" * 100)[0] == 1
     with pytest.raises(ValueError):
         parse_expression("(" * 101 + "1" + ")" * 101)
 
 
-def random_expression(rng: random.Random, signs: str = "+-", depth: int = 0):
-    """A random expression and its value: a chain of products or factors, folded as it grows."""
+def random_expression(rng: random.Random, operators: str = "+-", depth: int = 0):
+    """A random expression and its value: a chain of operands, which are products (if the operators
+    are "+-") or factors (if they are "*/"). The value is computed while the text grows."""
     text, value = "", None
-    for place in range(rng.randint(1, 3)):
-        if signs == "+-":
-            part, part_value = random_expression(rng, "*/", depth)
+    for position in range(rng.randint(1, 3)):
+        if operators == "+-":
+            operand, operand_value = random_expression(rng, "*/", depth)
         elif depth < 3 and rng.random() < 0.3:
-            part, part_value = random_expression(rng, "+-", depth + 1)
+            inner, operand_value = random_expression(rng, "+-", depth + 1)
             minus = rng.choice(["", "-"])
-            part, part_value = f"{minus}({part})", -part_value if minus else part_value
+            operand = f"{minus}({inner})"
+            operand_value = -operand_value if minus else operand_value
         else:
-            part_value = Fraction(rng.randint(0, 20))
-            part = str(part_value)
-        if place == 0:
-            text, value = part, part_value
+            operand_value = Fraction(rng.randint(0, 20))
+            operand = str(operand_value)
+        if position == 0:
+            text, value = operand, operand_value
             continue
-        sign = rng.choice(signs)
-        if sign == "/" and part_value == 0:
+        symbol = rng.choice(operators)
+        if symbol == "/" and operand_value == 0:
             continue
-        text, value = f"{text} {sign}{part}", tasks.OPERATORS[sign](value, part_value)
+        text, value = f"{text} {symbol}{operand}", tasks.OPERATORS[symbol](value, operand_value)
     return text, value
 
 
@@ -176,89 +210,150 @@ def test_the_parser_knows_precedence_and_is_exact():
     rng = random.Random(0)
     for _ in range(3_000):
         text, value = random_expression(rng)
-        assert len(text) > tasks.MAX_CHARS or parse_expression(text)[0] == value, text
+        is_too_long = len(text) > tasks.MAX_EXPRESSION_CHARS
+        assert is_too_long or parse_expression(text)[0] == value, text
 
 
 def test_random_text_never_raises():
     rng = random.Random(0)
-    said = {
+    reasons = {
         reason("".join(rng.choice("0123 +-*/()=") for _ in range(rng.randint(0, 12))))
         for _ in range(20_000)
     }
-    assert said == {"malformed", "wrong_numbers"}
+    assert reasons == {"malformed", "wrong_numbers"}
 
 
-def test_splits_share_no_numbers(task):
-    seen: dict[tuple, str] = {}
+def sorted_numbers(problem: CountdownProblem) -> tuple[int, ...]:
+    return tuple(sorted(problem.numbers))
+
+
+def test_two_splits_share_no_numbers(task):
+    split_of_numbers: dict[tuple, str] = {}
     sizes = {}
     for split in tasks.SPLITS:
         problems = task.load(split=split)
         sizes[split] = len(problems)
         for problem in problems:
-            assert seen.setdefault(tuple(sorted(problem.numbers)), split) == split
-    assert sum(sizes.values()) == 2_559  # every pair of numbers and target there is
+            assert split_of_numbers.setdefault(sorted_numbers(problem), split) == split
+    assert sum(sizes.values()) == 2_559  # all pairs of numbers and a target
     assert min(sizes.values()) >= 300
-    other = task.load(split="test", seed=5)
-    assert {(tuple(sorted(p.numbers)), p.target) for p in other} == {
-        (tuple(sorted(p.numbers)), p.target) for p in task.load(split="test")
-    }  # the seed orders a split, it never changes what belongs to it
+    one, other = (
+        {
+            (sorted_numbers(problem), problem.target)
+            for problem in task.load(split="test", seed=seed)
+        }
+        for seed in (0, 5)
+    )
+    assert one == other  # the seed changes the order of a split, but not what belongs to it
 
 
 def test_every_problem_can_be_solved(task):
     for problem in task.load(split="dev"):
-        plans = tasks.all_plans(problem.numbers).items()
-        answers = [tasks.answer((first, last)) for first, lasts in plans for last in lasts]
-        assert any(task.verify(problem, answer).correct for answer in answers)
+        plans = tasks.all_plans(problem.numbers)
+        assert any(task.verify(problem, plan.answer()).correct for plan in plans)
+        nearest = tasks.nearest_plans(problem.numbers, problem.target)
+        assert any(plan.result == problem.target for plan in nearest)
 
 
-def test_the_numbers_of_a_file_are_seeded_and_split_by_their_numbers(tmp_path):
-    """The seed orders a split; the same numbers, in any order and for any target, are in one."""
+def test_plans_as_text():
+    plan = Plan(first=Step(10, "-", 5, 5), last=Step(5, "*", 5, 25))
+    assert str(plan) == "10 - 5 = 5 , 5 * 5 = 25"
+    assert plan.answer() == "<answer> ( 10 - 5 ) * 5 </answer>"  # the left one of equal operands
+    plan = Plan(first=Step(3, "*", 3, 9), last=Step(10, "-", 9, 1))
+    assert plan.answer() == "<answer> 10 - ( 3 * 3 ) </answer>"
+    assert tasks.possible_steps(0, 7) == [
+        Step(0, "+", 7, 7),
+        Step(7, "-", 0, 7),
+        Step(0, "*", 7, 0),
+    ]
+    assert tasks.possible_steps(10, 7) == [Step(10, "+", 7, 17), Step(10, "-", 7, 3)]  # 70 > 60
+
+
+def test_all_plans_reach_all_values():
+    """The results of the plans are those of a plain enumeration of expressions."""
+    numbers = (5, 2, 5)
+    plans = tasks.all_plans(numbers)
+    assert len(plans) == len(set(plans))
+    values = set()
+    for a, b, third in itertools.permutations(numbers):
+        for first, last in itertools.product("+-*/", repeat=2):
+            inner = f"({a} {first} {b})"
+            for outer in (f"{inner} {last} {third}", f"{third} {last} {inner}"):
+                results = [parse_expression(text)[0] for text in (inner, outer)]
+                if all(result in range(tasks.MAX_RESULT + 1) for result in results):
+                    values.add(results[-1])
+    assert {plan.result for plan in plans} == values
+
+
+def test_the_problems_of_a_file_are_split_by_their_numbers(tmp_path):
+    """The seed determines the order of a split. Problems with the same numbers, in any order and
+    with any target, are in the same split."""
     countdown_file(tmp_path / "d.jsonl", 200)
-    lines = [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()]
-    lines += [{"nums": line["nums"][::-1], "target": line["target"] + 1} for line in lines]
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    records = [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()]
+    records += [{"nums": r["nums"][::-1], "target": r["target"] + 1} for r in records]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, records)))
     load = partial(Countdown().load, str(tmp_path / "d.jsonl"))
     problems = load(split="train", seed=3)
     assert problems == load(split="train", seed=3) != load(split="train", seed=4)
     assert set(problems) == set(load(split="train", seed=4))
     assert load(split="train", seed=3, limit=5) == problems[:5]
-    seen: dict[tuple, str] = {}
+    split_of_numbers: dict[tuple, str] = {}
     for split in ("train", "dev", "test"):
-        for p in load(split=split):
-            assert seen.setdefault(tuple(sorted(p.numbers)), split) == split
-            assert lines[p.id] == {"nums": list(p.numbers), "target": p.target}
-    assert len(seen) == 200 and set(seen.values()) == {"train", "dev", "test"}
+        for problem in load(split=split):
+            assert split_of_numbers.setdefault(sorted_numbers(problem), split) == split
+            record = {"nums": list(problem.numbers), "target": problem.target}
+            assert records[problem.id] == record
+    assert len(split_of_numbers) == 200
+    assert set(split_of_numbers.values()) == {"train", "dev", "test"}
     assert len(load(split="all")) == 400
 
 
-def test_cold_dialogues_are_consistent(task):
-    """What a dialogue says of its arithmetic is true, and a retry follows its reflection."""
+def test_cold_start_dialogues_are_consistent(task):
+    """The arithmetic in a dialogue is true, and a retry follows its reflection."""
     rng = random.Random(0)
-    words, problems = set(task.words()), task.load(split="cold")
-    outcomes = {True: [0, 0], False: [0, 0]}
+    vocabulary, problems = set(task.words()), task.load(split="cold")
+    outcomes = {True: Counter(), False: Counter()}  # by searches_until_found: correct retries
     for i in range(2_000):
-        diligent = i % 2 == 0
-        problem, turns = task.cold_dialogue(problems, rng, diligent)
+        searches_until_found = i % 2 == 0
+        problem, turns = task.cold_start_dialogue(problems, rng, searches_until_found)
         text = " ".join(turns)
-        assert set(text.split()) <= words
-        for sum_, result in re.findall(r"(\d+ [-+*/] \d+) = (\d+)", text):
-            assert parse_expression(sum_)[0] == int(result)
-        for result, judged in re.findall(r"= (\d+) (yes|no)", text):
-            assert (judged == "yes") == (int(result) == problem.target)
-        first = task.verify(problem, turns[0])
-        assert first.reason in ("correct", "wrong_value")
-        assert first.correct == (len(turns) == 1)
+        assert set(text.split()) <= vocabulary
+        for expression, result in re.findall(r"(\d+ [-+*/] \d+) = (\d+)", text):
+            assert parse_expression(expression)[0] == int(result)
+        for result, judgment in re.findall(r"= (\d+) (yes|no)", text):
+            assert (judgment == "yes") == (int(result) == problem.target)
+        attempt_verdict = task.verify(problem, turns[0])
+        assert attempt_verdict.reason in ("correct", "wrong_value")
+        assert attempt_verdict.correct == (len(turns) == 1)
         if len(turns) == 3:
-            outcomes[diligent][task.verify(problem, turns[2]).correct] += 1
-            said = re.search(r"That is (\d+) , not (\d+) \..*Start with (.*) = \d+ \.$", turns[1])
-            if said:
-                attempted = turns[0].split("<answer>")[1].split("</answer>")[0]
-                assert parse_expression(attempted)[0] == int(said[1])
-                assert problem.target == int(said[2]) and f"( {said[3]} )" in turns[2]
+            attempt, reflection, retry = turns
+            outcomes[searches_until_found][task.verify(problem, retry).correct] += 1
+            parts = re.search(
+                r"That is (\d+) , not (\d+) \..*Start with (.*) = \d+ \.$", reflection
+            )
+            if parts:
+                attempted_value, target, first_step = parts.groups()
+                attempted = attempt.split("<answer>")[1].split("</answer>")[0]
+                assert parse_expression(attempted)[0] == int(attempted_value)
+                assert problem.target == int(target) and f"( {first_step} )" in retry
             else:
-                assert turns[1] in ("", task.generic_reflection) and not diligent
-    assert outcomes[True][False] == 0  # the diligent always find the solution
-    assert 0.2 < outcomes[False][True] / sum(outcomes[False]) < 0.6
+                assert reflection in ("", task.generic_reflection) and not searches_until_found
+    assert outcomes[True][False] == 0  # a search to the end always finds the solution
+    assert 0.2 < outcomes[False][True] / outcomes[False].total() < 0.6
+
+
+def test_cold_start_dialogues_have_the_documented_frequencies(task):
+    rng, problems = random.Random(1), task.load(split="cold")
+    dialogues = [task.cold_start_dialogue(problems, rng, False)[1] for _ in range(10_000)]
+    searched = sum(" no" in turns[0] or " yes" in turns[0] for turns in dialogues)
+    assert searched / len(dialogues) == pytest.approx(0.08, abs=0.01)
+    reflections = [turns[1] for turns in dialogues if len(turns) == 3]
+    generic = sum(text in ("", task.generic_reflection) for text in reflections)
+    assert generic / len(reflections) == pytest.approx(0.1, abs=0.015)
+    searches = sum(" no " in text or " yes " in text for text in reflections)
+    assert searches / len(reflections) == pytest.approx(0.36, abs=0.02)
+    for turns in (task.cold_start_dialogue(problems, rng, True)[1] for _ in range(1_000)):
+        assert len(turns) == 1 or " yes " in turns[1]
 
 
 def test_bad_input_is_refused(task):
@@ -266,66 +361,84 @@ def test_bad_input_is_refused(task):
         task.load(split="nowhere")
     for line in ("", "1 2", "a b c d", "1 2 3 99", "11 2 3 9", "1 2 3 4 5", "1 2 3 -4"):
         with pytest.raises(ValueError, match="^type 3 numbers from 1 to 10 and a target up to 60"):
-            task.parse(line)
-    assert task.parse("6 10 2 32") == PROBLEM
+            task.parse_input(line)
+    assert task.parse_input("6 10 2 32") == PROBLEM
     with pytest.raises(ValueError, match="^type the numbers and then the target, such as 6 10 2"):
-        Countdown().parse("6 10")
-    assert Countdown().parse("58 11 19 87 21") == CountdownProblem(0, (58, 11, 19, 87), 21)
+        Countdown().parse_input("6 10")
+    problem = Countdown().parse_input("58 11 19 87 21")
+    assert problem == CountdownProblem(0, (58, 11, 19, 87), 21)
 
 
-def test_draws_stay_what_they_are(tmp_path):
-    """Results are reproduced from a seed, so problems and dialogues may not change."""
+def test_problems_and_dialogues_never_change(tmp_path):
+    """Results are reproduced from a seed, so the same seed must always draw the same."""
     [tiny] = TinyCountdown().load(split="train", limit=1, seed=0)
     assert (tiny.numbers, tiny.target) == ((9, 1, 5), 50)
     (tmp_path / "d.jsonl").write_text("".join(f'{{"nums":[{i}],"target":1}}\n' for i in range(99)))
-    large = Countdown().load(str(tmp_path / "d.jsonl"), split="all", limit=6, seed=0)
-    assert [p.id for p in large] == [11, 9, 30, 4, 76, 70]
+    from_file = Countdown().load(str(tmp_path / "d.jsonl"), split="all", limit=6, seed=0)
+    assert [problem.id for problem in from_file] == [11, 9, 30, 4, 76, 70]
     problems, rng = TinyCountdown().load(split="cold"), random.Random(0)
-    said = [TinyCountdown().cold_dialogue(problems, rng, i % 2 > 0)[1] for i in range(200)]
-    assert hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16] == "27a8d4354981d4cc"
+    dialogues = [
+        TinyCountdown().cold_start_dialogue(problems, rng, searches_until_found=i % 2 > 0)[1]
+        for i in range(200)
+    ]
+    digest = hashlib.sha256(json.dumps(dialogues).encode()).hexdigest()
+    assert digest[:16] == "27a8d4354981d4cc"
 
 
 @dataclass(frozen=True)
-class Double:
+class DoublingProblem:
     id: int
     number: int
 
 
 class Doubling(Task):
-    """The least that a task of one's own must have."""
+    """A task that defines no more than it must."""
 
-    Problem = Double
+    Problem = DoublingProblem
 
     def draw_problems(self, split, limit, rng):
         first = 10_000 * list(tasks.SPLITS).index(split)
         numbers = rng.sample(range(first, first + 10_000), limit or 1_000)
-        return [Double(i, number) for i, number in enumerate(numbers)]
+        return [DoublingProblem(i, number) for i, number in enumerate(numbers)]
 
     def messages(self, problem):
         return [{"role": "user", "content": f"Twice {problem.number}?"}], None
 
     def verify(self, problem, completion):
-        right = completion == str(2 * problem.number)
-        return Verdict(right, "correct" if right else "wrong")
+        correct = completion == str(2 * problem.number)
+        return Verdict(correct, "correct" if correct else "wrong")
 
 
-def test_a_task_of_ones_own(tmp_path):
+def test_a_new_task_needs_only_four_definitions(tmp_path):
     task = Doubling()
-    parts = {split: task.load(split=split, limit=100) for split in tasks.SPLITS}
-    assert all(
-        len(part) == 100 and [p.id for p in part] == [*range(100)] for part in parts.values()
-    )
-    assert len({p.number for part in parts.values() for p in part}) == 400
-    assert parts["dev"] == task.load(split="dev", limit=100) != task.load(split="dev", seed=1)[:100]
-    assert task.verify(parts["dev"][0], str(2 * parts["dev"][0].number)).correct
-    assert task.parse("7") == parts["dev"][7]
+    problems = {split: task.load(split=split, limit=100) for split in tasks.SPLITS}
+    for problems_of_split in problems.values():
+        assert [problem.id for problem in problems_of_split] == [*range(100)]
+    numbers = {problem.number for split in tasks.SPLITS for problem in problems[split]}
+    assert len(numbers) == 400
+    dev = problems["dev"]
+    assert dev == task.load(split="dev", limit=100) != task.load(split="dev", seed=1)[:100]
+    assert task.verify(dev[0], str(2 * dev[0].number)).correct
+    assert task.parse_input("7") == dev[7]
     with pytest.raises(ValueError, match="type the number of a problem, such as 7"):
-        task.parse("seven")
+        task.parse_input("seven")
 
     path = tmp_path / "doubles.jsonl"
     path.write_text("".join(json.dumps({"number": i}) + "\n" for i in range(20)))
-    parts = [{p.number for p in task.load(str(path), split=s)} for s in ("train", "dev", "test")]
-    assert all(parts) and set.union(*parts) == {*range(20)} and sum(map(len, parts)) == 20
+    file_splits = [
+        {problem.number for problem in task.load(str(path), split=split)}
+        for split in ("train", "dev", "test")
+    ]
+    assert all(file_splits) and set.union(*file_splits) == {*range(20)}
+    assert sum(map(len, file_splits)) == 20
     path.write_text('{"number": 1}\n{"numbers": 2}\n')
     with pytest.raises(ValueError, match="doubles.jsonl, record 2: .*numbers"):
         task.load(str(path))
+
+
+def test_a_problem_number_beyond_the_last_one_is_refused(task):
+    """The problems of TinyCountdown by number, as `Task.parse_input` finds them."""
+    dev = task.load(split="dev")
+    assert Task.parse_input(task, str(len(dev) - 1)) == dev[-1]
+    with pytest.raises(ValueError, match=f"no problem {len(dev)}: .* below {len(dev)}$"):
+        Task.parse_input(task, str(len(dev)))

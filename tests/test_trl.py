@@ -1,7 +1,7 @@
 """A step of `train`: advantages, loss and gradient equal those of TRL's GRPOTrainer on one batch.
 
-TRL pads, scores and weighs the batch by its own code; only the tokens are handed to it, with their
-log-probabilities when they were drawn and under a reference model.
+TRL pads, scores and weights the batch by its own code. It is given only the tokens, with their
+log-probabilities at sampling time and under a reference model.
 """
 
 import json
@@ -12,13 +12,13 @@ import transformers
 from textbook import Row, conversation, prepare
 
 import grpo
-from grpo import Agent, Config
+from grpo import Agent, TrainConfig
 from model import Model
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-BETA, CLIP, TEMPERATURE, LONGEST = 0.04, 0.2, 0.9, 16
+BETA, CLIP, TEMPERATURE, MAX_NEW_TOKENS = 0.04, 0.2, 0.9, 16
 REWARDS = torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]])
 
 
@@ -35,12 +35,12 @@ def rollouts(vocabulary: int, seed: int) -> dict[str, list | None]:
     return {"prompt_ids": prompts, "completion_ids": completions, "logprobs": None}
 
 
-def trl_trainer(path, loss: str, scale: bool, rows: dict):
+def trl_trainer(path, loss_type: str, scale: bool, rows: dict):
     config = trl.GRPOConfig(
         output_dir=str(path / "trl"), use_cpu=True, bf16=False, report_to=[],
         per_device_train_batch_size=REWARDS.numel(), num_generations=REWARDS.shape[1],
-        max_completion_length=LONGEST, temperature=TEMPERATURE,
-        loss_type=loss, scale_rewards=scale, beta=BETA, epsilon=CLIP,
+        max_completion_length=MAX_NEW_TOKENS, temperature=TEMPERATURE,
+        loss_type=loss_type, scale_rewards=scale, beta=BETA, epsilon=CLIP,
         use_bias_correction_kl=False,  # by default TRL multiplies the k3 term by the ratio
     )  # fmt: skip
     trainer = trl.GRPOTrainer(
@@ -77,23 +77,23 @@ def reference_of(path):
 def reference_logprobs(model, rows: dict, width: int) -> torch.Tensor:
     """By transformers, row by row: (N, width), padded on the right."""
     found = torch.zeros(len(rows["prompt_ids"]), width)
-    for row, (prompt, said) in enumerate(
+    for row, (prompt, completion) in enumerate(
         zip(rows["prompt_ids"], rows["completion_ids"], strict=True)
     ):
-        logits = model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         log_p = (logits / TEMPERATURE).log_softmax(-1)
-        found[row, : len(said)] = log_p[range(len(said)), said]
+        found[row, : len(completion)] = log_p[range(len(completion)), completion]
     return found
 
 
 @pytest.mark.parametrize("seed", [10, 11, 13, 16])  # in all but the first, padding's id is text
-@pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo"])
-def test_a_step_equals_trl(tiny, task, tmp_path, monkeypatch, loss, seed):
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_a_step_equals_trl(tiny, task, tmp_path, monkeypatch, loss_type, seed):
     for part in tiny:
         part.save_pretrained(tmp_path)
-    scale = loss != "dr_grpo"  # Dr. GRPO does not divide by the deviation either
+    scale = loss_type != "dr_grpo"  # Dr. GRPO does not divide by the deviation either
     rows = rollouts(tiny[0].config.vocab_size, seed)
-    trainer = trl_trainer(tmp_path, loss, scale, rows)
+    trainer = trl_trainer(tmp_path, loss_type, scale, rows)
     inputs = trainer._generate_and_score_completions([{"prompt": "?"}] * REWARDS.numel())
 
     # TRL's reference model is still the policy, so these are the current log-probabilities.
@@ -107,29 +107,23 @@ def test_a_step_equals_trl(tiny, task, tmp_path, monkeypatch, loss, seed):
     )
     theirs.backward()
 
+    P, G = REWARDS.shape
     conversations, rewards = [], REWARDS.flatten().tolist()
-    for row, (context, said) in enumerate(
+    for i, (context, reflection) in enumerate(
         zip(rows["prompt_ids"], rows["completion_ids"], strict=True)
     ):
-        values = Row(context, said, old[row][live[row]].tolist(), None, 0.0)
-        conversations.append(
-            conversation(row // REWARDS.shape[1], values, correct=rewards[row] == 1)
-        )
-    gradients = prepare(monkeypatch, [conversations])
+        row = Row(context, reflection, old[i][live[i]].tolist(), None, 0.0)
+        conversations.append(conversation(i // G, row, rewards[i] == 1, index=i % G))
+    groups = [conversations[p * G : (p + 1) * G] for p in range(P)]
+    gradients = prepare(monkeypatch, [groups])
     model = Model.from_pretrained(tmp_path)
-    agent = Agent(model, tiny[1], task, max_new_tokens=LONGEST, temperature=TEMPERATURE)
-    P, G = REWARDS.shape
-    c = Config(
-        steps=1,
-        batch_size=P,
-        group_size=G,
-        loss_type=loss,
-        scale_advantages=scale,
-        beta=BETA,
-        clip=CLIP,
-    )
-    (tmp_path / "run").mkdir()
-    _, (_, ours) = grpo.train(agent, reference, conversations[::G], c, tmp_path / "run")
+    agent = Agent(model, tiny[1], task, max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE)
+    config = TrainConfig(
+        steps=1, batch_size=P, group_size=G, loss_type=loss_type, scale_advantages=scale,
+        beta=BETA, clip=CLIP,
+    )  # fmt: skip
+    failures = [group[0] for group in groups]
+    _, (_, ours) = grpo.train(agent, reference, failures, config, tmp_path / "run")
 
     lines = (tmp_path / "run/samples.jsonl").read_text().splitlines()
     advantages = torch.tensor([json.loads(line)["advantage"] for line in lines])

@@ -1,13 +1,13 @@
-"""Kills, Ctrl-C, full disks and damaged files: what a run survives, and how else it ends.
+"""Kills, Ctrl-C, full disks and damaged files: a run resumes as if nothing had happened, or it ends
+in one line that says what is wrong.
 
-The long forms are behind `pytest -m slow`.
+The long tests are behind `pytest -m slow`.
 """
 
 import contextlib
 import json
 import os
 import random
-import resource
 import select
 import shlex
 import shutil
@@ -21,30 +21,21 @@ import pytest
 
 import r3
 
-ROOT = Path(r3.__file__).parent
-DRIVER = f"""
+TESTS = Path(__file__).parent
+# Python code of a process that imports everything once, and then forks for each run, because the
+# imports take seconds. It reads a JSON line with the arguments of `RunServer.start`, and prints the
+# id of the run's process, and its exit status when it has ended.
+SERVER = f"""
 import sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path[:0] = [{str(TESTS.parent)!r}, {str(TESTS)!r}]
+import json, os, resource, signal, traceback
+import pytest
+import torch._dynamo  # Otherwise the optimizer would import it in each run.
 import grpo, r3
-from tasks import Verdict
-
-r3.COLD_START["steps"], r3.CURVE_SIZE = 4, (3, 2)
-
-def verify(chat, problem, turn):
-    right = sum(turn) % 3 == 0
-    return Verdict(right, "correct" if right else "wrong_value")
-
-grpo.Agent.verify = verify
-r3.plot_command = lambda folders: (folders[0] / "curves.png").write_text("")  # a second each
-"""
-# Imports once, also what torch imports late, and forks for each run, of which it is given the
-# folder and the flags. It says the run's process id, and then how it ended.
-SERVER = f"""{DRIVER}
-import json, os, signal, traceback
-import torch._dynamo
+from conftest import shrink_r3, verdict_by_chance
 
 for line in sys.stdin:
-    folder, flags, cold = json.loads(line)
+    folder, flags, cold_start_steps, max_file_size = json.loads(line)
     process = os.fork()
     if not process:
         break
@@ -52,11 +43,20 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 else:
     sys.exit()
+
 os.chdir(folder)
-for number, name in ((1, "out"), (2, "err")):
-    os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
-r3.COLD_START["steps"], status = cold, 1
+for descriptor, name in ((1, "stdout"), (2, "stderr")):
+    os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Background processes ignore it.
+shrink_r3(pytest.MonkeyPatch())
+grpo.Agent.verify = verdict_by_chance
+r3.plot_command = lambda folders: (folders[0] / "curves.png").touch()  # saves a second
+if cold_start_steps:
+    r3.COLD_START["steps"] = cold_start_steps
+if max_file_size:  # A write beyond this size fails, as on a full disk.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
+status = 1
 try:
     r3.main(flags)
     status = 0
@@ -65,223 +65,228 @@ except SystemExit as stop:
 except BaseException:
     traceback.print_exc()
 print(flush=True)
-os._exit(status)  # at once: to tear down a fork of torch takes a second
+os._exit(status)  # Without this, a fork of torch takes a second to end.
 """
 FLAGS = [
-    *(
-        "train",
-        "--steps",
-        "3",
-        "--batch-size",
-        "3",
-        "--group-size",
-        "3",
-        "--limit",
-        "4",
-        "--num-samples",
-        "2",
-    ),
-    *("--max-attempts", "2", "--num-problems", "16", "--max-new-tokens", "12", "--lr", "1e-4"),
-    *("--cache-tokens", "500", "--save-every", "1", "--name", "x"),
-]
+    "train", "--steps=3", "--batch-size=3", "--group-size=3", "--limit=3", "--num-samples=2",
+    "--max-attempts=2", "--num-problems=16", "--max-new-tokens=12", "--lr=1e-3",
+    "--cache-tokens=500", "--save-every=1", "--name=x",
+]  # fmt: skip
 RESUME = ["train", "--resume", "runs/x"]
-SAME = ("metrics.jsonl", "samples.jsonl", "failures.jsonl", "report.json")
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+REPRODUCIBLE = (
+    "failures.jsonl", "vanilla.jsonl", "metrics.jsonl", "samples.jsonl", "trained.jsonl",
+    "report.json", "model/model.safetensors",
+)  # fmt: skip
 
 
-class Runs:
-    """Runs of r3.py in processes of their own, one at a time."""
+class RunServer:
+    """Runs r3.py in processes of their own, one at a time."""
 
     def __init__(self):
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER], env=ONE_THREAD, **pipes)
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+        )  # fmt: skip
 
-    def start(self, folder: Path, flags: list[str], cold: int = 4) -> None:
+    def start(
+        self,
+        folder: Path,
+        flags: list[str],
+        cold_start_steps: int | None = None,
+        max_file_size: int | None = None,
+    ) -> None:
+        """Start a run of r3.py with these flags in a folder."""
         folder.mkdir(exist_ok=True)
         self.folder = folder
-        self.server.stdin.write(json.dumps([str(folder), flags, cold]).encode() + b"\n")
+        request = json.dumps([str(folder), flags, cold_start_steps, max_file_size])
+        self.server.stdin.write(request.encode() + b"\n")
         self.process = int(self.server.stdout.readline())
 
-    def goes_on(self, seconds: float = 0) -> bool:
-        """Whether the run has not ended, and does not within so many seconds."""
+    def is_running(self, seconds: float = 0) -> bool:
+        """Whether the run is still running after this time. If it ends earlier, return at once."""
         return not select.select([self.server.stdout], [], [], seconds)[0]
 
-    def until(self, file: str, text: str = "") -> None:
-        """Wait until a file of the folder is there and has some text."""
-        path = self.folder / file
-        while not (path.exists() and (not text or text in path.read_text(errors="replace"))):
-            assert self.goes_on(0.002), (file, self.said())
+    def wait_for_file(self, name: str, text: str = "") -> None:
+        """Wait until a file of the folder exists and contains a text."""
+        path = self.folder / name
+        while not path.exists() or (text and text not in path.read_text(errors="replace")):
+            assert self.is_running(0.002), (name, self.stderr())
 
-    def send(self, number: int) -> None:
-        if self.goes_on():
-            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-                os.kill(self.process, number)
+    def send(self, signal_number: int) -> None:
+        if self.is_running():
+            with contextlib.suppress(ProcessLookupError):  # It may have ended in this moment.
+                os.kill(self.process, signal_number)
 
-    def end(self, seconds: float = 200) -> int:
-        """Wait for the run, no longer than this: its exit status, negative for a signal."""
-        if self.goes_on(seconds):
+    def wait(self, seconds: float = 200) -> int:
+        """Wait until the run has ended, and return its exit status, which is negative for a signal.
+        After this time the run is killed."""
+        if self.is_running(seconds):
             os.kill(self.process, signal.SIGKILL)
         return int(self.server.stdout.readline())
 
-    def said(self) -> str:
-        """What stands in standard error."""
-        return (self.folder / "err").read_text(errors="replace")
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text(errors="replace")
 
-    def finish(self, folder: Path, flags: list[str]) -> None:
+    def succeed(self, folder: Path, flags: list[str]) -> None:
+        """Run to the end, without an error."""
         self.start(folder, flags)
-        assert self.end() == 0, self.said()[-3000:]
+        assert self.wait() == 0, self.stderr()[-3000:]
 
-    def last_line(self, folder: Path, flags: list[str]) -> str:
-        """The one line that a run without success ends in."""
-        self.start(folder, flags)
-        assert self.end() == 1
-        return one_line(self.said())
+    def fail(self, folder: Path, flags: list[str], **options) -> str:
+        """Run to an error, and return the one line that reports it."""
+        self.start(folder, flags, **options)
+        assert self.wait() == 1
+        return self.error_line()
 
-
-def one_line(said: str) -> str:
-    assert "Traceback" not in said, said[-3000:]
-    last = said.strip().splitlines()[-1]
-    assert last.startswith("r3.py: "), said[-500:]
-    return last
+    def error_line(self) -> str:
+        stderr = self.stderr()
+        assert "Traceback" not in stderr, stderr[-3000:]
+        line = stderr.strip().splitlines()[-1]
+        assert line.startswith("r3.py: "), stderr[-500:]
+        return line
 
 
 @pytest.fixture(scope="module")
-def runs():
-    runs = Runs()
-    yield runs
-    runs.server.stdin.close()
-    assert runs.server.wait(60) == 0
+def server():
+    server = RunServer()
+    yield server
+    server.server.stdin.close()
+    assert server.server.wait(60) == 0
 
 
 @pytest.fixture(scope="module")
-def whole(runs, tmp_path_factory):
-    """A run that nothing disturbs, and how long it took."""
-    folder = tmp_path_factory.mktemp("whole")
-    begun = time.time()
-    runs.finish(folder, FLAGS)
-    return folder / "runs" / "x", time.time() - begun
+def undisturbed(server, tmp_path_factory) -> tuple[Path, float]:
+    """The folder of a run that nothing disturbs, and the seconds that it took."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    start_time = time.time()
+    server.succeed(folder, FLAGS)
+    return folder / "runs" / "x", time.time() - start_time
 
 
-def same(run: Path, whole: Path) -> None:
-    """Not a bit of what a run leaves differs."""
-    for name in (*SAME, "model/model.safetensors"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
-    for name in ("vanilla.jsonl", "trained.jsonl"):
-        assert (run / name).read_text() == (whole / name).read_text(), name
+@pytest.fixture
+def folder_with_base(tmp_path, base_folder) -> Path:
+    """A folder in which the tiny model exists already, so that no run needs a cold start."""
+    shutil.copytree(base_folder, tmp_path / "runs" / base_folder.name)
+    return tmp_path
 
 
-def go_on(runs, folder: Path, whole: Path) -> None:
-    """Resume the run, however far it had come, or begin it."""
+def assert_same_files(run: Path, other: Path) -> None:
+    for name in REPRODUCIBLE:
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def resume_and_compare(server: RunServer, folder: Path, undisturbed: Path) -> None:
+    """Resume the run in this folder, or start it if it had not begun. It must leave the same files
+    as the run that was not disturbed."""
     run = folder / "runs" / "x"
     if not (run / "report.json").exists():
-        runs.finish(folder, RESUME if (run / "config.json").exists() else FLAGS)
-    same(run, whole)
+        server.succeed(folder, RESUME if (run / "config.json").exists() else FLAGS)
+    assert_same_files(run, undisturbed)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, runs, whole):
-    after = random.SystemRandom().uniform(0.1, 0.9) * whole[1]
-    print(f"killed after {after:.2f} of {whole[1]:.2f} s")
-    runs.start(tmp_path, FLAGS)
-    runs.goes_on(after)
-    runs.send(signal.SIGKILL)
-    assert runs.end() in (-signal.SIGKILL, 0)
-    go_on(runs, tmp_path, whole[0])
+# -- Kills and Ctrl-C ------------------------------------------------------------------------------
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, server, undisturbed):
+    """At a random time, the cold start included."""
+    seconds = random.SystemRandom().uniform(0.1, 0.9) * undisturbed[1]
+    print(f"killed after {seconds:.2f} of {undisturbed[1]:.2f} s")
+    server.start(tmp_path, FLAGS)
+    server.is_running(seconds)
+    server.send(signal.SIGKILL)
+    assert server.wait() in (-signal.SIGKILL, 0)
+    resume_and_compare(server, tmp_path, undisturbed[0])
 
 
-MOMENTS = [
+FILES_IN_ORDER = [
     "failures.jsonl", "vanilla.jsonl", "metrics.jsonl", "samples.jsonl",
     "checkpoint.safetensors.tmp", "checkpoint.safetensors", "model/config.json", "trained.jsonl",
 ]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, runs, whole, moment):
-    """Twice: as soon as a file is there, and a little later."""
-    for later in (0, random.SystemRandom().uniform(0, 0.05)):
-        folder = tmp_path / f"{later}"
-        runs.start(folder, FLAGS)
-        runs.until(f"runs/x/{moment}")
-        runs.goes_on(later)
-        runs.send(signal.SIGKILL)
-        ended = (-signal.SIGKILL, 0) if later else (-signal.SIGKILL,)  # the last ones may be done
-        assert runs.end() in ended, moment
-        go_on(runs, folder, whole[0])
+@pytest.mark.parametrize("file", FILES_IN_ORDER)
+def test_a_run_that_is_killed_at_any_moment_resumes_bit_for_bit(
+    tmp_path, server, undisturbed, file
+):
+    """Twice: as soon as the file exists, and a little later."""
+    for delay in (0, random.SystemRandom().uniform(0, 0.05)):
+        folder = tmp_path / f"{delay}"
+        server.start(folder, FLAGS)
+        server.wait_for_file(f"runs/x/{file}")
+        server.is_running(delay)
+        server.send(signal.SIGKILL)
+        # After the delay, the run may have ended, if the file is one of the last.
+        assert server.wait() in ((-signal.SIGKILL, 0) if delay else (-signal.SIGKILL,)), file
+        resume_and_compare(server, folder, undisturbed[0])
 
 
-INTERRUPTED = [
-    "samples.jsonl",
-    pytest.param("failures.jsonl", marks=pytest.mark.slow),
-    pytest.param("vanilla.jsonl", marks=pytest.mark.slow),
-    pytest.param("model/model.safetensors", marks=pytest.mark.slow),
-]
+@pytest.mark.parametrize(
+    "file",
+    [
+        "samples.jsonl",
+        pytest.param("failures.jsonl", marks=pytest.mark.slow),
+        pytest.param("vanilla.jsonl", marks=pytest.mark.slow),
+        pytest.param("model/model.safetensors", marks=pytest.mark.slow),
+    ],
+)
+def test_ctrl_c_prints_the_command_that_resumes(folder_with_base, server, undisturbed, file):
+    server.start(folder_with_base, FLAGS)
+    server.wait_for_file(f"runs/x/{file}")
+    server.send(signal.SIGINT)
+    assert server.wait() == 1
+    message, command = server.error_line().split("; to resume: ")
+    assert message == "r3.py: interrupted" and command.endswith(f"r3.py {shlex.join(RESUME)}")
+    run = folder_with_base / "runs" / "x"
+    assert not (run / "report.json").exists()
+    server.succeed(folder_with_base, RESUME)
+    assert_same_files(run, undisturbed[0])
 
 
-@pytest.mark.parametrize("moment", INTERRUPTED)
-def test_ctrl_c_says_how_to_go_on(tmp_path, runs, whole, moment):
-    runs.start(tmp_path, FLAGS)
-    runs.until(f"runs/x/{moment}")
-    runs.send(signal.SIGINT)
-    assert runs.end() == 1
-    ended, command = one_line(runs.said()).split("; go on with: r3.py ")
-    assert ended == "r3.py: interrupted" and shlex.split(command) == RESUME
-    assert not (tmp_path / "runs" / "x" / "report.json").exists()
-    runs.finish(tmp_path, shlex.split(command))
-    same(tmp_path / "runs" / "x", whole[0])
-
-
-def test_ctrl_c_ends_the_cold_start_within_a_step(tmp_path, runs):
-    runs.start(tmp_path, FLAGS, cold=2_800)
-    runs.until("err", "nll")  # a step is done
-    runs.send(signal.SIGINT)
-    assert runs.end(seconds=10) == 1  # all steps take minutes
-    assert one_line(runs.said()) == "r3.py: interrupted"  # there is nothing to go on with
+def test_ctrl_c_ends_the_cold_start_within_a_step(tmp_path, server):
+    server.start(tmp_path, FLAGS, cold_start_steps=1_000_000)
+    server.wait_for_file("stderr", "loss")  # The first step is done.
+    server.send(signal.SIGINT)
+    assert server.wait(seconds=10) == 1
+    assert server.error_line() == "r3.py: interrupted"  # There is nothing to resume.
     assert not list((tmp_path / "runs").glob("*"))
 
 
-# -- Full disks, damaged files ---------------------------------------------------------------------
+# -- Full disks and damaged files ------------------------------------------------------------------
+@pytest.mark.parametrize("file", ["config.json", "failures.jsonl", "checkpoint.safetensors"])
+def test_a_full_disk_ends_in_one_line(folder_with_base, server, undisturbed, file):
+    """Half of this file can be written, and all of the files before it."""
+    limit = (undisturbed[0] / file).stat().st_size // 2
+    message = server.fail(folder_with_base, FLAGS, max_file_size=limit)
+    assert "File too large" in message
+    expected_files = {
+        "config.json": set(),
+        "failures.jsonl": {"config.json", "failures.jsonl"},  # some lines of the latter
+        "checkpoint.safetensors": {
+            "config.json", "failures.jsonl", "vanilla.jsonl", "metrics.jsonl", "samples.jsonl",
+            "timings.jsonl",
+        },
+    }  # fmt: skip
+    run = folder_with_base / "runs" / "x"
+    files = {path.name for path in run.glob("*") if path.suffix != ".tmp"}
+    assert files - {".lock"} == expected_files[file]
+    resume_and_compare(server, folder_with_base, undisturbed[0])
 
 
-def limited(size: int) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+def truncate(path: Path, fraction: float = 0.5) -> None:
+    """Keep this fraction of a file's bytes."""
+    os.truncate(path, int(fraction * path.stat().st_size))
 
 
-@pytest.mark.parametrize("size", [100, 20_000, 1_000_000])
-def test_a_full_disk_ends_in_one_line(tmp_path, runs, whole, size):
-    """At the settings, at a line of the failures, and at a checkpoint."""
-    for base in whole[0].parent.glob("base-*"):
-        shutil.copytree(base, tmp_path / "runs" / base.name)
-    ran = subprocess.run(
-        [sys.executable, "-c", f"{DRIVER}\nr3.main()", *FLAGS],
-        cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True,
-        preexec_fn=lambda: limited(size),
-    )  # fmt: skip
-    assert ran.returncode == 1 and "File too large" in one_line(ran.stderr)
-    run = tmp_path / "runs" / "x"
-    reached = {100: ".", 20_000: "failures.jsonl", 1_000_000: "samples.jsonl"}[size]
-    assert (run / reached).exists() and not (run / "checkpoint.safetensors").exists()
-    if size == 100:
-        assert not list(run.iterdir())  # the run has not begun: it can be begun again
-    else:
-        go_on(runs, tmp_path, whole[0])
-
-
-def cut(path: Path, share: float = 0.5) -> None:
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-
-
-def spoil(path: Path) -> None:
-    """Another letter in the middle of a file's first line."""
+def flip_bit(path: Path) -> None:
+    """Change a character in the middle of a file's first line."""
     content = bytearray(path.read_bytes())
     content[content.index(b"\n") // 2] ^= 1
-    path.write_bytes(bytes(content))
+    path.write_bytes(content)
 
 
 @pytest.fixture
-def unfinished(tmp_path, whole):
-    """A run without its end: what comes after the last step is to be done again."""
-    shutil.copytree(whole[0].parent, tmp_path / "runs")
+def unfinished(tmp_path, undisturbed) -> Path:
+    """A copy of the undisturbed run, as it was after its last step."""
+    shutil.copytree(undisturbed[0].parent, tmp_path / "runs")
     run = tmp_path / "runs" / "x"
     (run / "report.json").unlink()
     (run / "curves.png").unlink()
@@ -289,58 +294,65 @@ def unfinished(tmp_path, whole):
     return run
 
 
-DAMAGE = [
-    (lambda run: cut(run / "checkpoint.safetensors"), "checkpoint.safetensors is damaged"),
-    (lambda run: cut(run / "checkpoint.safetensors", 0), "checkpoint.safetensors is damaged"),
-    (lambda run: cut(run / "config.json"), "config.json is not JSON"),
-    (lambda run: spoil(run / "failures.jsonl"), "failures.jsonl, line 1 does not fit"),
-    (lambda run: spoil(run / "vanilla.jsonl"), "vanilla.jsonl, line 1 does not fit"),
-    (lambda run: [cut(f, 0) for f in run.parent.glob("base*/*.safetensors")], "is damaged"),
-    (lambda run: [cut(f) for f in run.parent.glob("base*/*.safetensors")], "is damaged"),
-]
+def base_weights(run: Path) -> Path:
+    """The weights of the tiny model from which the run started."""
+    [path] = run.parent.glob("base-*/model.safetensors")
+    return path
 
 
-@pytest.mark.parametrize("change, message", DAMAGE)
-def test_a_damaged_file_ends_in_one_line(tmp_path, runs, unfinished, change, message):
-    change(unfinished)
-    assert message in runs.last_line(tmp_path, RESUME)
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda run: truncate(run / "checkpoint.safetensors"), "checkpoint.safetensors is damaged"),
+        (lambda run: truncate(run / "checkpoint.safetensors", 0), "safetensors is damaged"),
+        (lambda run: truncate(run / "config.json"), "config.json is not JSON"),
+        (lambda run: flip_bit(run / "failures.jsonl"), "failures.jsonl, line 1: "),
+        (lambda run: flip_bit(run / "vanilla.jsonl"), "vanilla.jsonl, line 1: "),
+        (lambda run: truncate(base_weights(run), 0), "is damaged"),
+        (lambda run: truncate(base_weights(run)), "is damaged"),
+    ],
+)
+def test_a_damaged_file_ends_in_one_line(tmp_path, server, unfinished, damage, message):
+    damage(unfinished)
+    assert message in server.fail(tmp_path, RESUME)
 
 
-def test_damage_is_mended_where_it_can_be(tmp_path, runs, unfinished, whole):
-    """Lines without an end; a checkpoint or a base half written; no checkpoint at all."""
+def test_incomplete_files_are_completed(tmp_path, server, unfinished, undisturbed):
+    """Files with an incomplete last line, and what was written of a checkpoint and a base model."""
     for name in ("failures.jsonl", "vanilla.jsonl", "trained.jsonl"):
-        cut(unfinished / name, 0.9)
+        truncate(unfinished / name, 0.9)
     for name in ("metrics.jsonl", "samples.jsonl"):
         with (unfinished / name).open("a") as file:
             file.write('{"step": 4, "')
-    (unfinished / "checkpoint.safetensors").rename(unfinished / "checkpoint.safetensors.tmp")
-    for base in unfinished.parent.glob("base*"):
-        (base / "model.safetensors").rename(base / "model.safetensors.tmp")
-    runs.finish(tmp_path, RESUME)
-    same(unfinished, whole[0])
+    (unfinished / "checkpoint.safetensors.tmp").write_bytes(b"half a checkpoint")
+    weights = base_weights(unfinished)
+    weights.rename(weights.with_name("model.safetensors.tmp"))
+    server.succeed(tmp_path, RESUME)
+    assert_same_files(unfinished, undisturbed[0])
 
 
-def test_a_file_where_the_folder_should_be(tmp_path, runs):
+def test_a_file_in_place_of_the_folder_ends_in_one_line(tmp_path, server):
     (tmp_path / "runs").write_text("")
-    assert "runs" in runs.last_line(tmp_path, FLAGS)
+    assert "runs" in server.fail(tmp_path, FLAGS)
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--failures nowhere.jsonl", "nowhere.jsonl"),
-        ("--temperature 0", "nothing to compare"),
-        ("--data torn.jsonl", "the tiny model plays its own Countdown"),
-        ("--task apigen", "the tiny model plays its own Countdown"),
-        ("--device banana", "no such device"),
-        ("--group-size 1", "--group-size 1: give a number from 2 on"),
+        ("--failures nowhere.jsonl", "--failures nowhere.jsonl: there is no such file"),
+        ("--temperature 0", "nothing could be compared"),
+        ("--data incomplete.jsonl", "the tiny model only knows its own Countdown"),
+        ("--task apigen", "the tiny model only knows its own Countdown"),
+        ("--device banana", "--device banana is not available here"),
+        ("--group-size 1", "--group-size 1: must be at least 2"),
     ],
 )
-def test_flags_are_refused_before_any_weight(tmp_path, monkeypatch, flags, message):
+def test_flags_are_refused_before_a_model_is_made(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["r3.py"])
     monkeypatch.setattr(r3, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(r3, "base_model", lambda *_: pytest.fail("a model was made"))
-    (tmp_path / "torn.jsonl").write_text('{"problem": {"id": 1, "num')
+    monkeypatch.setattr(r3, "make_tiny_model", lambda *_: pytest.fail("a model was made"))
+    (tmp_path / "incomplete.jsonl").write_text('{"problem": {"id": 1, "num')
     with pytest.raises(SystemExit, match=message) as stop:
         r3.main(["train", *flags.split()])
-    assert "\n" not in stop.value.code and not (tmp_path / "runs").exists()
+    assert "\n" not in stop.value.code and not list((tmp_path / "runs").glob("*"))
