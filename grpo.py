@@ -7,8 +7,8 @@
                                                   retry_1     …    retry_G  ->  rewards r_1 … r_G
 
     A_g  = (r_g - mean r) / (std r + delta)                                   `group_advantages`
-    mask = 1 on the tokens of the reflections, 0 on all other tokens          `training_rows`
-    w    = the weight of a token: by default, one over their number           `token_weights`
+    mask = 1 on the tokens of the reflections, 0 on all other tokens          `pack_group`
+    w    = the weight of a token: by default, 1 / (number of trained tokens)  `token_weights`
     loss = - sum of w * mask * (min(ratio * A, clip(ratio) * A) - beta * KL)  `grpo_loss`
 
 The file starts with the training loop, `train`. Then come the parts of the method: advantages and
@@ -16,7 +16,7 @@ loss, the mask and the log-probabilities, the conversation, and how conversation
 rest makes the method practical: metrics, optimizer, checkpoint.
 
 A conversation is stored as token ids from beginning to end. The tokens that are trained are exactly
-the tokens that were sampled; text is never decoded and tokenized again.
+the tokens that were sampled: they are never decoded to text and tokenized again.
 
 Shapes: P failures per step with G reflections each; C tokens of context; T tokens after the
 context; L tokens of a packed sequence; N tokens whose log-probabilities are computed; E the hidden
@@ -56,9 +56,9 @@ def train(
     failures: conversations whose attempts are wrong. folder: the run's folder. If it holds a
     checkpoint, training resumes from it.
 
-    The first pair is (0, {}), before any update. The caller may add entries to the metrics that it
-    receives; they are written to the log when it asks for the next pair. A training step has six
-    parts, which have the same numbers in README. Raises ValueError if the gradient is not finite.
+    A new run first yields (0, {}), before any update. The caller may add entries to the metrics
+    that it receives; they are written to the log when it asks for the next pair. The numbered
+    comments match the six steps in the README. Raises ValueError if the gradient is not finite.
     """
     policy, G = agent.model, config.group_size
     policy.gradient_checkpointing = config.checkpointing
@@ -73,7 +73,7 @@ def train(
     while step < config.steps:
         # 1-2. Draw P failures. Reflect G times on each, and retry once after each reflection.
         batch = stream.draw(config.batch_size)
-        groups = rollout(agent, batch, G, rng_key=(TRAIN, step))  # P groups of G conversations
+        groups = rollout(agent, batch, G, rng_prefix=(TRAIN, step))  # P groups of G conversations
 
         # 3. A reflection earns the reward 1 if its retry is correct, else 0.
         rewards = torch.tensor([reward(c) for group in groups for c in group]).view(-1, G)
@@ -84,7 +84,7 @@ def train(
         # 5-6. Compute the gradient on the reflections' tokens alone, and update the weights.
         lr = config.lr * lr_multiplier(step, config.steps, config.warmup)
         for _ in range(config.updates):
-            metrics = add_gradient(agent, reference, groups, advantages, config, optimizer)
+            metrics = backpropagate_step(agent, reference, groups, advantages, config, optimizer)
             metrics["grad_norm"] = optimizer.update(lr, config.max_grad_norm)
 
         # Log the step, then save: a checkpoint must never be ahead of the logs.
@@ -99,7 +99,7 @@ def train(
             save_checkpoint(folder, step, optimizer, state)
 
 
-def add_gradient(
+def backpropagate_step(
     agent: "Agent",
     reference: Model | None,
     groups: list["Group"],
@@ -114,12 +114,14 @@ def add_gradient(
     step, so that this split does not change the gradient.
     """
     policy, temperature = agent.model, agent.temperature
-    all_rows = [training_rows(group) for group in groups]
-    lengths = torch.tensor([rows.mask.sum(dim=1).tolist() for rows in all_rows])  # (P, G)
-    max_turns = max((len(c.trained_turns()) for c in sum(groups, [])), default=0)
-    weights = token_weights(lengths, config.loss_type, max_turns * agent.max_new_tokens)  # (P, G)
+    packed_groups = [pack_group(group) for group in groups]
+    lengths = torch.tensor([rows.mask.sum(dim=1).tolist() for rows in packed_groups])  # (P, G)
+    max_trained_turns = max((len(c.trained_turns()) for c in sum(groups, [])), default=0)
+    weights = token_weights(
+        lengths, config.loss_type, max_trained_turns * agent.max_new_tokens
+    )  # (P, G)
     measured = []
-    for rows, A, w in zip(all_rows, advantages, weights, strict=True):  # A and w: (G,)
+    for rows, A, w in zip(packed_groups, advantages, weights, strict=True):  # A and w: (G,)
         if not A.any() and not config.beta:
             continue  # The rewards of this group are all equal: its gradient is zero.
         ref_logprobs = None
@@ -139,10 +141,10 @@ def add_gradient(
 
 @torch.no_grad()
 def check_outputs(agent: "Agent", groups: list["Group"]) -> None:
-    """Raise ValueError if the model does not compute finite log-probabilities any more, so that
-    such weights are never saved. The last checkpoint has the last good ones."""
+    """Raise ValueError if the model no longer computes finite log-probabilities, so that bad
+    weights are never saved. The last checkpoint still holds good weights."""
     if groups:
-        logprobs = token_logprobs(agent.model, training_rows(groups[0]), agent.temperature)
+        logprobs = token_logprobs(agent.model, pack_group(groups[0]), agent.temperature)
         if not logprobs.isfinite().all():
             raise ValueError("the updated model's outputs are not finite; try a lower --lr")
 
@@ -150,7 +152,7 @@ def check_outputs(agent: "Agent", groups: list["Group"]) -> None:
 # -- Advantages and loss ---------------------------------------------------------------------------
 def reward(conversation: "Conversation") -> float:
     """1 if the last answer is correct, else 0. A trained turn that was truncated earns 0, so that
-    the model learns to come to an end."""
+    the model learns to finish within the token limit."""
     truncated = any(turn.truncated for turn in conversation.trained_turns())
     return float(conversation.final_verdict.correct and not truncated)
 
@@ -173,7 +175,7 @@ def group_advantages(rewards: Tensor, delta: float = 1e-4, scale: bool = True) -
     if scale:
         A = A / (rewards.std(dim=1, keepdim=True) + delta)
     all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-    return A.masked_fill(all_equal, 0.0)  # The mean of equal rewards may be off by a rounding.
+    return A.masked_fill(all_equal, 0.0)  # The mean may be off by a rounding error.
 
 
 def grpo_loss(
@@ -189,7 +191,7 @@ def grpo_loss(
     """The clipped surrogate with a KL penalty, summed over the tokens where `mask` is True. Scalar.
 
     logprobs, old_logprobs, ref_logprobs: (G, T), log-probabilities of the same tokens under the
-    model that is trained, at sampling time, and under the reference model (None if beta is 0).
+    current policy, the policy at sampling time, and the reference model (None if beta is 0).
     mask: (G, T) bool. advantages: (G,). weights: (G,), the weight of each token of a row, from
     `token_weights`; by default every token has the weight 1 / (number of tokens in the mask).
     """
@@ -211,8 +213,9 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(pi || pi_ref) for each token, (G, T): exp(d) - 1 - d, where
-    d = log pi_ref - log pi. It is never negative. As a loss on samples of the current model, its
-    expected gradient is that of the forward KL divergence, KL(pi_ref || pi)."""
+    d = log pi_ref - log pi. It is never negative. When it is differentiated as a
+    loss on samples from the current model, its expected gradient is the gradient of the forward KL
+    divergence, KL(pi_ref || pi)."""
     d = torch.where(mask, ref_logprobs - logprobs, 0.0)
     return torch.expm1(d) - d
 
@@ -222,16 +225,16 @@ def token_weights(lengths: Tensor, loss_type: str, max_length: int) -> Tensor:
 
     lengths: (P, G), how many trained tokens each reflection has; max_length: the most it can have.
 
-        dapo      one over the number of tokens in the step: the mean over all tokens (as in DAPO)
-        grpo      the mean over reflections of the mean over each one's tokens (the original GRPO)
-        dr_grpo   one over a constant, reflections * max_length: no length bias (Dr. GRPO)
+        dapo      1 / (tokens of the step): the mean over all tokens, as in DAPO
+        grpo      1 / (reflections * tokens of this reflection): the mean of means, the first GRPO
+        dr_grpo   1 / (reflections * max_length): a constant, without length bias, as in Dr. GRPO
     """
-    lengths, reflections = lengths.double(), lengths.numel()
+    lengths, num_reflections = lengths.double(), lengths.numel()
     if loss_type == "dapo":
         return torch.ones_like(lengths) / lengths.sum()
     if loss_type == "grpo":
-        return 1 / (lengths * reflections)
-    return torch.ones_like(lengths) / (reflections * max_length)
+        return 1 / (lengths * num_reflections)
+    return torch.ones_like(lengths) / (num_reflections * max_length)
 
 
 @dataclass
@@ -260,7 +263,7 @@ class TrainConfig:
 
 
 # -- The mask and the log-probabilities ------------------------------------------------------------
-class TrainingRows(NamedTuple):
+class PackedGroup(NamedTuple):
     """The G conversations of a group, ready for training. All of them begin with the same context;
     what follows in each is its branch, up to its last trained token. T is the longest branch."""
 
@@ -271,17 +274,17 @@ class TrainingRows(NamedTuple):
     old_logprobs: Tensor  # (G, T) their log-probabilities at sampling time, 0 elsewhere
 
 
-def training_rows(group: "Group") -> TrainingRows:
+def pack_group(group: "Group") -> PackedGroup:
     """The rows of a group; `Conversation.trained_turns` says which tokens are trained.
 
-    The context is the longest common prefix of the prompts of the first trained turns. In R3, that
-    is the whole prompt of the reflections. A trained turn includes the end-of-turn token that the
-    model sampled. The mask is computed from positions, never by comparing ids with a padding id,
-    which may be a real token elsewhere. Raises ValueError if there is no common prefix, or if a
-    turn was not sampled in this run.
+    The context is the longest common prefix of the conversations, each up to its first trained
+    turn. In R3, that is the whole prompt of the reflections. A trained turn includes the
+    end-of-turn token that the model sampled. The mask is computed from positions, never by
+    comparing ids with a padding id, because the padding id can also occur as a real token.
+    Raises ValueError if there is no common prefix, or if a turn was not sampled in this run.
     """
     trained = [conversation.trained_turns() for conversation in group]
-    context = os.path.commonprefix([turns[0].prompt for turns in trained])  # of any lists
+    context = os.path.commonprefix([turns[0].prompt for turns in trained])  # works on lists, too
     C = len(context)
     if C == 0:
         raise ValueError("the conversations of a group must begin with the same context")
@@ -293,16 +296,16 @@ def training_rows(group: "Group") -> TrainingRows:
     for g, turns in enumerate(trained):
         for turn in turns:
             if len(turn.logprobs) != len(turn.tokens):
-                raise ValueError("a turn without log-probabilities (from a file) cannot be trained")
+                raise ValueError("cannot train on a turn from a file: it has no log-probabilities")
             start = len(turn.prompt) - C
             end = start + len(turn.tokens)
             targets[g, start:end] = torch.tensor(turn.tokens)
             mask[g, start:end] = True
             old_logprobs[g, start:end] = torch.tensor(turn.logprobs)
-    return TrainingRows(context, branches, targets, mask, old_logprobs)
+    return PackedGroup(context, branches, targets, mask, old_logprobs)
 
 
-def token_logprobs(model: Model, rows: TrainingRows, temperature: float = 1.0) -> Tensor:
+def token_logprobs(model: Model, rows: PackedGroup, temperature: float = 1.0) -> Tensor:
     """The log-probabilities of the tokens where rows.mask is True: (G, T), 0 elsewhere.
 
     The context is computed once for all G branches, because they are packed into one sequence, in
@@ -348,9 +351,9 @@ MAX_LOGITS = 2**25  # the largest number of logits in memory at once
 def target_logprobs(model: Model, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """The log-probabilities of target tokens: hidden (N, E), targets (N,) -> (N,).
 
-    The vocabulary is the widest dimension of the model. If the logits of all N tokens would be more
-    than MAX_LOGITS, they are computed in chunks, each by a call of this function. The backward pass
-    computes them again, so that the logits of only one chunk are in memory at a time.
+    The vocabulary is the widest dimension of the model. If N * V exceeds MAX_LOGITS, the logits
+    are computed in chunks, each by a recursive call. The backward pass computes them again, so that
+    only one chunk of them is in memory at a time.
     """
     chunk_size = max(1, MAX_LOGITS // model.vocab_size)
     if len(targets) <= chunk_size:
@@ -373,7 +376,8 @@ class Turn:
     prompt: list[int]  # everything before the turn
     tokens: list[int]  # the turn; it ends with its end-of-turn token, unless it was truncated
     truncated: bool  # whether the turn was cut off at max_new_tokens
-    logprobs: list[float] = field(default_factory=list, compare=False)  # when it was sampled
+    # The log-probabilities of the tokens at sampling time. They are not saved to files.
+    logprobs: list[float] = field(default_factory=list, compare=False)
 
 
 @dataclass
@@ -410,9 +414,9 @@ Group = list[Conversation]  # the G conversations about one failure, with differ
 
 @dataclass
 class Agent:
-    """A model with everything that it needs to talk about a task: a tokenizer, the task, and the
-    settings of sampling. A `bridge`, below, is what stands between two turns of the assistant: the
-    end of the first, the user's instruction, and the beginning of the second."""
+    """A model with everything that it needs to work on a task: a tokenizer, the task, and the
+    sampling settings. A `bridge`, below, is the text between two turns of the assistant: the end of
+    the first, the user's instruction, and the beginning of the second."""
 
     model: Model
     tokenizer: Tokenizer
@@ -430,13 +434,13 @@ class Agent:
         """The question, the attempt, and the instruction to reflect."""
         bridge = self.tokenizer.bridge(self.task.reflection_instruction)
         attempt = conversation.attempt
-        return attempt.prompt + self.tokenizer.next_turn(attempt.tokens, bridge)
+        return attempt.prompt + self.tokenizer.append_bridge(attempt.tokens, bridge)
 
     def retry_prompt(self, conversation: Conversation) -> list[int]:
         """All of the above, the reflection, and the instruction to try again."""
         bridge = self.tokenizer.bridge(self.task.retry_instruction)
         reflection = conversation.reflection
-        return reflection.prompt + self.tokenizer.next_turn(reflection.tokens, bridge)
+        return reflection.prompt + self.tokenizer.append_bridge(reflection.tokens, bridge)
 
     def sample_turns(
         self,
@@ -446,9 +450,10 @@ class Agent:
         cache: KVCache | None = None,
         cached_lengths: list[int] | None = None,
     ) -> tuple[list[list[Turn]], KVCache]:
-        """Sample `num_samples` turns after each prompt, and return them by prompt, with the cache.
+        """Sample `num_samples` turns after each prompt, and return them grouped by prompt, with the
+        cache.
 
-        cache: what `sample_turns` returned for the turn before. Row i holds the first
+        cache: the one that was returned for the previous turns. Row i holds the first
         cached_lengths[i] tokens of prompt i, and only the rest goes through the model. num_samples
         must then be 1.
         """
@@ -481,9 +486,9 @@ class Agent:
 
 
 # -- Sampling conversations ------------------------------------------------------------------------
-# The random numbers of a turn depend on (seed, purpose, step, which turn, problem, attempt,
-# reflection) alone. So they do not depend on the batch in which the turn is sampled.
-RngKey = tuple[int, int]  # the part (purpose, step)
+# Each turn has a key: (purpose, step, which turn, problem, attempt, reflection). Its random numbers
+# depend on the seed and this key alone, and not on the batch in which it is sampled.
+RngPrefix = tuple[int, int]  # the first two entries of a key: (purpose, step)
 EVALUATE, COLLECT, TRAIN, PLAY = range(4)  # purposes
 ATTEMPT, REFLECTION, RETRY = range(MAX_TURNS)  # turns
 
@@ -492,13 +497,13 @@ def sample_attempts(
     agent: Agent,
     problems: list,
     num_samples: int,
-    rng_key: RngKey,
+    rng_prefix: RngPrefix,
     first_index: int = 0,
 ) -> list[Conversation]:
     """Attempt each problem `num_samples` times. The attempts are numbered from `first_index`."""
     prompts = [agent.attempt_prompt(problem) for problem in problems]
     indices = range(first_index, first_index + num_samples)
-    rng_keys = [(*rng_key, ATTEMPT, problem.id, i) for problem in problems for i in indices]
+    rng_keys = [(*rng_prefix, ATTEMPT, problem.id, i) for problem in problems for i in indices]
     turns, _ = agent.sample_turns(prompts, num_samples, rng_keys)
     return [
         Conversation(problem, i, attempt, agent.verify(problem, attempt))
@@ -508,14 +513,14 @@ def sample_attempts(
 
 
 def sample_reflections(
-    agent: Agent, failures: list[Conversation], num_samples: int, rng_key: RngKey
+    agent: Agent, failures: list[Conversation], num_samples: int, rng_prefix: RngPrefix
 ) -> tuple[list[Conversation], KVCache]:
-    """Reflect `num_samples` times on each failure. The reflections are numbered from the failure's
-    own reflection_index, which is 0 for a new failure. Returns the conversations, failure by
+    """Reflect `num_samples` times on each failure. The numbering of the reflections starts at
+    failure.reflection_index, which is 0 for a new failure. Returns the conversations, failure by
     failure, and the cache from which the retries can be sampled."""
     prompts = [agent.reflection_prompt(failure) for failure in failures]
     rng_keys = [
-        (*rng_key, REFLECTION, *failure.identity, failure.reflection_index + g)
+        (*rng_prefix, REFLECTION, *failure.identity, failure.reflection_index + g)
         for failure in failures
         for g in range(num_samples)
     ]
@@ -531,7 +536,7 @@ def sample_reflections(
 def sample_retries(
     agent: Agent,
     conversations: list[Conversation],
-    rng_key: RngKey,
+    rng_prefix: RngPrefix,
     cache: KVCache | None = None,
 ) -> list[Conversation]:
     """Retry once after each reflection.
@@ -541,7 +546,7 @@ def sample_retries(
     reflections), the whole prompts do.
     """
     prompts = [agent.retry_prompt(c) for c in conversations]
-    rng_keys = [(*rng_key, RETRY, *c.identity, c.reflection_index) for c in conversations]
+    rng_keys = [(*rng_prefix, RETRY, *c.identity, c.reflection_index) for c in conversations]
     cached_lengths = None
     if cache is not None:  # It lacks the last token of each reflection, sampled but not fed back.
         cached_lengths = [
@@ -556,7 +561,7 @@ def sample_retries(
 
 
 def attempt_all(
-    agent: Agent, problems: list, num_samples: int, rng_key: RngKey, first_index: int = 0
+    agent: Agent, problems: list, num_samples: int, rng_prefix: RngPrefix, first_index: int = 0
 ) -> list[Conversation]:
     """`sample_attempts` for any number of problems, in batches that fit in memory. The result is
     in the order of the problems."""
@@ -565,18 +570,18 @@ def attempt_all(
     while remaining:
         batch = next_batch(agent, remaining, num_samples, turns=1)
         try:
-            conversations += sample_attempts(agent, batch, num_samples, rng_key, first_index)
+            conversations += sample_attempts(agent, batch, num_samples, rng_prefix, first_index)
             remaining = remaining[len(batch) :]
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-            halve_cache(agent, batch, num_samples, turns=1)
+            lower_cache_limit(agent, batch, num_samples, turns=1)
     order = {problem.id: place for place, problem in enumerate(problems)}
     return sorted(conversations, key=lambda c: (order[c.problem.id], c.attempt_index))
 
 
 def rollout(
-    agent: Agent, failures: list[Conversation], group_size: int, rng_key: RngKey
+    agent: Agent, failures: list[Conversation], group_size: int, rng_prefix: RngPrefix
 ) -> list[Group]:
     """Reflect `group_size` times on each failure and retry once after each reflection, for any
     number of failures, in batches that fit in memory. Returns a group of conversations for each
@@ -587,14 +592,14 @@ def rollout(
         batch = next_batch(agent, remaining, group_size, turns=MAX_TURNS - 1)
         cache = None  # Free the cache of the previous batch before allocating the next one.
         try:
-            reflected, cache = sample_reflections(agent, batch, group_size, rng_key)
-            for conversation in sample_retries(agent, reflected, rng_key, cache):
+            reflected, cache = sample_reflections(agent, batch, group_size, rng_prefix)
+            for conversation in sample_retries(agent, reflected, rng_prefix, cache):
                 groups[conversation.identity].append(conversation)
             remaining = remaining[len(batch) :]
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-            halve_cache(agent, batch, group_size, turns=MAX_TURNS - 1)
+            lower_cache_limit(agent, batch, group_size, turns=MAX_TURNS - 1)
     return list(groups.values())
 
 
@@ -604,21 +609,21 @@ def longest_first(agent: Agent, items: list) -> list:
 
 
 def next_batch(agent: Agent, remaining: list, num_samples: int, turns: int) -> list:
-    """The first of the remaining items whose keys and values fit in agent.cache_tokens, at least
-    one. Each item is counted as if it were as long as the first, which is the longest."""
+    """The first of the remaining items whose KV cache fits in agent.cache_tokens tokens, but at
+    least one. Each item is counted as if it were as long as the first, which is the longest."""
     tokens = cache_tokens_needed(agent, remaining[0], num_samples, turns)
     return remaining[: max(1, agent.cache_tokens // tokens)]
 
 
-def halve_cache(agent: Agent, batch: list, num_samples: int, turns: int) -> None:
-    """After a batch ran out of memory, lower agent.cache_tokens so that half of it fits."""
+def lower_cache_limit(agent: Agent, batch: list, num_samples: int, turns: int) -> None:
+    """After a batch ran out of memory, lower agent.cache_tokens so that only half of it fits."""
     tokens = cache_tokens_needed(agent, batch[0], num_samples, turns)
     agent.cache_tokens = len(batch) * tokens // 2
 
 
 def cache_tokens_needed(agent: Agent, item: Any, num_samples: int, turns: int) -> int:
     """How many tokens of the KV cache a problem or a failure takes: its prompt, which is stored
-    once, and `turns` new turns for each sample, with about 50 tokens of the template for each."""
+    once, and `turns` new turns for each sample, plus about 50 chat-template tokens per turn."""
     return prompt_length(agent, item) + num_samples * turns * (agent.max_new_tokens + 50)
 
 
@@ -642,8 +647,9 @@ class FailureStream:
         self.failures, self.seed, self.position = failures, seed, position
 
     def draw(self, size: int) -> list[Conversation]:
-        """The next `size` failures. If the batch crosses the border of two epochs, a failure may be
-        drawn twice: it is then returned once. Raises ValueError if there are no failures."""
+        """The next `size` failures. If the batch crosses an epoch boundary, a failure may be drawn
+        twice; the duplicate is dropped, so the batch may be smaller. Raises ValueError if there are
+        no failures."""
         if not self.failures:
             raise ValueError("there are no failures to train on")
         epoch, start = divmod(self.position, len(self.failures))
@@ -653,7 +659,8 @@ class FailureStream:
             order += rng.sample(self.failures, len(self.failures))
             epoch += 1
         self.position += size
-        return list({failure.identity: failure for failure in order[start : start + size]}.values())
+        drawn = order[start : start + size]
+        return list({failure.identity: failure for failure in drawn}.values())  # no duplicates
 
 
 # -- Metrics and samples ---------------------------------------------------------------------------
@@ -664,6 +671,7 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     conversations = sum(groups, [])
     rewards = [[reward(c) for c in group] for group in groups]
     reflections = [c.reflection for c in conversations if c.reflection]
+    # A conversation with a reflection reuses an old attempt; without one, the attempt is new.
     sampled = [turn for c in conversations for turn in (c.reflection or c.attempt, c.retry) if turn]
     trained = [turn for c in conversations for turn in c.trained_turns()]
     return {
@@ -692,16 +700,16 @@ def loss_terms(
 ) -> dict[str, Tensor]:
     """What `loss_metrics` needs of a group, as scalars on its device. Arguments as in grpo_loss."""
     logprobs = logprobs.detach()
-    change = log_ratio(logprobs, old_logprobs, mask)  # (G, T)
+    log_ratios = log_ratio(logprobs, old_logprobs, mask)  # (G, T)
     # The clip stops the gradient of a token if its ratio has already moved further than `clip` in
     # the direction of its advantage.
-    clipped = mask & (change.expm1() * advantages[:, None].sign() > clip)
+    clipped = mask & ((log_ratios.exp() - 1) * advantages[:, None].sign() > clip)
     terms = {
         "loss": loss.detach(),
         "tokens": mask.sum(),
         "nll": -torch.where(mask, logprobs, 0.0).sum(),
         "clipped": clipped.sum(),
-        "mismatch": change.abs().max(),
+        "mismatch": log_ratios.abs().max(),
     }
     if ref_logprobs is not None:
         terms["kl"] = kl_k3(logprobs, ref_logprobs, mask).sum()
@@ -711,16 +719,17 @@ def loss_terms(
 def loss_metrics(terms: list[dict[str, Tensor]]) -> dict[str, float]:
     """The metrics of an update, from the `loss_terms` of the groups that were trained.
 
-    nll (on average, the entropy), clipped and kl are means over the trained tokens; there is a kl
-    only with a reference model. mismatch is the largest change of a token's log-probability since
-    it was sampled: before any update on a batch, that is the difference between the sampler and the
-    trainer. If a step has several updates, the metrics are those of the last one.
+    nll (an estimate of the policy's entropy), clipped and kl are means over the trained tokens;
+    there is a kl only with a reference model. mismatch is the largest change of a token's
+    log-probability since it was sampled: before any update on a batch, that is the difference
+    between the sampler and the trainer. If a step has several updates, the metrics are those of
+    the last one.
     """
     metrics = {"trained_groups": len(terms), "loss": 0.0, "mismatch": 0.0}
     if terms:
         names = list(terms[0])
         stacked = torch.stack([torch.stack([t[name].float() for name in names]) for t in terms])
-        columns = dict(zip(names, stacked.T.tolist(), strict=True))  # the only GPU synchronization
+        columns = dict(zip(names, stacked.T.tolist(), strict=True))  # waits once for the GPU
         tokens = sum(columns.pop("tokens"))
         metrics["mismatch"] = max(columns.pop("mismatch"))
         metrics["loss"] = sum(columns.pop("loss"))
@@ -749,13 +758,13 @@ def to_json(conversation: Conversation, tokenizer: Tokenizer) -> dict:
     """A conversation as a JSON record: its turns as text, for people, and as token ids. `context`
     is the text before the reflection or, if there is none, before the attempt."""
     c = conversation
-    last_prompt = (c.reflection or c.attempt).prompt
+    context = (c.reflection or c.attempt).prompt
 
     def text(ids: list[int]) -> str:
         return tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
 
     record = {"problem": asdict(c.problem), "attempt_index": c.attempt_index}
-    record |= {"reflection_index": c.reflection_index, "context": text(last_prompt)}
+    record |= {"reflection_index": c.reflection_index, "context": text(context)}
     for name in ("attempt", "reflection", "retry"):
         turn = getattr(c, name)
         if turn:
@@ -774,12 +783,12 @@ def from_json(record: dict, agent: Agent) -> Conversation:
     problem = agent.task.parse_record(record["problem"])
     for name in ("attempt_index", "reflection_index"):
         if type(record[name]) is not int or record[name] < 0:
-            raise ValueError(f"{name} {record[name]!r} must be an integer of at least 0")
+            raise ValueError(f"{name} {record[name]!r} must be a non-negative integer")
 
     def turn(name: str, prompt: list[int]) -> Turn:
         tokens = record[name]["tokens"]
         if not tokens or not all(0 <= token < agent.model.vocab_size for token in tokens):
-            raise ValueError(f"the tokens of its {name} are not this model's")
+            raise ValueError(f"the {name} is empty or has tokens outside this model's vocabulary")
         return Turn(prompt, tokens, record[name]["truncated"])
 
     attempt = turn("attempt", agent.attempt_prompt(problem))
@@ -790,9 +799,10 @@ def from_json(record: dict, agent: Agent) -> Conversation:
     if "retry" in record:
         c.retry = turn("retry", agent.retry_prompt(c))
         c.retry_verdict = agent.verify(problem, c.retry)
-    written = json.loads(json.dumps(to_json(c, agent.tokenizer)))  # turns tuples into lists
+    # Compare after a round trip through JSON, which converts tuples to lists.
+    written = json.loads(json.dumps(to_json(c, agent.tokenizer)))
     if written != {name: record[name] for name in written}:
-        raise ValueError("its texts or verdicts do not match its token ids")
+        raise ValueError("the texts or verdicts in the record do not match its token ids")
     return c
 
 
@@ -806,7 +816,7 @@ def append_jsonl(path: Path, *records: dict) -> None:
 # -- The optimizer ---------------------------------------------------------------------------------
 def lr_multiplier(step: int, steps: int, warmup: float) -> float:
     """The fraction of the peak learning rate at a step: linear warmup, then cosine decay to 0.
-    warmup: the fraction of the steps in which it rises."""
+    warmup: the fraction of the steps spent in the warmup."""
     warmup_steps = math.ceil(steps * warmup)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -818,10 +828,10 @@ class MasterAdamW(torch.optim.AdamW):
     """AdamW on float32 master weights.
 
     bfloat16 has 8 significant bits. At a learning rate of 5e-7, nearly every update of a bfloat16
-    weight would be rounded to zero. So updates and gradients are summed in float32 copies of the
-    weights, the masters, and each step ends by rounding the masters into the weights. With
-    `offload` the masters are kept in CPU memory. A float32 weight on the same device is its own
-    master.
+    weight would be rounded to zero. So float32 copies of the weights, the masters, accumulate the
+    gradients and get the updates. Each step ends by copying the masters, rounded, to the weights.
+    With `offload` the masters are kept in CPU memory. A float32 weight on the same device is its
+    own master.
     """
 
     def __init__(self, model: Model, lr: float, offload: bool = False):
@@ -855,7 +865,7 @@ class MasterAdamW(torch.optim.AdamW):
         return norm
 
     def copy_to_weights(self) -> None:
-        """Round the masters into the weights of the model."""
+        """Copy the masters, rounded, to the weights of the model."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             weight.data.copy_(master.data)
 
@@ -892,12 +902,13 @@ def load_checkpoint(folder: Path, optimizer: MasterAdamW) -> tuple[int, dict]:
                 step, lengths, state = record["step"], record["logs"], record["state"]
                 keys = list(file.keys())  # "0.weight", "0.step", "0.exp_avg", "0.exp_avg_sq", …
                 names = {key.partition(".")[2] for key in keys}
+                # Every master must have the same set of tensors.
                 if len(keys) != len(names) * len(optimizer.masters):
-                    raise ValueError("it has another number of tensors")
+                    raise ValueError("it has the wrong number of tensors")
                 for i, master in enumerate(optimizer.masters):
                     values = {name: file.get_tensor(f"{i}.{name}") for name in names}
                     master.data.copy_(values.pop("weight").view_as(master))
-                    optimizer.state[master] = {  # copies: the file can be deleted
+                    optimizer.state[master] = {  # copied, so that nothing depends on the open file
                         name: x.to(master.device, copy=True) for name, x in values.items()
                     }
         except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:

@@ -6,7 +6,7 @@
     Tokenizer    text to token ids and back; conversations to text, with the model's chat template
     tiny_model   builds a Llama with 300,000 random weights, and a tokenizer for a list of words
 
-To add an architecture, add an entry to `ARCHITECTURES` below and a kind to
+To add an architecture, add an entry to `ARCHITECTURES` below and a test case to
 tests/test_architectures.py, which compares the model with the one in `transformers`.
 
 The letters in shapes, first in the network and then in the sampler:
@@ -26,11 +26,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import jinja2
+import jinja2.ext
 import jinja2.sandbox
 import numpy as np
 import safetensors
@@ -38,11 +40,13 @@ import safetensors.torch
 import tokenizers
 import torch
 import torch.nn.functional as F
+from huggingface_hub import errors as hub_errors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # PyTorch's kernels for attention and RMSNorm are faster and need less memory than the formulas
-# below. With False, the formulas run instead, for example to debug. The tests compare both.
+# below. Set this to False to run the formulas instead, for example when debugging. The tests
+# compare the two.
 FUSED_KERNELS = True
 
 # -- The configuration -----------------------------------------------------------------------------
@@ -54,7 +58,7 @@ ARCHITECTURES = {
     "qwen3": {"qk_norm": "head", "head_dim": 128},
     "olmo2": {"qk_norm": "projection", "norm_after": True, "rms_norm_eps": 1e-5},
 }
-SUPPORTED = {  # entries of config.json that would change the computation, and what is implemented
+SUPPORTED = {  # entries of config.json that affect the computation, and the implemented values
     "model_type": list(ARCHITECTURES),
     "hidden_act": ["silu"],
     "rope_type": ["default", "llama3"],
@@ -66,7 +70,7 @@ SUPPORTED = {  # entries of config.json that would change the computation, and w
 
 @dataclass
 class ModelConfig:
-    """The entries of config.json that the model uses, under their names there."""
+    """The entries of config.json that the model uses, with the same names."""
 
     vocab_size: int  # V
     hidden_size: int  # E
@@ -97,22 +101,24 @@ class ModelConfig:
     def from_dict(cls, config: dict) -> "ModelConfig":
         """The configuration from the contents of a config.json. Raises ValueError for what is not
         supported, and KeyError for a required entry that is missing."""
-        # The parameters of RoPE are nested, in rope_parameters or (in older files) rope_scaling.
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        # The parameters of RoPE are nested, in rope_parameters or (in older files) rope_scaling. If
+        # a file has both, transformers ignores rope_parameters.
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        for name, value in rope.items():
+            if isinstance(value, dict):
+                raise ValueError(f"rope_parameters per layer type ({name}) are not supported")
         entries = {**config, **rope, "rope_scaling": rope}
         entries["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
         entries["model_type"] = config.get("model_type") or "none"
         check_supported(entries)
-        implied = ARCHITECTURES[entries["model_type"]]
-        values = {}
+        values = dict(ARCHITECTURES[entries["model_type"]])
         for field in fields(cls):
-            if field.name in ("qkv_bias", "qk_norm", "norm_after"):
-                continue
-            if entries.get(field.name) is not None:
+            is_implied = field.name in ("qkv_bias", "qk_norm", "norm_after")
+            if entries.get(field.name) is not None and not is_implied:
                 values[field.name] = entries[field.name]
             elif field.default is MISSING:
                 raise KeyError(field.name)
-        return cls(**{**implied, **values})
+        return cls(**values)
 
 
 def check_supported(entries: dict) -> None:
@@ -122,11 +128,9 @@ def check_supported(entries: dict) -> None:
             listed = ", ".join(map(str, supported)) or "none"
             raise ValueError(f"{name} {entries[name]!r} is not supported; supported: {listed}")
     if entries["model_type"] == "mistral":
-        # A sliding window that is as long as the context changes nothing. It is 4096 by default.
-        window, context_length = (
-            entries.get("sliding_window", 4096),
-            entries["max_position_embeddings"],
-        )
+        # A sliding window that is at least as long as the context changes nothing.
+        window = entries.get("sliding_window", 4096)  # the default of transformers
+        context_length = entries["max_position_embeddings"]
         if window is not None and window < context_length:
             raise ValueError(
                 f"sliding_window {window} is not supported; supported: null, or at least "
@@ -136,7 +140,7 @@ def check_supported(entries: dict) -> None:
 
 # -- The network -----------------------------------------------------------------------------------
 class RMSNorm(nn.Module):
-    """Scale the last dimension to a root mean square of 1, then multiply it by learned weights."""
+    """Scale the last dimension to a root mean square of 1, and multiply by weights, in float32."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -164,10 +168,8 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
         scaling = config.rope_scaling
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        kept = ((turns - low) / (high - low)).clamp(
-            0, 1
-        )  # 0: divide, 1: keep, between: interpolate
-        frequencies = frequencies * (kept + (1 - kept) / scaling["factor"])
+        kept_fraction = ((turns - low) / (high - low)).clamp(0, 1)  # 0: low frequency, 1: high
+        frequencies = frequencies * (kept_fraction + (1 - kept_fraction) / scaling["factor"])
     return frequencies
 
 
@@ -181,59 +183,58 @@ def rope(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Te
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (a, b) of x, (B, heads, T, D), to (a cos - b sin, b cos + a sin).
 
-    The a's are the first half of a head, the b's the second. After the rotation, the dot product of
-    a query and a key depends on their positions only through the distance between the two.
+    The first half of a head holds the a of each pair, the second half the b. After the rotation,
+    the dot product of a query and a key depends on the distance between their positions, and not
+    on the positions themselves.
     """
     a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([-b, a], dim=-1), sin)  # x cos + (-b, a) sin
+    return torch.addcmul(x * cos, torch.cat([-b, a], dim=-1), sin)  # x * cos + (-b, a) * sin
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of q, (B, H, T, D), to k and v, (B, H, T', D): (B, H, T, D).
+    """Softmax attention of the queries q, (B, H, T, D), to k and v, (B, H, num_keys, D).
 
-    mask: (B or 1, 1, T, T'), added to the scores: 0 where a query may see a key, -inf elsewhere. By
-    default, attention is causal: the queries belong to the last T of the T' tokens, and each sees
-    the tokens up to and including its own.
+    mask: (B, 1, T, num_keys), added to the scores: 0 where a query sees a key, -inf elsewhere. By
+    default, attention is causal: the queries belong to the last T of the num_keys tokens, and each
+    of them sees all tokens up to and including its own. Returns (B, H, T, D).
     """
     T, num_keys, D = q.shape[2], k.shape[2], q.shape[3]
-    is_causal = mask is None and num_keys == T
-    if FUSED_KERNELS and is_causal:
+    if FUSED_KERNELS and mask is None and num_keys == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if mask is None:
         mask = q.new_full((T, num_keys), -math.inf).triu(diagonal=1 + num_keys - T)
     if FUSED_KERNELS:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q @ k.mT * D**-0.5  # (B, H, T, T')
+    scores = q @ k.mT * D**-0.5  # (B, H, T, num_keys)
     scores = scores + mask
     weights = scores.softmax(dim=-1)
     return weights @ v
 
 
 def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Keys or values (B, K, T, D) -> (B, H, T, D): each head serves H / K query heads in a row. (On
-    a GPU, the fused kernels that take a mask do not group query heads by themselves.)"""
+    """Repeat each head of keys or values H / K times: (B, K, T, D) -> (B, H, T, D). On a GPU, the
+    fused kernels that take a mask need as many key heads as query heads."""
     return x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
 @dataclass
 class Layout:
-    """Where the tokens of one forward pass stand, and which other tokens each of them sees.
+    """The positions of the tokens in a forward pass, and which tokens each of them sees.
 
-    Training uses `lengths`, and the sampler uses `cache` and `mask`.
+    Training sets `lengths`, for a packed row. The sampler sets `cache`, and a `mask` if needed.
     """
 
     positions: Tensor  # (B, T), the position of each token in its conversation
-    lengths: list[int] | None = None  # a packed row: the lengths of the context and its branches
-    cache: "KVCache | None" = None  # holds the earlier tokens of each row, and takes the new ones
-    mask: Tensor | None = None  # with a cache: see `attention`; (B, 1, T, columns of the cache)
+    lengths: list[int] | None = None  # the lengths of the context and the branches
+    cache: "KVCache | None" = None  # the earlier tokens of each row; takes the new ones, too
+    mask: Tensor | None = None  # (B, 1, T, columns of the cache), see `attention`
 
 
 def packed_layout(lengths: list[int], device: torch.device) -> Layout:
-    """The layout of a packed row: a context and its branches, each of which continues it.
+    """The layout of a packed row: a context, then several branches that continue it.
 
-                context   branch_1  branch_2
-    tokens      a  b  c    d  e       f          lengths = [3, 2, 1]
-    positions   0  1  2    3  4       3          e sees a, b, c, d, e; f sees a, b, c, f
+    tokens      a b c | d e | f      lengths = [3, 2, 1]: a context and two branches
+    positions   0 1 2 | 3 4 | 3      e sees a, b, c, d, and e; f sees a, b, c, and f
     """
     C, *branch_lengths = lengths
     positions = [torch.arange(C, device=device)]
@@ -242,9 +243,9 @@ def packed_layout(lengths: list[int], device: torch.device) -> Layout:
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Causal attention in packed rows: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
+    """Causal attention in a packed row: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
 
-    A token of a branch sees the context and, up to itself, its own branch (see `packed_layout`).
+    A token sees the context and its own branch, each up to its own position.
     """
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     (context_q, *branches_q), (context_k, *branches_k), (context_v, *branches_v) = (
@@ -262,17 +263,16 @@ class Linear(nn.Linear):
     """nn.Linear, with a faster product for few rows on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W^T + b: (..., in) -> (..., out)."""
         if x.device.type != "cpu" or x.dim() == 1 or x.shape[:-1].numel() > 256:
             return super().forward(x)
-        # For few rows, (W x^T)^T is faster because it divides W, not x, among the threads.
+        # x W^T = (W x^T)^T. For few rows, the second form makes better use of several threads.
         y = (self.weight @ x.flatten(end_dim=-2).T).T.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
 
-# PyTorch runs these functions in several threads, each of which calls MKL. If two threads make the
-# first call of the process at the same time, one may return slightly different numbers (PyTorch
-# issue 188792). So call each function once, on one number and therefore in one thread.
+# On a CPU, PyTorch computes these functions with MKL in several threads. If two threads make the
+# first call to one of them at the same time, the results may be less exact (PyTorch issue 188792).
+# So the first call is made here, with a single number and therefore in a single thread.
 for function in (torch.sin, torch.cos, torch.exp, torch.expm1, torch.log, torch.sqrt):
     function(torch.ones(1))
 
@@ -313,14 +313,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: the hidden activations are gated by a second projection of the input."""
+    """SwiGLU: the product of two projections, one of which is a gate, projected back to E."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        E, intermediate_size = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(E, intermediate_size, bias=config.mlp_bias)
-        self.up_proj = Linear(E, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = Linear(intermediate_size, E, bias=config.mlp_bias)
+        E, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(E, width, bias=bias)
+        self.up_proj = Linear(E, width, bias=bias)
+        self.down_proj = Linear(width, E, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -332,7 +332,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         E, eps = config.hidden_size, config.rms_norm_eps
-        self.norm_after = config.norm_after
+        self.norm_after = config.norm_after  # checkpoints name the norms accordingly
         if not self.norm_after:
             self.input_layernorm = RMSNorm(E, eps)
         self.self_attn = Attention(config, layer)
@@ -343,7 +343,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         """(B, T, E) -> (B, T, E)."""
-        if self.norm_after:
+        if self.norm_after:  # OLMo 2
             x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin, layout))
             return x + self.post_feedforward_layernorm(self.mlp(x))
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
@@ -351,7 +351,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """The decoder with its output head. Parameters have their names in Hugging Face checkpoints."""
+    """The decoder and its output head. Parameters are named as in Hugging Face checkpoints."""
 
     def __init__(self, config_dict: dict):
         """config_dict: the contents of a config.json. The weights are random."""
@@ -379,18 +379,16 @@ class Model(nn.Module):
         return self.lm_head.weight.device
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) -> logits (B, T, V) of the next tokens. Attention is causal.
-
-        Raises ValueError if T exceeds the context length.
-        """
+        """Token ids (B, T) -> the logits of the next tokens, (B, T, V), with causal attention.
+        Raises ValueError if T exceeds the context length."""
         self.check_context_length(ids.shape[1])
         return self.head(self.hidden(ids))
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., E) -> logits (..., V), at least in float32.
+        """Hidden states (..., E) -> logits (..., V) in float32 (float64 if the model is float64).
 
-        V is `self.vocab_size`. Some checkpoints pad the head with rows that belong to no token.
-        These rows are cut off here, so that both sampling and training ignore them.
+        V is `self.vocab_size`. Some checkpoints pad the head with rows that belong to no token. The
+        logits of these rows are dropped here, so that neither sampling nor training sees them.
         """
         logits = self.lm_head(hidden)[..., : self.vocab_size]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -398,11 +396,11 @@ class Model(nn.Module):
     def hidden(
         self, ids: Tensor, lengths: list[int] | None = None, layout: Layout | None = None
     ) -> Tensor:
-        """Token ids (B, T) -> the hidden states after the last layer and its norm, (B, T, E).
+        """Token ids (B, T) -> the normalized hidden states after the last block, (B, T, E).
 
-        lengths: the lengths of the parts of a packed row, [context | branch_1 | … | branch_G], of
-        which T is the sum (see `packed_layout`). By default, a row is one context: attention is
-        causal. layout: given by the sampler instead.
+        lengths: for a packed row [context | branch_1 | … | branch_G], the lengths of its parts, of
+            which T is the sum (see `packed_layout`). By default, attention is causal.
+        layout: what the sampler gives instead of lengths.
 
         Raises ValueError if the sum of the lengths is not T.
         """
@@ -431,27 +429,31 @@ class Model(nn.Module):
     def from_pretrained(
         cls, path_or_id: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> "Model":
-        """Load a model from a Hugging Face folder or hub id: config.json and safetensors files.
+        """Load config.json and the safetensors files of a Hugging Face folder or hub id.
 
-        On the device "meta", only config.json is read, and the parameters have shapes but no
-        values. Raises OSError if a file is missing, and ValueError if the model is not supported or
-        a file does not match.
+        On the device "meta", no weights are loaded: the parameters have shapes, but no values.
+        Raises OSError if a file is missing, and ValueError for a model that is not supported or a
+        file that is damaged or does not match the model.
         """
-        path = from_hub(path_or_id, ["config.json", "model*.safetensors*"])
+        path = local_path(path_or_id, ["config.json", "model*.safetensors*"])
         try:
             with torch.device("meta"):  # do not allocate or initialize memory
                 model = cls(read_json(path / "config.json")).to(dtype)
         except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{path / 'config.json'} is incomplete: {error!r}") from None
         if str(device) != "meta":
-            model.to_empty(device=device).tie()  # to_empty makes a new tensor for each parameter
+            model.to_empty(device=device).tie()  # to_empty has separated the shared matrix
             load_weights(model, path)
         return model
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and model.safetensors. An existing file is replaced atomically."""
         path, dtype = Path(path), str(self.lm_head.weight.dtype).removeprefix("torch.")
-        config = {**self.config_dict, "dtype": dtype, "torch_dtype": dtype}  # new and old name
+        config = {
+            **self.config_dict,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        }  # the new name and the old one
         tensors = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
         replace_file(path / "config.json", json.dumps(config, indent=2))
         replace_file(path / "model.safetensors", tensors)
@@ -459,22 +461,16 @@ class Model(nn.Module):
 
 # -- The KV cache ----------------------------------------------------------------------------------
 def token_positions(visible: Tensor, num_new: int) -> Tensor:
-    """The positions of the last tokens of each row, not counting padding: (B, num_new).
-
-    visible: (B, columns), False where a column holds padding.
-
-    >>> token_positions(torch.tensor([[False, True, True], [True, True, True]]), 2)
-    tensor([[0, 1],
-            [1, 2]])
-    """
+    """The positions of the last `num_new` tokens of each row: (B, num_new). They do not count
+    padding, which is where `visible`, (B, columns), is False."""
     return (visible.cumsum(dim=1) - 1).clamp(min=0)[:, -num_new:]
 
 
 def attention_mask(visible: Tensor, num_new: int, dtype: torch.dtype) -> Tensor:
-    """What the last tokens of each row see, as the mask of `attention`: (B, 1, num_new, columns).
+    """The mask of `attention` for the last `num_new` tokens of each row: (B, 1, num_new, columns).
 
-    A token sees itself and all earlier visible columns. Padding thus sees at least itself: with
-    nothing to see, its softmax would be nan.
+    A token sees itself, and all visible columns before it. Even padding sees itself, because a
+    softmax over no columns would be nan.
 
     >>> attention_mask(torch.tensor([[False, True, True]]), 3, torch.float32)[0, 0]
     tensor([[0., -inf, -inf],
@@ -490,19 +486,19 @@ def attention_mask(visible: Tensor, num_new: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class KVCache:
-    """The keys and values of what R = P * S rows have read.
+    """The keys and values of the tokens that R = P * S rows have read.
 
-    Each prompt is stored once as the context of its S rows. What a row reads or samples after it is
-    its suffix. The suffixes of all rows grow together, in place.
+    Each prompt is stored once, as the context of its S rows. What a row reads after the context is
+    its suffix. The suffixes of all rows have the same length, and new tokens are written in place.
 
         context of a prompt    [ . . x x x x x x ]                  C columns
-        suffix of row 1                            [ x x x _ _ ]    L = 3 of 5 columns are in use
-        suffix of row 2                            [ x x x _ _ ]
+        suffix of its row 1                        [ x x x _ _ ]    L = 3 columns are in use, 2 free
+        suffix of its row 2                        [ x x x _ _ ]    (. padding, x token, _ free)
     """
 
     contexts: list[Tensor]  # for each layer, keys and values of the prompts: (2, P, K, C, D)
     suffixes: list[Tensor]  # for each layer, keys and values of the rows: (2, R, K, capacity, D)
-    visible: Tensor  # (R, C + L), False for padding, and for what was sampled after a stop token
+    visible: Tensor  # (R, C + L), False for padding and for tokens after the end of a turn
 
     @property
     def num_prompts(self) -> int:
@@ -513,111 +509,106 @@ class KVCache:
         return self.visible.shape[1] - self.contexts[0].shape[3]
 
     def allocate_suffixes(self, capacity: int) -> None:
-        """Make room for `capacity` tokens in each row, once the prompts are read."""
+        """After the contexts have been filled, make room for `capacity` tokens in each row."""
         for context in self.contexts:
             _, _, K, _, D = context.shape
             self.suffixes.append(context.new_zeros(2, len(self.visible), K, capacity, D))
 
     def extend(self, visible: Tensor) -> Layout:
-        """Add a column for each of T new tokens per row. Returns the layout of these tokens.
-
-        visible: (R, T), False for padding.
-        """
+        """Add columns for new tokens, which are padding where `visible`, (R, T), is False. Returns
+        the layout for reading these tokens."""
         self.visible = torch.cat([self.visible, visible], dim=1)
         T, dtype = visible.shape[1], self.contexts[0].dtype
-        positions, mask = token_positions(self.visible, T), attention_mask(self.visible, T, dtype)
-        return Layout(positions, cache=self, mask=mask)
+        mask = attention_mask(self.visible, T, dtype)
+        return Layout(token_positions(self.visible, T), cache=self, mask=mask)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Store the keys and values of new tokens, and compute the attention of their queries.
+        """Store the keys and values of new tokens, and return the attention of their queries.
 
-        q: (R, H, T, D); k, v: (R, K, T, D); returns (R, H, T, D). The first pass reads the prompts
-        and has P rows: it fills the contexts, one layer after the other.
+        q: (R, H, T, D); k and v: (R, K, T, D); mask: (R, 1, T, C + L). Returns (R, H, T, D). In the
+        first forward pass, the rows are the P prompts, and each layer adds its context.
         """
-        if layer == len(self.contexts):
+        if layer == len(self.contexts):  # The first pass fills the contexts.
             self.contexts.append(torch.stack([k, v]))
             return attention(q, repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1]), mask)
-        L, T = self.suffix_length, q.shape[2]
-        suffix_keys, suffix_values = self.suffixes[layer][:, :, :, :L]  # (R, K, L, D) each
-        suffix_keys[:, :, L - T :], suffix_values[:, :, L - T :] = k, v
-        return shared_context_attention(q, *self.contexts[layer], suffix_keys, suffix_values, mask)
+        T, L = q.shape[2], self.suffix_length
+        suffix = self.suffixes[layer][:, :, :, :L]  # (2, R, K, L, D)
+        suffix[0, :, :, L - T :], suffix[1, :, :, L - T :] = k, v
+        return shared_context_attention(q, self.contexts[layer], suffix, mask)
 
     def select_rows(self, rows: Tensor, extra_columns: int) -> "KVCache":
-        """A cache of some of the rows, with room for `extra_columns` more tokens in each.
+        """A cache that holds only some of the rows, with room for `extra_columns` more tokens.
 
-        rows: (P', S') indices of rows, where each line lists rows of one prompt. For example, with
-        P = 3 and S = 2, [[1], [4]] selects the second row of prompt 0, and the first of prompt 2.
-        Suffixes are copied. Contexts are shared, or copied if prompts are dropped.
+        rows: a matrix (P', S') of row indices, each line of which lists rows of one prompt. With
+        P = 3 and S = 2, for example, [[1], [4]] keeps the second row of the first prompt and the
+        first row of the last one.
+        The suffixes are copies. The contexts are shared, unless prompts are dropped.
         """
         samples_per_prompt, contexts = len(self.visible) // self.num_prompts, self.contexts
         if len(rows) < self.num_prompts:
             prompts = (rows[:, :1] // samples_per_prompt).flatten()  # (P',)
             contexts = [context[:, prompts] for context in contexts]
         rows, L = rows.flatten(), self.suffix_length
-        padding = (0, 0, 0, extra_columns)  # of the last two dimensions: none in D, behind L
+        padding = (0, 0, 0, extra_columns)  # from the last dimension backward: none in D
         suffixes = [F.pad(suffix[:, rows, :, :L], padding) for suffix in self.suffixes]
         return KVCache(contexts, suffixes, self.visible[rows])
 
     def copy_back(self, selected: "KVCache", rows: Tensor) -> None:
-        """Store in `rows`, (R',), the suffixes of a cache that was made by selecting these rows."""
+        """Copy the suffixes of `selected`, a cache that holds only these rows, into this cache."""
         if selected is not self:
+            L = selected.suffix_length
             for suffix, selected_suffix in zip(self.suffixes, selected.suffixes, strict=True):
-                L = selected.suffix_length
                 suffix[:, rows, :, :L] = selected_suffix[:, :, :, :L]
 
 
-def shared_context_attention(
-    q: Tensor,
-    context_keys: Tensor,
-    context_values: Tensor,
-    suffix_keys: Tensor,
-    suffix_values: Tensor,
-    mask: Tensor,
-) -> Tensor:
-    """Attention of R = P * S rows, each to the context of its prompt and to its own suffix.
+def shared_context_attention(q: Tensor, context: Tensor, suffix: Tensor, mask: Tensor) -> Tensor:
+    """Softmax attention of each row to the context of its prompt and to its own suffix.
 
-    q: (R, H, T, D); context keys and values: (P, K, C, D); suffix keys and values: (R, K, L, D);
+    q: (R, H, T, D); keys and values of contexts (2, P, K, C, D) and suffixes (2, R, K, L, D);
     mask: (R, 1, T, C + L), see `attention`. Returns (R, H, T, D).
 
-    It is the same softmax attention as in `attention`. But the context is stored once per prompt,
-    and all queries that meet the same context keys (those of S rows, H / K heads, and T tokens) go
-    through one matrix product, so that the keys are loaded from memory once and not S times.
+    The scores of context and suffix are computed separately, and then go through one softmax. In
+    the context, all queries that meet the same keys (from S rows, H / K heads, and T tokens) share
+    one matrix product. This loads the keys from memory once instead of S times.
 
-    For example, P = 2 prompts, S = 8 samples, H = 4 query heads, K = 2 key heads of size D = 24,
-    T = 1 new token, C = 10 and L = 3 columns. Q = T * H / K = 2 queries of a row meet a key head:
+    For example, with P = 2 prompts, S = 8 samples, H = 4 and K = 2 heads of size D = 24, T = 1 new
+    token, C = 10 and L = 3 columns, Q = T * H / K = 2 queries of each row meet the same key head:
 
-        queries            (2, 8, 2, 2, 24)    P, S, K, Q, D
-        context_scores     (2, 8, 2, 2, 10)    from 4 products (16, 24) @ (24, 10)
-        suffix_scores      (2, 8, 2, 2, 3)     from 32 products (2, 24) @ (24, 3)
-        weights            (2, 8, 2, 2, 13)    the softmax over both
+        queries           (2, 8, 2, 2, 24)    which is P, S, K, Q, D
+        context_scores    (2, 8, 2, 2, 10)    from 2 * 2 products of (8 * 2, 24) and (24, 10)
+        suffix_scores     (2, 8, 2, 2, 3)     from 2 * 8 * 2 products of (2, 24) and (24, 3)
+        weights           (2, 8, 2, 2, 13)    the softmax over both
     """
-    (R, H, T, D), (P, K, C, _), L = q.shape, context_keys.shape, suffix_keys.shape[2]
+    (R, H, T, D), (_, P, K, C, _), L = q.shape, context.shape, suffix.shape[3]
     S, Q = R // P, T * H // K
-    queries = (q * D**-0.5).reshape(P, S, K, Q, D)
-    suffix_keys, suffix_values = (x.unflatten(0, (P, S)) for x in (suffix_keys, suffix_values))
+    context_keys, context_values = context  # (P, K, C, D)
+    suffix_keys, suffix_values = suffix.unflatten(1, (P, S))  # (P, S, K, L, D)
+    queries = (q * D**-0.5).reshape(P, S, K, Q, D)  # unscaled scores could overflow in float16
 
-    of_prompt = queries.transpose(1, 2).reshape(P, K, S * Q, D)
-    context_scores = (of_prompt @ context_keys.mT).view(P, K, S, Q, C).transpose(1, 2)
+    prompt_queries = queries.transpose(1, 2).reshape(P, K, S * Q, D)
+    context_scores = (prompt_queries @ context_keys.mT).view(P, K, S, Q, C).transpose(1, 2)
     suffix_scores = queries @ suffix_keys.mT  # (P, S, K, Q, L)
     scores = torch.cat([context_scores, suffix_scores], dim=-1)  # (P, S, K, Q, C + L)
     scores.view(P, S, H, T, C + L).add_(mask.view(P, S, 1, T, C + L))
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     context_weights, suffix_weights = weights.split([C, L], dim=-1)
 
-    of_prompt = context_weights.transpose(1, 2).reshape(P, K, S * Q, C)
-    context_output = (of_prompt @ context_values).view(P, K, S, Q, D).transpose(1, 2)
+    prompt_weights = context_weights.transpose(1, 2).reshape(P, K, S * Q, C)
+    context_output = (prompt_weights @ context_values).view(P, K, S, Q, D).transpose(1, 2)
     output = context_output + suffix_weights @ suffix_values  # (P, S, K, Q, D)
     return output.reshape(R, H, T, D)
 
 
 # -- The sampler -----------------------------------------------------------------------------------
-MAX_SCORES = 2**28  # the largest number of attention scores in memory at once, when reading a turn
+MAX_ATTENTION_SCORES = (
+    2**26
+)  # the maximum number of attention scores in memory when new tokens are read into a cache
 
 
 @dataclass
 class Generation:
-    """What `generate` returns: tokens[prompt][sample] is a list of token ids, including the stop
-    token; logprobs has the same structure; cache is for the next turn."""
+    """The result of `generate`: tokens[prompt][sample] is a turn, including its stop token;
+    logprobs has the same structure; the cache is for sampling the next turn."""
 
     tokens: list[list[list[int]]]
     logprobs: list[list[list[float]]]
@@ -636,48 +627,52 @@ def generate(
     rng_keys: list[tuple[int, ...]] | None = None,
     cache: KVCache | None = None,
 ) -> Generation:
-    """Sample `num_samples` continuations of each prompt, each up to and including a stop token.
+    """Sample `num_samples` turns after each prompt. A turn ends with the first stop token.
 
-    Each prompt is read and stored once, however many continuations are sampled. To continue with a
-    second turn, pass the returned `cache`, one prompt for each of its rows, and num_samples = 1.
-    The cache holds everything that a row has read. The last token of a turn was sampled but not
-    read, so the new prompt has to begin with this token, or with another one in its place.
+    Each prompt is read and stored once, however many turns are sampled from it. For the next turn
+    of the conversations, pass the returned cache, and one prompt for each of its rows. The last
+    token of each turn was sampled but never fed to the model, so it is not in the cache: the next
+    prompt must begin with that token or with a replacement for it.
 
-    Each row has its own stream of random numbers, which depends on (seed, *rng_key) only, and its
-    token t uses number t of the stream. Therefore a sample does not depend on the other rows of the
-    batch, except through rounding: matrix products of another size may round differently, above
-    all on a GPU. That changes a token only if its random number is so close to the boundary between
-    two tokens that the rounding error decides.
+    Each row has a random stream of its own, keyed by (seed, *rng_key), and uses one number for each
+    token. A sample therefore does not depend on the other rows in the batch, apart from rounding:
+    matrix products of other sizes may be rounded differently, especially on a GPU. This can change
+    a token if its random number is very close to the boundary between two tokens.
 
-    rng_keys: for each row, a tuple of non-negative integers; rows are in the order of the prompts,
-        and of the samples of a prompt. The default is (index of the prompt, index of the sample).
-    temperature: 0 means greedy decoding. The log-probabilities are those of the distribution at
-        this temperature; for greedy decoding, at temperature 1.
+    stop: the ids of the stop tokens.
+    rng_keys: a different tuple of non-negative integers for each row, prompt by prompt. The default
+        is (prompt index, sample index).
+    temperature: 0 means greedy decoding. The log-probabilities that are returned are those at this
+        temperature (for greedy decoding, at temperature 1).
+    cache: the one that was returned for the previous turn. It is not changed, and requires
+        num_samples = 1.
 
-    Raises ValueError if there are no prompts or an empty one, if max_new_tokens is below 1, if the
-    temperature is negative, if rng_keys are repeated or not one per row, if a conversation might
-    exceed the context length of the model, or, with a cache, if num_samples is not 1 or there is
-    not one prompt per row.
+    Raises ValueError for no prompts or an empty one, max_new_tokens < 1, a negative temperature,
+    repeated rng_keys, a conversation that might exceed the context length, a cache whose number of
+    rows is not the number of prompts, and logits that are nan or infinite after the division by
+    the temperature.
     """
     if rng_keys is None:
         rng_keys = [(p, s) for p in range(len(prompts)) for s in range(num_samples)]
     check_arguments(prompts, num_samples, max_new_tokens, temperature, rng_keys, cache)
     uniform = uniform_numbers(seed, rng_keys, max_new_tokens).to(model.device)
     stop_ids = torch.tensor(list(stop), dtype=torch.long, device=model.device)
-    hidden, cache = prefill(model, prompts, num_samples, max_new_tokens, cache)
+    hidden, cache = prefill(model, prompts, num_samples, max_new_tokens, cache)  # (R, E)
     visible_before = cache.visible
 
     tokens = torch.full_like(uniform, -1, dtype=torch.long)  # (R, max_new_tokens)
     logprobs = torch.zeros_like(uniform)
-    rows = torch.arange(len(uniform), device=model.device)  # the N rows that are still sampled
-    rows_cache = cache  # what they have read: the cache itself, or a copy of N of its rows
+    rows = torch.arange(
+        len(uniform), device=model.device
+    )  # the N rows that are still being sampled
+    rows_cache = cache  # what they have read: the cache of all rows, or a copy of a part of it
     for step in range(max_new_tokens):
         logits = model.head(hidden)  # (N, V)
         token, logprob = sample_tokens(logits, uniform[rows, step], temperature)  # (N,) each
         tokens[rows, step], logprobs[rows, step] = token, logprob.float()
         if step + 1 == max_new_tokens:
             break
-        if step % 4 == 0:  # not after every token, because each time a GPU has to wait for the CPU
+        if step % 4 == 0:  # checking after every token would force too many GPU syncs
             finished = torch.isin(tokens[rows], stop_ids).any(dim=1)
             rows, rows_cache = drop_finished(
                 finished, rows, rows_cache, cache, extra_columns=max_new_tokens - step
@@ -688,51 +683,43 @@ def generate(
         hidden = model.hidden(tokens[rows, step, None], layout=layout)[:, 0]  # (N, E)
     cache.copy_back(rows_cache, rows)
 
+    # The cache has `step` new columns. Hide those that a finished row read before it was dropped.
     lengths = turn_lengths(tokens, stop_ids)  # (R,)
-    # Hide what a finished row sampled before it was dropped. The last token of a turn is not read.
-    columns = torch.arange(
-        rows_cache.visible.shape[1] - visible_before.shape[1], device=model.device
-    )
-    cache.visible = torch.cat([visible_before, columns < lengths[:, None] - 1], dim=1)
+    is_read = torch.arange(step, device=model.device) < lengths[:, None] - 1  # (R, step)
+    cache.visible = torch.cat([visible_before, is_read], dim=1)
     lengths = lengths.tolist()
-    return Generation(
-        split_turns(tokens, lengths, num_samples),
-        split_turns(logprobs, lengths, num_samples),
-        cache,
-    )
+    turns = split_turns(tokens, lengths, num_samples)
+    turn_logprobs = split_turns(logprobs, lengths, num_samples)
+    # This is checked only here, because a check after every token would force a GPU sync.
+    if not all(math.isfinite(x) for samples in turn_logprobs for turn in samples for x in turn):
+        raise ValueError(
+            f"the model's logits, divided by the temperature of {temperature}, are nan or too "
+            "large: the model has diverged, or the temperature is too close to 0"
+        )
+    return Generation(turns, turn_logprobs, cache)
 
 
-def check_arguments(
-    prompts: list[list[int]],
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    rng_keys: list[tuple[int, ...]],
-    cache: KVCache | None,
-) -> None:
-    """Raise ValueError for arguments with which `generate` cannot work. See there."""
+def check_arguments(prompts, num_samples, max_new_tokens, temperature, rng_keys, cache) -> None:
+    """Raise ValueError for wrong arguments of `generate`."""
+    num_rows = len(prompts) * num_samples
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and every prompt at least one token")
     if num_samples < 1 or max_new_tokens < 1:
         raise ValueError("num_samples and max_new_tokens must be at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"the temperature must be at least 0, not {temperature}")
-    if len(rng_keys) != len(prompts) * num_samples:
-        raise ValueError(
-            f"{len(prompts) * num_samples} rows need as many rng_keys, not {len(rng_keys)}"
-        )
-    if len(set(map(tuple, rng_keys))) < len(rng_keys):
+    if not temperature >= 0:  # nan is refused, too
+        raise ValueError(f"temperature must be at least 0, not {temperature}")
+    if len(rng_keys) != num_rows:
+        raise ValueError(f"expected {num_rows} rng_keys (one per row), got {len(rng_keys)}")
+    if len(set(map(tuple, rng_keys))) < num_rows:
         raise ValueError("rng_keys must differ: rows with the same key get the same random numbers")
     if cache is not None and num_samples != 1:
-        raise ValueError("num_samples must be 1 with a cache")
-    if cache is not None and len(cache.visible) != len(prompts):
-        raise ValueError(
-            f"{len(prompts)} prompts do not match the {len(cache.visible)} rows of the cache"
-        )
+        raise ValueError("num_samples must be 1 if there is a cache")
+    if cache is not None and len(cache.visible) != num_rows:
+        raise ValueError(f"{num_rows} prompts do not match the {len(cache.visible)} cached rows")
 
 
 def uniform_numbers(seed: int, rng_keys: list[tuple[int, ...]], count: int) -> Tensor:
-    """Random numbers in [0, 1), (R, count). A row's stream is keyed by (seed, *rng_key)."""
+    """Random numbers in [0, 1), (R, count). The stream of each row is keyed by (seed, *rng_key)."""
     streams = [np.random.default_rng([seed, *rng_key]) for rng_key in rng_keys]
     return torch.from_numpy(np.stack([stream.random(count, np.float32) for stream in streams]))
 
@@ -744,23 +731,22 @@ def prefill(
     max_new_tokens: int,
     cache: KVCache | None,
 ) -> tuple[Tensor, KVCache]:
-    """Read the prompts. Returns the hidden state before the first new token of each row, (R, E),
-    and a cache with room for the new tokens. A given cache is copied, not changed.
+    """Read the prompts. Returns the last hidden state of each row, (R, E), and a cache with room
+    for the new tokens. A cache that is given is copied.
 
-    Raises ValueError if prompts and new tokens might exceed the model's context length.
+    Raises ValueError if a conversation might exceed the model's context length.
     """
-    T = max(map(len, prompts))
-    padding = [T - len(prompt) for prompt in prompts]  # on the left: column T - 1 is always a token
-    ids = torch.tensor(
-        [[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=model.device
-    )  # (prompts, T)
-    first_column = torch.tensor(padding, device=model.device)[:, None]
-    visible = torch.arange(T, device=model.device) >= first_column  # (prompts, T)
+    T, device = max(map(len, prompts)), model.device
+    num_padding = [T - len(prompt) for prompt in prompts]  # on the left, so that all end together
+    padded = [[0] * n + prompt for n, prompt in zip(num_padding, prompts, strict=True)]
+    ids = torch.tensor(padded, device=device)  # (len(prompts), T)
+    first_column = torch.tensor(num_padding, device=device)[:, None]
+    visible = torch.arange(T, device=device) >= first_column  # (len(prompts), T)
     if cache is None:
         model.check_context_length(T + max_new_tokens)
         cache = KVCache([], [], visible.repeat_interleave(num_samples, dim=0))
-        # Without padding, attention is causal and needs no mask.
-        mask = attention_mask(visible, T, model.lm_head.weight.dtype) if any(padding) else None
+        dtype = model.lm_head.weight.dtype
+        mask = attention_mask(visible, T, dtype) if any(num_padding) else None  # None: causal
         layout = Layout(token_positions(visible, T), cache=cache, mask=mask)
         hidden = model.hidden(ids, layout=layout)[:, -1]  # (P, E)
         cache.allocate_suffixes(max_new_tokens)
@@ -768,23 +754,26 @@ def prefill(
 
     lengths = cache.visible.sum(dim=1) + visible.sum(dim=1)  # (R,)
     model.check_context_length(int(lengths.max()) + max_new_tokens)
-    all_rows = torch.arange(len(prompts), device=model.device).view(cache.num_prompts, -1)
-    cache = cache.select_rows(all_rows, extra_columns=T + max_new_tokens)
-    # Read long prompts in pieces, because a piece of t tokens needs R * H * t * columns scores.
-    columns = cache.visible.shape[1] + T
-    piece = max(1, MAX_SCORES // (len(prompts) * model.config.num_attention_heads * columns))
-    for start in range(0, T, piece):
-        layout = cache.extend(visible[:, start : start + piece])
-        hidden = model.hidden(ids[:, start : start + piece], layout=layout)[:, -1]  # (R, E)
+    # Selecting every row copies the cache.
+    every_row = torch.arange(len(prompts), device=device).view(cache.num_prompts, -1)
+    cache = cache.select_rows(every_row, extra_columns=T + max_new_tokens)
+    # Read in pieces, to limit the memory of attention scores, (R, H, columns of a piece, C + L).
+    num_scores = len(prompts) * model.config.num_attention_heads * (cache.visible.shape[1] + T)
+    num_columns = max(1, MAX_ATTENTION_SCORES // num_scores)
+    for start in range(0, T, num_columns):
+        piece = slice(start, start + num_columns)
+        layout = cache.extend(visible[:, piece])
+        hidden = model.hidden(ids[:, piece], layout=layout)[:, -1]  # (R, E)
     return hidden, cache
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sample one token per row: logits (R, V), random numbers (R,) in [0, 1) -> the tokens and
-    their log-probabilities, (R,) each.
+    """Sample a token for each row. Returns the tokens and their log-probabilities, (R,) each.
 
-    The token is the first one at which the cumulative probability exceeds the random number. With
-    probabilities (0.2, 0.5, 0.3), the number 0.1 gives token 0, 0.6 token 1, and 0.7 token 2.
+    logits: (R, V); uniform: (R,) random numbers in [0, 1). The token is the first one at which the
+    cumulative probability exceeds the random number (the inverse CDF). With the probabilities
+    (0.2, 0.5, 0.3), the number 0.1 gives token 0, 0.6 gives token 1, and 0.7 gives token 2.
+    If a row of logits contains nan, its log-probability is nan, and its token is arbitrary.
     """
     log_probs = (logits / (temperature or 1.0)).log_softmax(dim=-1)  # (R, V)
     if temperature == 0:
@@ -793,18 +782,19 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
         cumulative = log_probs.exp().cumsum(dim=-1)  # (R, V)
         total = cumulative[:, -1:].contiguous()  # 1, up to rounding
         token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
-        # Rounding must not lead to a token behind the last one that has any probability.
+        # Rounding must not select a token after the last one with a nonzero probability.
         token = token.minimum(torch.searchsorted(cumulative, total))
+        token = token.clamp(max=logits.shape[1] - 1)  # nan would give an index past the end
     return token.squeeze(-1), log_probs.gather(-1, token).squeeze(-1)
 
 
 def drop_finished(
     finished: Tensor, rows: Tensor, rows_cache: KVCache, cache: KVCache, extra_columns: int
 ) -> tuple[Tensor, KVCache]:
-    """Drop finished rows, (N,) bool, from `rows` and from the cache of these rows.
+    """Drop the rows where `finished`, (N,) bool, is True. Returns the others, and their cache.
 
-    What has been read is copied back to the cache of all rows. Nothing is dropped if more than
-    three quarters would be left, because copying them would cost more than it saves.
+    rows_cache, which holds `rows`, is first copied back into the cache of all rows. If more than
+    three quarters of the rows would be kept, none is dropped, because copying would cost too much.
     """
     kept = rows_to_keep(finished.view(rows_cache.num_prompts, -1))
     if kept.numel() > 0.75 * len(rows):
@@ -815,226 +805,356 @@ def drop_finished(
 
 
 def rows_to_keep(finished: Tensor) -> Tensor:
-    """The rows to continue with, (P', S'), given which rows are finished, (P, S) bool.
+    """The rows to keep, (P', S'), given which rows are finished, (P, S) bool.
 
-    Prompts without an unfinished row are dropped. Each other prompt keeps the same number of rows,
-    so some may keep a finished row. In this example with P = 3 and S = 4, a dot is a finished row:
+    A prompt is dropped if all its rows are finished. All other prompts keep the same number of
+    rows, so some may keep finished rows. For example, rows 4 to 7 belong to the second prompt:
 
-        0 1 . .         0  1
-        . . . .    ->   8 11
-        8 . . 11
+    >>> rows_to_keep(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 0, 1]]).bool())
+    tensor([[ 0,  1],
+            [10,  8]])
     """
-    kept, S = [], finished.shape[1]
-    finished = finished.tolist()
-    num_kept = max(of_prompt.count(False) for of_prompt in finished)
-    for p, of_prompt in enumerate(finished):
-        if not all(of_prompt):
-            unfinished_first = sorted(range(S), key=lambda s: of_prompt[s])
+    P, S = finished.shape
+    flags, kept = finished.tolist(), []
+    num_kept = max(prompt_flags.count(False) for prompt_flags in flags)
+    for p in range(P):
+        if not all(flags[p]):
+            unfinished_first = sorted(range(S), key=lambda s, p=p: flags[p][s])
             kept.append([p * S + s for s in unfinished_first[:num_kept]])
-    return torch.tensor(kept, dtype=torch.long).view(len(kept), num_kept)
+    return torch.tensor(kept, dtype=torch.long).view(len(kept), num_kept)  # 2-D even if empty
 
 
 def turn_lengths(tokens: Tensor, stop_ids: Tensor) -> Tensor:
-    """How many tokens of each row, (R, T), belong to its turn: (R,). A turn ends with the first
-    stop token; without one, it is truncated and has T tokens."""
+    """The length of the turn in each row of (R, T): up to and including its first stop token. A
+    turn without a stop token is truncated, and has T tokens."""
     is_stop = torch.isin(tokens, stop_ids)
     first_stop = is_stop.int().argmax(dim=1)
     return torch.where(is_stop.any(dim=1), first_stop + 1, tokens.shape[1])
 
 
 def split_turns(values: Tensor, lengths: list[int], num_samples: int) -> list[list[list]]:
-    """One value per token, (R, T), as nested lists: by prompt, by sample, by token of the turn."""
+    """Values of tokens, (R, T), as nested lists: by prompt, by sample, by token of the turn."""
     turns = [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]
     return [turns[i : i + num_samples] for i in range(0, len(turns), num_samples)]
 
 
 # -- Files -----------------------------------------------------------------------------------------
 def load_weights(model: Model, path: Path) -> None:
-    """Fill a model from a folder's safetensors, one file or the ones that an index names. They are
-    mapped: what is not copied yet takes no memory."""
+    """Load a model's weights from a folder: model.safetensors, or the files listed in its index.
+
+    The files are memory-mapped, so a tensor takes no additional memory until it is copied. Raises
+    FileNotFoundError for a missing file, and ValueError for one that is damaged or does not match.
+    """
     index, names = path / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file() and not (path / names[0]).is_file():
         try:
             names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
         except (KeyError, AttributeError) as error:
             raise ValueError(f"{index} is incomplete: {error!r}") from None
-    stored: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name in names:
         if not (path / name).is_file():
-            raise FileNotFoundError(f"{path / name} does not exist (weights must be safetensors)")
+            raise FileNotFoundError(
+                f"{path / name} does not exist (only safetensors weights are supported)"
+            )
         try:
-            stored |= safetensors.torch.load_file(path / name)
+            tensors |= safetensors.torch.load_file(path / name)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path / name} is damaged: {error}") from None
-    stored = {name: x for name, x in stored.items() if not name.endswith("rotary_emb.inv_freq")}
-    if model.config.tie_word_embeddings:  # some files hold the head, too
-        stored["lm_head.weight"] = stored.get("model.embed_tokens.weight")
+    # Old checkpoints also contain constants of RoPE, and some a copy of a tied output head.
+    tensors = {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if model.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
     try:
-        model.load_state_dict(stored)
-    except RuntimeError as error:  # missing, left over or misshapen, and which
+        model.load_state_dict(tensors)
+    except RuntimeError as error:  # lists what is missing, unexpected, or has another shape
         raise ValueError(f"{path}: {' '.join(str(error).split())[:500]}") from None
 
 
-def from_hub(path_or_id: str | Path, files: list[str], repo_type: str = "model") -> Path:
-    """A file or folder as it is; a hub id (org/name) as the folder that the hub's files are cached
-    in, with these files. Raises FileNotFoundError where it cannot be had."""
+def local_path(path_or_id: str | Path, files: list[str], repo_type: str = "model") -> Path:
+    """The path of a local file or folder; or, for a hub id (org/name), the folder to which `files`
+    of the repository are downloaded. Raises FileNotFoundError if there is neither, or if the
+    download fails; the message says why, and what to do."""
     if Path(path_or_id).exists():
         return Path(path_or_id)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_id)):
         raise FileNotFoundError(f"{path_or_id}: no such file or folder, nor a hub id (org/name)")
+    page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{path_or_id}"
     try:
-        found = huggingface_hub.snapshot_download(
-            path_or_id, repo_type=repo_type, allow_patterns=files
+        folder = huggingface_hub.snapshot_download(
+            str(path_or_id), repo_type=repo_type, allow_patterns=files
         )
-    except Exception as error:  # of many kinds: offline, no such id, not allowed, a full disk
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"{path_or_id} is not to be had from the hub: {reason}") from None
-    return Path(found)
+    except hub_errors.GatedRepoError:  # a kind of RepositoryNotFoundError
+        raise FileNotFoundError(
+            f"access to {path_or_id} is restricted: accept the terms at {page}, "
+            "then log in with `hf auth login`"
+        ) from None
+    except hub_errors.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{path_or_id}: no such file or folder, and {page} does not exist "
+            "(if it is private, log in with `hf auth login`)"
+        ) from None
+    except hub_errors.LocalEntryNotFoundError as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"{path_or_id}: no such file or folder; it has not been downloaded before, and the "
+            f"hub cannot be reached: {reason}"
+        ) from None
+    except Exception as error:  # there are many, for example a full disk
+        reason = " ".join(str(error).split())[:300]  # in a single line
+        raise FileNotFoundError(
+            f"{path_or_id}: no such file or folder, and the download from the hub failed: {reason}"
+        ) from None
+    return Path(folder)
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object's file. Raises OSError, or ValueError with the path in the message."""
+    """Read a file that contains a JSON object. Raises OSError if it cannot be read, and ValueError
+    if it contains something else; the message includes the path."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} does not contain a JSON object")
     return content
 
 
-def replace_file(path: Path, content: str | dict[str, Tensor], metadata=None) -> None:
-    """Write text, or tensors, under a temporary name, then rename: the old file or the new one.
-    Makes the folder where there is none. Raises OSError, with the path in the message."""
+def replace_file(
+    path: Path, content: str | dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write text or tensors to a file atomically: if this fails, the old file is unchanged.
+
+    Missing folders are created. What an interrupted call has left in the folder is deleted by the
+    next one. Raises OSError with the path in the message.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, dict):
+            # safetensors first writes a file of its own, named .tmp and six characters, which only
+            # its owner may read. So the file gets the mode of one that is created here.
+            for leftover in [temporary, *path.parent.glob(".tmp??????")]:
+                leftover.unlink(missing_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
             safetensors.torch.save_file(content, temporary, metadata or {"format": "pt"})
+            temporary.chmod(mode)
         else:
             temporary.write_text(content, encoding="utf-8")
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # on Windows, fsync needs a file opened for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:  # a full disk, for one
+    except (OSError, safetensors.SafetensorError) as error:  # for example, a full disk
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {error}") from None
 
 
-# -- Tokens and chat templates ---------------------------------------------------------------------
-class Tokenizer:
-    """A checkpoint's tokenizer.json, its chat template, and the ids on which a turn ends."""
+# -- The tokenizer and the chat template -----------------------------------------------------------
+# The date that chat templates get as the current one. If the prompts changed from day to day, a run
+# could not be resumed on the next day, and evaluations of different days could not be compared.
+# Llama's templates use the same date if they are not told the current one.
+TEMPLATE_DATE = datetime(2024, 7, 26)
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, settings: dict, generation: dict):
-        """settings: tokenizer_config.json, with the template; generation: generation_config.json"""
-        self.tokenizer, self.settings, self.generation = tokenizer, settings, generation
-        tokenizer.no_truncation()  # some are saved with the lengths that their training had
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template, and the ids of its stop tokens."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, settings: dict, generation_config: dict):
+        """settings: the contents of tokenizer_config.json, including the chat template.
+
+        Raises ValueError if there is no valid chat template, or no stop token.
+        """
+        self.tokenizer, self.settings = tokenizer, settings
+        self.generation_config = generation_config
+        tokenizer.no_truncation()  # some files were saved with the settings of their training
         tokenizer.no_padding()
-        self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=0)  # beyond: padding
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        environment.globals["raise_exception"] = raise_template_error
-        template = settings.get("chat_template")
-        if not isinstance(template, str):
-            raise ValueError("the tokenizer has no chat template: R3 needs an instruct model")
-        try:
-            self.template = environment.from_string(template)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is no jinja2 template: {error}") from None
-        self.special: dict[str, str] = {}  # what the template may print
+        self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=0)
+        self.templates = compile_templates(settings.get("chat_template"))
+        self.special_tokens: dict[str, str] = {}  # variables of the template
         for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            token = settings.get(name)  # a string, or {"content": string, …}
+            token = settings.get(name)  # a string, or a dict {"content": string, …}
             if token is not None:
-                self.special[name] = token["content"] if isinstance(token, dict) else token
-        ends = generation.get("eos_token_id")
-        ends = [*(ends if isinstance(ends, list) else [ends])]
-        ends.append(tokenizer.token_to_id(self.special.get("eos_token", "")))
-        self.stop_ids: list[int] = list(dict.fromkeys(end for end in ends if end is not None))
+                self.special_tokens[name] = token["content"] if isinstance(token, dict) else token
+        eos_ids = generation_config.get("eos_token_id")  # an id, a list of ids, or None
+        candidates = list(eos_ids) if isinstance(eos_ids, list) else [eos_ids]
+        candidates.append(tokenizer.token_to_id(self.special_tokens.get("eos_token", "")))
+        self.stop_ids: list[int] = [i for i in dict.fromkeys(candidates) if i is not None]
         if not self.stop_ids:
-            raise ValueError("neither generation_config.json nor the tokenizer ends a turn")
+            raise ValueError(
+                "generation_config.json, config.json, and tokenizer_config.json name no stop token"
+            )
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path) -> "Tokenizer":
-        """Load tokenizer.json and its settings from a Hugging Face folder or hub id."""
-        path = from_hub(path_or_id, ["*config.json", "tokenizer.json", "chat_template.jinja"])
+        """Load tokenizer.json and its settings from a Hugging Face folder or hub id. Raises OSError
+        for a missing file, and ValueError for one that is damaged or not supported."""
+        path = local_path(path_or_id, ["*config.json", "tokenizer.json", "*.jinja"])
         settings = read_json(path / "tokenizer_config.json")
-        if (path / "chat_template.jinja").is_file():
-            settings["chat_template"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
-        generation = path / "generation_config.json"
+        default_path = path / "chat_template.jinja"
+        tool_use_path = path / "additional_chat_templates" / "tool_use.jinja"
+        if default_path.is_file():
+            settings["chat_template"] = default_path.read_text(encoding="utf-8")
+            if tool_use_path.is_file():
+                tool_use = tool_use_path.read_text(encoding="utf-8")
+                settings["chat_template"] = [
+                    {"name": "default", "template": settings["chat_template"]},
+                    {"name": "tool_use", "template": tool_use},
+                ]
+        # As in transformers, config.json names the special tokens if there is no generation config.
+        generation_path, config_path = path / "generation_config.json", path / "config.json"
+        generation_config = {}
+        if generation_path.is_file():
+            generation_config = read_json(generation_path)
+        elif config_path.is_file():
+            config, names = read_json(config_path), ("bos_token_id", "eos_token_id", "pad_token_id")
+            generation_config = {name: config[name] for name in names if name in config}
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises the bare class
-            raise ValueError(f"{path / 'tokenizer.json'} is absent or damaged: {error}") from None
-        return cls(tokenizer, settings, read_json(generation) if generation.is_file() else {})
+        except Exception as error:  # tokenizers raises a plain Exception
+            raise ValueError(f"{path / 'tokenizer.json'} is missing or damaged: {error}") from None
+        return cls(tokenizer, settings, generation_config)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and generation_config.json."""
+        """Write tokenizer.json, tokenizer_config.json, and generation_config.json.
+
+        The last one names all stop tokens, so that other programs stop where `generate` does.
+        """
         path = Path(path)
+        generation_config = {**self.generation_config, "eos_token_id": self.stop_ids}
         replace_file(path / "tokenizer.json", self.tokenizer.to_str(pretty=True))
         replace_file(path / "tokenizer_config.json", json.dumps(self.settings, indent=2))
-        replace_file(path / "generation_config.json", json.dumps(self.generation, indent=2))
+        replace_file(path / "generation_config.json", json.dumps(generation_config, indent=2))
 
     def encode(self, text: str) -> list[int]:
-        """Text to token ids, none added."""
+        """Text to token ids, without adding special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Token ids to text, end-of-turn tokens and the like left out."""
+        """Token ids to text, without special tokens such as the end of a turn."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def render(self, messages: list[dict], tools=None, add_generation_prompt=True) -> str:
-        """A chat as the text that the model was trained on, by the checkpoint's own template."""
-        chat = dict(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
+    def render(
+        self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as text, by the chat template, which transformers would render equally
+        on `TEMPLATE_DATE`. Raises ValueError if this fails."""
+        name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
+        variables = dict(messages=messages, tools=tools, **self.special_tokens)
+        variables["add_generation_prompt"] = add_generation_prompt
         try:
-            return self.template.render(chat, **self.special)
-        except Exception as error:  # a template is a program of somebody else's
-            raise ValueError(f"the chat template refuses this conversation: {error}") from None
+            return self.templates[name].render(variables)
+        except Exception as error:  # a template is a program and can raise anything
+            raise ValueError(f"the chat template rejects this conversation: {error}") from None
 
     def prompt(self, messages: list[dict], tools: list | None = None) -> list[int]:
-        """A chat as token ids, up to the assistant's turn; tools in words if need be."""
+        """A conversation as token ids, up to where the assistant's turn begins.
+
+        If the chat template ignores tools, they are described in the last message.
+        """
         text = self.render(messages, tools)
         if tools and text == self.render(messages):
-            text = self.render(tools_in_words(messages, tools))
+            text = self.render(add_tool_descriptions(messages, tools))
         return self.encode(text)
 
-    def next_turn(self, turn: list[int], bridge: list[int]) -> list[int]:
-        """A sampled turn and the `bridge` to the next one. That begins with the template's own end
-        of a turn, also where the turn was cut or ended on another of the stop ids."""
+    def append_bridge(self, turn: list[int], bridge: list[int]) -> list[int]:
+        """A sampled turn, and the bridge to the next one. The bridge begins with a stop token,
+        which replaces the stop token of the turn, or ends a truncated turn."""
         return (turn[:-1] if turn and turn[-1] in self.stop_ids else turn) + bridge
 
     def bridge(self, instruction: str) -> list[int]:
-        """The end of an assistant's turn, a user's turn that says `instruction`, the next opening:
-        the end that two whole prompts, different in the assistant's words, have in common. (A piece
-        of text by itself may tokenise differently.)"""
-        ask, told = {"role": "user", "content": "1"}, {"role": "user", "content": instruction}
-        one = self.prompt([ask, {"role": "assistant", "content": "2"}, told])
-        two = self.prompt([ask, {"role": "assistant", "content": "3"}, told])
-        same = len(os.path.commonprefix([one[::-1], two[::-1]]))
-        after = one[len(one) - same :]
-        end = next((i for i, token in enumerate(after) if token in self.stop_ids), None)
-        if one == two or end is None or self.decode(after[:end]).strip():
-            raise ValueError("the chat template does not end an assistant's turn on an end token")
-        return after[end:]
+        """The tokens between two turns of the assistant: the stop token of the first turn, the
+        user's turn with this instruction, and the beginning of the second turn.
+
+        They are what two conversations have in common after the assistant's answers, 2 and 3:
+
+            <|user|> 1 <|end|> <|assistant|> 2 <|end|> <|user|> Try again. <|end|> <|assistant|>
+            <|user|> 1 <|end|> <|assistant|> 3 <|end|> <|user|> Try again. <|end|> <|assistant|>
+                                               └──────────────── the bridge ──────────────────┘
+
+        (The instruction could be tokenized differently without the text around it.) Raises
+        ValueError if the assistant's turn does not end with a stop token.
+        """
+        question = {"role": "user", "content": "1"}
+        request = {"role": "user", "content": instruction}
+        ids_2, ids_3 = (
+            self.prompt([question, {"role": "assistant", "content": answer}, request])
+            for answer in ("2", "3")
+        )
+        # The length of the common suffix. (commonprefix works on lists, too.)
+        num_common = len(os.path.commonprefix([ids_2[::-1], ids_3[::-1]]))
+        common = ids_2[len(ids_2) - num_common :]
+        start = next((i for i, token in enumerate(common) if token in self.stop_ids), None)
+        is_answer_shown = ids_2 != ids_3
+        # Only whitespace may stand between the answer and the stop token.
+        if not is_answer_shown or start is None or self.decode(common[:start]).strip():
+            raise ValueError("the chat template does not end an assistant's turn with a stop token")
+        return common[start:]
 
 
-def tools_in_words(messages: list[dict], tools: list[dict]) -> list[dict]:
-    """The chat with its tools in the user's last message, where a template shows none."""
-    listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
-    text = (
-        f"You can call these functions:\n{listed}\n\nAnswer with a JSON list of calls and nothing "
-        'else, for example [{"name": "function", "arguments": {"parameter": "value"}}].\n\n'
+def add_tool_descriptions(messages: list[dict], tools: list[dict]) -> list[dict]:
+    """The conversation with a description of the tools at the beginning of its last message."""
+    functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    description = (
+        f"You can call these functions:\n{functions}\n\nAnswer with a JSON list of calls and "
+        "nothing else, for example "
+        '[{"name": "function", "arguments": {"parameter": "value"}}].\n\n'
     )
-    *before, asked = messages
-    return [*before, {**asked, "content": text + asked["content"]}]
+    *earlier, last = messages
+    return [*earlier, {**last, "content": description + last["content"]}]
 
 
-def raise_template_error(message: str):
+def raise_template_error(message: str) -> None:
+    """What chat templates call as raise_exception."""
     raise jinja2.TemplateError(message)
 
 
-# -- A tiny model from a list of words -------------------------------------------------------------
+class GenerationTag(jinja2.ext.Extension):
+    """The blocks {% generation %} … {% endgeneration %} of chat templates, which mark the answers
+    of the assistant. Their contents are rendered as if the tags were not there."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line_number = next(parser.stream).lineno  # skips the name of the tag
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line_number)
+
+
+def compile_templates(chat_template: str | list[dict] | None) -> dict[str, jinja2.Template]:
+    """The chat template by the name "default", and the one for tools, if any, as "tool_use".
+
+    chat_template: a template, or a list of {"name": …, "template": …}. Raises ValueError if there
+    is no default template, or one of the two is not valid.
+    """
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", GenerationTag],
+    )  # fmt: skip
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = raise_template_error
+    environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
+    if isinstance(chat_template, str):
+        chat_template = [{"name": "default", "template": chat_template}]
+    try:
+        templates = {
+            entry["name"]: environment.from_string(entry["template"])
+            for entry in chat_template or []
+            if entry["name"] in ("default", "tool_use")
+        }
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template is not a valid jinja2 template: {error}") from None
+    except (KeyError, TypeError):  # neither a text nor a list of named templates
+        templates = {}
+    if "default" not in templates:
+        raise ValueError(
+            "the tokenizer has no chat template: use an instruct model "
+            "(if there are several templates, one of them has to be named default)"
+        )
+    return templates
+
+
+# -- A tiny model ----------------------------------------------------------------------------------
 TINY_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|> {{ message.content }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -1044,38 +1164,43 @@ TINY_TEMPLATE = (
 def tiny_model(
     words: list[str], seed: int = 0, context_length: int = 512
 ) -> tuple[Model, Tokenizer]:
-    """A Llama of 0.3 million random weights, and a tokenizer that knows `words` and no others. The
-    embeddings of numbers start as a random projection of sin and cos of the number at several
-    periods: near numbers begin near each other, and sums are learnt in fewer steps."""
+    """A Llama with about 300,000 random weights, and a tokenizer for `words` separated by spaces.
+
+    The tokenizer raises an exception for any other word. The embeddings of numbers are a random
+    projection of sines and cosines of the number, so that nearby numbers have similar embeddings.
+    With these, the model learns to add in fewer steps.
+    """
     special = ["<|end|>", "<|user|>", "<|assistant|>"]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(special + words))}
+    # The unknown token is not in the vocabulary, which makes unknown words an error.
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(special)
     settings = dict(
         tokenizer_class="PreTrainedTokenizerFast", chat_template=TINY_TEMPLATE,
-        eos_token=special[0], pad_token=special[0], model_max_length=context_length, tiny=True,
+        eos_token=special[0], pad_token=special[0], model_max_length=context_length,
+        tiny=True,  # marks a saved folder as a tiny model
     )  # fmt: skip
     config = dict(
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=len(vocabulary),
         hidden_size=96, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=24, hidden_act="silu",
-        max_position_embeddings=context_length,
-        rms_norm_eps=1e-6, rope_theta=10_000.0, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        max_position_embeddings=context_length, rms_norm_eps=1e-6, rope_theta=10_000.0,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     model = Model(config)
     rng = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=rng)
-    numbers = {int(word): i for word, i in vocabulary.items() if word.isdigit()}
+    ids_of_numbers = {int(word): i for word, i in vocabulary.items() if word.isdigit()}
+    # These periods distinguish the numbers up to 200.
     periods = torch.logspace(math.log10(2), math.log10(400), 24)
-    angles = torch.tensor(list(numbers))[:, None] * 2 * math.pi / periods  # (numbers, 24)
+    angles = torch.tensor(list(ids_of_numbers))[:, None] * 2 * math.pi / periods  # (numbers, 24)
     features = torch.cat([angles.sin(), angles.cos()], dim=1)  # (numbers, 48)
     projection = torch.randn(features.shape[1], config["hidden_size"], generator=rng)
-    rows = features @ projection / features.norm(dim=1, keepdim=True)
+    embeddings = features @ projection / features.norm(dim=1, keepdim=True)
     with torch.no_grad():
-        rows *= config["hidden_size"] ** -0.5
-        model.model.embed_tokens.weight[list(numbers.values())] = rows
+        embeddings *= config["hidden_size"] ** -0.5  # the standard deviation of the others
+        model.model.embed_tokens.weight[list(ids_of_numbers.values())] = embeddings
     return model, Tokenizer(tokenizer, settings, {"eos_token_id": [0], "pad_token_id": 0})

@@ -4,8 +4,8 @@
     python r3.py failures   collect a dataset of failures, for train --failures
     python r3.py eval       measure the accuracy on the first try and within two tries
     python r3.py play       type a problem, and watch a model attempt it, reflect and retry
-    python r3.py show       read what was sampled, rewarded and trained
-    python r3.py plot       draw the curves of one run or of several
+    python r3.py show       print sampled reflections with their rewards, and the retries
+    python r3.py plot       plot the curves of one or more runs
 
 The method itself is in grpo.py. This file contains, in this order: the settings, the cold start
 that makes the tiny model, the search for failures and the evaluation, the tables, the commands, and
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import grpo
 from grpo import Agent, Conversation, append_jsonl, attempt_all, longest_first, next_batch, rollout
-from model import Model, Tokenizer, from_hub, read_json, replace_file, tiny_model
+from model import Model, Tokenizer, local_path, read_json, replace_file, tiny_model
 from tasks import TASKS, TinyCountdown
 
 RUNS = Path("runs")
@@ -56,18 +56,22 @@ class Config(grpo.TrainConfig):
     task: Annotated[str, "the task to solve"] = "countdown"
     data: Annotated[str | None, "problems: a JSON, JSONL or parquet file, or a hub id"] = None
     name: Annotated[str | None, "name of the run's folder in runs/"] = None
-    seed: Annotated[int, "seed of all random numbers"] = 0
+    seed: Annotated[int, "random seed"] = 0
     device: Annotated[str, "cpu, cuda or mps"] = "cpu"
     dtype: Annotated[Literal["float32", "bfloat16"], "data type of the model's weights"] = "float32"
     temperature: Annotated[float, "sampling temperature; 0 means greedy decoding"] = 1.0
     max_new_tokens: Annotated[int, "maximum number of tokens in a turn"] = 512
-    cache_tokens: Annotated[int | None, "maximum number of tokens in the KV cache"] = None
+    cache_tokens: Annotated[
+        int | None, "size of the KV cache in tokens; None: what fits on a GPU, else 65,536"
+    ] = None
     split: Annotated[Literal["dev", "test", "train", "all"], "problems to evaluate on"] = "dev"
     limit: Annotated[int | None, "maximum number of problems to evaluate on"] = None
     num_samples: Annotated[int, "number of attempts at each problem in the evaluation"] = 1
     num_problems: Annotated[int | None, "maximum number of problems in the failure search"] = None
-    max_attempts: Annotated[int, "maximum number of attempts at each of them"] = 64
-    failures: Annotated[str | None, "train on this failures.jsonl instead of a new search"] = None
+    max_attempts: Annotated[int, "maximum number of attempts per problem in the failure search"] = (
+        64
+    )
+    failures: Annotated[str | None, "failures.jsonl to train on, instead of a new search"] = None
 
     def __post_init__(self):
         if self.temperature == 0:
@@ -106,13 +110,13 @@ class Setting(NamedTuple):
             raise ValueError(f"{flag} {value}: must be {bound}")
 
 
-LOWEST = {  # 0 for every other number
+LOWEST = {  # the lowest allowed values; 0 for numeric settings that are not listed
     **dict.fromkeys(("steps", "batch_size", "updates", "save_every", "max_new_tokens"), 1),
     **dict.fromkeys(("cache_tokens", "num_samples", "num_problems", "max_attempts"), 1),
-    **dict.fromkeys(("group_size", "limit"), 2),  # a group, and an interval, need two values
+    **dict.fromkeys(("group_size", "limit"), 2),  # so that there is a deviation
     "max_grad_norm": 1e-9,
 }
-HIGHEST = {"warmup": 1}  # the largest finite number for every other one
+HIGHEST = {"warmup": 1}  # settings that are not listed may have any finite value
 
 
 def read_setting(name: str, annotation: Any) -> Setting:
@@ -131,8 +135,8 @@ SETTINGS = {
     for name, annotation in typing.get_type_hints(Config, include_extras=True).items()
 }
 
-# TINY has the defaults for the tiny model, PAPER those for a pretrained model: the paper's values
-# where it states them. It does not state the group size and the maximum number of tokens in a turn.
+# TINY has the defaults for the tiny model. PAPER has those for pretrained models, and uses the
+# paper's values where it gives them. It does not give the group size and the maximum turn length.
 TINY = Config(
     steps=18, batch_size=32, lr=3e-4, save_every=1, num_samples=4, max_attempts=4,
     max_new_tokens=134, cache_tokens=131_072,
@@ -149,7 +153,7 @@ COLD_START = {
     "version": 1,  # of the dialogues: increase it if their texts change
     "steps": 2_800,
     "batch_size": 16,  # dialogues per step
-    "full_search_fraction": 0.7,  # of the steps: there, every reflection searches until it succeeds
+    "full_search_fraction": 0.7,  # the first steps: reflections search until they succeed
     "lr": 4e-3,
     "betas": [0.9, 0.99],
 }
@@ -178,7 +182,9 @@ def make_tiny_model(task: TinyCountdown, seed: int) -> Path:
                 rng = random.Random(f"cold {seed} {step}")
                 chunk = dialogue_batches(task, tokenizer, problems, rng, full_search)
             ids, mask = chunk[step % STEPS_PER_CHUNK]  # (B, T) both
-            hidden = model.hidden(ids)[:, :-1][mask[:, 1:]]  # (N, E): what predicts a trained token
+            hidden = model.hidden(ids)[:, :-1][
+                mask[:, 1:]
+            ]  # (N, E), the predictors of trained tokens
             loss = F.cross_entropy(model.head(hidden), ids[:, 1:][mask[:, 1:]])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -206,8 +212,8 @@ def dialogue_batches(
         problem, turns = task.cold_start_dialogue(problems, rng, full_search)
         ids, mask = tokenizer.prompt(*task.messages(problem)), []
         for i, turn in enumerate(turns):
-            if i > 0:  # Before it, the user says "reflect" or "try again".
-                ids = tokenizer.next_turn(ids, (reflect, retry)[i - 1])
+            if i > 0:  # The user's instruction comes before each later turn.
+                ids = tokenizer.append_bridge(ids, (reflect, retry)[i - 1])
             mask += [False] * (len(ids) - len(mask))
             trained = tokenizer.encode(turn) + tokenizer.stop_ids[:1]
             ids += trained
@@ -241,7 +247,9 @@ def find_failures(
     remaining = remaining[searched:]
     with tqdm(total=len(problems), initial=searched, desc="failures") as bar:
         while remaining:
-            batch = next_batch(agent, remaining, 1, turns=1)  # what is saved at a time
+            batch = next_batch(
+                agent, remaining, num_samples=1, turns=1
+            )  # one batch is saved at a time
             remaining = remaining[len(batch) :]
             for attempt_index in range(max_attempts):
                 without_failure = [problem for problem in batch if problem.id not in found]
@@ -264,7 +272,7 @@ def evaluate(
     """Attempt every problem `num_samples` times; reflect once on each failure, and retry once.
 
     With a path, the conversations are written to this file, or read from it if it holds exactly
-    these problems and attempts by the model as it is after `trained_steps` steps. The result is
+    these problems and attempts by the model after `trained_steps` training steps. The result is
     sorted by problem and attempt."""
     if path and path.exists():
         conversations = load_conversations(path, agent)
@@ -319,25 +327,25 @@ def load_conversations(path: Path, agent: Agent) -> list[Conversation]:
         except KeyError as error:
             reason = f"{error} is missing; an older version or another task may have written it"
             raise ValueError(f"{path}, line {line_number}: {reason}") from None
-        except Exception as error:  # Anything may be in a file that a user names.
+        except Exception as error:  # A file that a user names may contain anything.
             reason = f"it does not fit this run: {error}"
             raise ValueError(f"{path}, line {line_number}: {reason}") from None
     return conversations
 
 
 def usable_failures(path: Path, agent: Agent, problems: list) -> list[Conversation]:
-    """The failures in another run's file that can be trained on here. Failures on the problems that
-    this run evaluates, and those that would outgrow the model's context, are dropped; the count of
-    both is printed. If two failures have the same ids, because files of several runs were joined,
-    the second one gets a new id."""
+    """The failures in another run's file that can be trained on here. Failures on the problems
+    that this run evaluates, and those that would outgrow the model's context, are dropped, and
+    the number of each is printed. If two failures have the same identity, because files of
+    several runs were joined, the problem of the second one gets a new id."""
     failures = [c for c in load_conversations(path, agent) if not c.attempt_verdict.correct]
     evaluated = {agent.task.problem_key(problem) for problem in problems}
     unseen = [c for c in failures if agent.task.problem_key(c.problem) not in evaluated]
-    longest = longest_prompt(agent, turns=grpo.MAX_TURNS - 1)
+    longest = longest_prompt(agent, turns=grpo.MAX_TURNS - 1)  # the attempt was made already
     fitting = [c for c in unseen if len(c.attempt.prompt) + len(c.attempt.tokens) <= longest]
     if len(fitting) < len(failures):
         print(
-            f"{plural(len(failures) - len(unseen), 'failure')} on evaluated problems dropped, and "
+            f"Dropped {plural(len(failures) - len(unseen), 'failure')} on evaluated problems, and "
             f"{len(unseen) - len(fitting)} that might not fit into the model's context"
         )
     usable: dict[tuple[int, int], Conversation] = {}
@@ -383,7 +391,7 @@ def accuracy(by_model: dict[str, list[Conversation]]) -> dict[str, dict[str, lis
             row = mean_with_interval(values, conversations)
             rows[name][label] = np.clip(row, 0, 1).tolist()
     if len(by_model) == 2:
-        for label, (before, after) in correct.items():
+        for label, (before, after) in correct.items():  # in the same order
             rows["gain"][label] = mean_with_interval(after - before, conversations)
     return rows
 
@@ -441,7 +449,9 @@ def load_agent(config: Config, training: bool = False) -> Agent:
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {config.device} is not available here") from None
     if is_tiny(config.model) and (config.data or config.task != "countdown"):
-        raise ValueError("the tiny model only knows its own Countdown; for other tasks use --model")
+        raise ValueError(
+            "the tiny model supports only its own Countdown; for other tasks use --model"
+        )
     task = TinyCountdown() if is_tiny(config.model) else TASKS[config.task]()
     path = make_tiny_model(task, config.seed) if config.model == "tiny" else config.model
     dtype = getattr(torch, config.dtype)
@@ -463,7 +473,7 @@ def load_agent(config: Config, training: bool = False) -> Agent:
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, but its model has "
             f"embeddings for {model.vocab_size}"
         )
-    model.vocab_size = tokenizer.vocab_size  # what lies beyond is padding
+    model.vocab_size = tokenizer.vocab_size  # Extra embeddings are padding.
     return Agent(
         model, tokenizer, task, max_new_tokens=config.max_new_tokens, seed=config.seed,
         temperature=config.temperature, cache_tokens=cache_tokens,
@@ -472,7 +482,7 @@ def load_agent(config: Config, training: bool = False) -> Agent:
 
 def memory_needed(config: Config, model: Model, training: bool) -> tuple[dict[str, float], float]:
     """Estimate the memory on the device, in bytes: what is needed for each purpose, and how much
-    each token in the KV cache takes. model: it may be on the device "meta"."""
+    each token in the KV cache takes. The model may be on the "meta" device."""
     weight_bytes = getattr(torch, config.dtype).itemsize
     parameters = sum(p.numel() for p in model.parameters())
     needed: dict[str, float] = {"weights": parameters * weight_bytes}
@@ -480,14 +490,15 @@ def memory_needed(config: Config, model: Model, training: bool) -> tuple[dict[st
         if config.beta:
             needed["reference model"] = parameters * weight_bytes
         gradient, moments = weight_bytes, 4 + 4
-        master_and_its_gradient = 4 + 4 if config.dtype == "bfloat16" else 0
-        bytes_each = gradient + moments + master_and_its_gradient
+        master_weight_and_gradient = 4 + 4 if config.dtype == "bfloat16" else 0
+        bytes_each = gradient + moments + master_weight_and_gradient
         if config.offload:  # The rest is in CPU memory.
             bytes_each = gradient
-        needed["gradients, masters and moments"] = parameters * bytes_each
+        needed["gradients, master weights, moments"] = parameters * bytes_each
         # A group is one packed sequence: G reflections, and a context of about two turns. Each
         # layer keeps about 13 vectors of the hidden size and 4 of the MLP's for every token. With
-        # --checkpointing, one layer at a time does so; the inputs of all layers count as another.
+        # --checkpointing, only one layer at a time does so, and the saved inputs of all layers are
+        # counted as one extra layer.
         tokens = (config.group_size + 2) * config.max_new_tokens
         layers = 2 if config.checkpointing else model.config.num_hidden_layers
         vectors = 13 * model.config.hidden_size + 4 * model.config.intermediate_size
@@ -503,7 +514,7 @@ def load_problems(config: Config, agent: Agent, split: str, limit: int | None) -
     context are dropped, and counted in a printed line."""
     data = config.data or agent.task.hub_id
     if data:
-        data = from_hub(data, ["*.json", "*.jsonl", "*.parquet"], "dataset")
+        data = local_path(data, ["*.json", "*.jsonl", "*.parquet"], "dataset")
     problems = agent.task.load(data, split, limit, config.seed)
     longest = longest_prompt(agent, turns=grpo.MAX_TURNS)
     fitting = [problem for problem in problems if len(agent.attempt_prompt(problem)) <= longest]
@@ -511,13 +522,13 @@ def load_problems(config: Config, agent: Agent, split: str, limit: int | None) -
         raise ValueError("no problem fits into the model's context; use a lower --max-new-tokens")
     if len(fitting) < len(problems):
         dropped = plural(len(problems) - len(fitting), "problem")
-        print(f"{dropped} dropped that might not fit into the model's context")
+        print(f"Dropped {dropped} that might not fit into the model's context")
     return fitting
 
 
 def longest_prompt(agent: Agent, turns: int) -> int:
-    """The length of the longest prompt that leaves room for `turns` more turns in the model's
-    context, in tokens."""
+    """The length, in tokens, of the longest prompt that leaves room for `turns` more turns in the
+    model's context."""
     instructions = agent.task.reflection_instruction, agent.task.retry_instruction
     bridges = sum(len(agent.tokenizer.bridge(text)) for text in instructions)
     return agent.model.context_length - turns * agent.max_new_tokens - bridges
@@ -533,45 +544,47 @@ def train_command(config: Config, folder: Path) -> None:
     whole experiment with a tiny model made from scratch."""
     start_time = time.time()
     if config.temperature == 0:
-        raise ValueError("--temperature 0 makes all reflections equal: nothing could be compared")
+        raise ValueError(
+            "--temperature 0 makes the reflections of a group equal: nothing to compare"
+        )
     path = folder / "failures.jsonl"
     if config.failures and not path.exists() and not Path(config.failures).is_file():
         raise FileNotFoundError(f"--failures {config.failures}: there is no such file")
     vanilla = load_agent(config, training=True)
     problems = load_problems(config, vanilla, config.split, config.limit)
     if not config.failures:
-        searched_problems = load_problems(config, vanilla, "train", config.num_problems)
+        problems_to_search = load_problems(config, vanilla, "train", config.num_problems)
         write_config(folder, "train", config)
-        failures = find_failures(vanilla, searched_problems, config.max_attempts, path)
+        failures = find_failures(vanilla, problems_to_search, config.max_attempts, path)
     elif path.exists():  # This run is resumed: it has its own copy.
         failures = load_conversations(path, vanilla)
     else:
         failures = usable_failures(Path(config.failures), vanilla, problems)
         write_config(folder, "train", config)
-    write_conversations(path, failures, vanilla)
+    write_conversations(path, failures, vanilla)  # in the order in which training uses them
     if not failures:
         raise ValueError("there are no failures to learn from")
     before = evaluate(vanilla, problems, config.num_samples, "vanilla", folder / "vanilla.jsonl")
 
-    trained, reference = vanilla, None  # With --beta 0, the vanilla model is trained in place.
+    policy, reference = vanilla, None  # With --beta 0, the vanilla model is trained in place.
     if config.beta:
-        trained = replace(vanilla, model=copy.deepcopy(vanilla.model))
+        policy = replace(vanilla, model=copy.deepcopy(vanilla.model))
         reference = vanilla.model
     with tqdm(total=config.steps, desc="R3") as bar:
-        for step, metrics in grpo.train(trained, reference, failures, config, folder):
+        for step, metrics in grpo.train(policy, reference, failures, config, folder):
             if step % max(1, config.steps // 4) == 0 or step == config.steps:
                 subset = problems[:CURVE_PROBLEMS]
-                current = evaluate(trained, subset, CURVE_SAMPLES, f"step {step}")
-                metrics.update(accuracy({"trained": current})["trained"])
+                current = evaluate(policy, subset, CURVE_SAMPLES, f"step {step}")
+                metrics.update(accuracy({"trained": current})["trained"])  # grpo.train logs them
             seconds = time.time() - start_time
             append_jsonl(folder / "timings.jsonl", {"step": step, "seconds": seconds})
             bar.set_postfix_str(f"reward {metrics.get('reward', 0):.2f}")
             bar.update(step - bar.n)
-    trained.model.save_pretrained(folder / "model")
-    trained.tokenizer.save_pretrained(folder / "model")
+    policy.model.save_pretrained(folder / "model")
+    policy.tokenizer.save_pretrained(folder / "model")
 
     path = folder / "trained.jsonl"
-    after = evaluate(trained, problems, config.num_samples, "trained", path, config.steps)
+    after = evaluate(policy, problems, config.num_samples, "trained", path, config.steps)
     report(config, folder, {"vanilla": before, "trained": after})
     plot_command([folder])
     print(f"This took {(time.time() - start_time) / 60:.1f} minutes. The results are in {folder}/")
@@ -583,7 +596,7 @@ def failures_command(config: Config, folder: Path) -> None:
     problems = load_problems(config, agent, "train", config.num_problems)
     write_config(folder, "failures", config)
     failures = find_failures(agent, problems, config.max_attempts, path)
-    print(f"Found failures on {len(failures)} of {plural(len(problems), 'problem')}, in {path}")
+    print(f"Found failures on {len(failures)} of {plural(len(problems), 'problem')}: see {path}")
 
 
 def eval_command(config: Config, folder: Path) -> None:
@@ -598,7 +611,7 @@ def eval_command(config: Config, folder: Path) -> None:
 
 
 def report(config: Config, folder: Path, by_model: dict[str, list[Conversation]]) -> None:
-    """Write report.json and print its tables: the accuracy, and how often the verifier gave which
+    """Write report.json and print its tables: the accuracy, and how often the verifier gave each
     reason."""
     problems = {c.problem.id for conversations in by_model.values() for c in conversations}
     samples = plural(config.num_samples, "sample")
@@ -624,7 +637,7 @@ def play_command(config: Config) -> None:
     print(f"of the {config.split} split, such as 7. An empty line quits.")
     while line := input("> ").strip():
         count += 1
-        rng_key = (grpo.PLAY, count)  # A repeated problem gets new random numbers.
+        rng_prefix = (grpo.PLAY, count)  # A repeated problem gets new random numbers.
         try:
             if line.isdecimal():
                 problems = problems or load_problems(config, agent, config.split, None)
@@ -633,7 +646,7 @@ def play_command(config: Config) -> None:
                 problem = problems[int(line)]
             else:
                 problem = agent.task.parse_input(line)
-            [conversation] = attempt_all(agent, [problem], 1, rng_key)
+            [conversation] = attempt_all(agent, [problem], 1, rng_prefix)
         except (ValueError, OSError) as error:
             print(f"  {error}")
             continue
@@ -645,7 +658,7 @@ def play_command(config: Config) -> None:
         reason = conversation.attempt_verdict.reason
         print_turn("attempt", f"{decode(conversation.attempt.tokens)}   <- {reason}")
         if not conversation.attempt_verdict.correct:
-            [[conversation]] = rollout(agent, [conversation], 1, rng_key)
+            [[conversation]] = rollout(agent, [conversation], 1, rng_prefix)
             reason = conversation.retry_verdict.reason
             print_turn("reflection", decode(conversation.reflection.tokens))
             print_turn("retry", f"{decode(conversation.retry.tokens)}   <- {reason}")
@@ -660,16 +673,18 @@ def show_command(folder: Path | None, step: int | None, limit: int) -> None:
     if not path.is_file():
         path = folder / "conversations.jsonl"  # written by eval
     groups: dict[str, list[dict]] = defaultdict(list)
-    shown_step = step
+    selected_step = step
     for record in read_jsonl(path, "reflection_index", "context", "attempt_verdict"):
-        if step is None and record.get("step") != shown_step:  # Keep only the last step.
+        if (
+            step is None and record.get("step") != selected_step
+        ):  # Without --step, keep the last one.
             groups.clear()
-            shown_step = record.get("step")
-        if record.get("step") == shown_step:
+            selected_step = record.get("step")
+        if record.get("step") == selected_step:
             groups[record["context"]].append(record)
     if not groups:
         raise ValueError(f"{path} has no step {step}")
-    at_step = "" if shown_step is None else f", step {shown_step}"
+    at_step = "" if selected_step is None else f", step {selected_step}"
     print(f"{path}{at_step}: {plural(len(groups), 'group')}\n")
     mixed = [group for group in groups.values() if any(r.get("advantage") for r in group)]
     others = [group for group in groups.values() if group not in mixed]
@@ -724,7 +739,7 @@ PANELS = {  # the metrics that are plotted, with the titles of their panels
 
 
 def plot_command(folders: list[Path]) -> None:
-    """Draw the curves of a training run to curves.png, or those of several runs for comparison."""
+    """Plot the curves of a training run to curves.png, or those of several runs for comparison."""
     from matplotlib.figure import Figure  # imported here because few commands need it
 
     folders = folders or [newest_file("*/samples.jsonl").parent]
@@ -741,6 +756,7 @@ def plot_command(folders: list[Path]) -> None:
         axis.remove()
     for axis, name in zip(axes, panels, strict=False):
         for run, records in runs.items():
+            # A point is (step, value) or (step, mean, low, high).
             points = [(r["step"], *np.ravel(r[name])) for r in records if name in r]
             if points:
                 x, y, *bounds = np.array(points).T  # bounds: low and high, if there is an interval
@@ -773,8 +789,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
             leftover.unlink()
         yield
     finally:
-        started = any(path.name != ".lock" for path in folder.iterdir())
-        if not started:
+        has_files = any(path.name != ".lock" for path in folder.iterdir())
+        if not has_files:
             with suppress(OSError):  # Windows does not delete an open file.
                 (folder / ".lock").unlink()
                 folder.rmdir()
@@ -783,11 +799,11 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def new_folder(command: str, config: Config) -> Path:
-    """The folder of a new run: --name, or a name made from the time, which no other run has."""
+    """The folder of a new run: --name, or else a unique name that is made from the time."""
     if config.name:
         return RUNS / config.name
-    started = time.strftime("%Y%m%d-%H%M%S")
-    folder = RUNS / f"{command}-{config.task}-{started}"
+    timestamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = RUNS / f"{command}-{config.task}-{timestamp}"
     number = 1
     while True:
         try:
@@ -795,14 +811,14 @@ def new_folder(command: str, config: Config) -> Path:
             return folder
         except FileExistsError:  # Another run started in the same second.
             number += 1
-            folder = RUNS / f"{command}-{config.task}-{started}-{number}"
+            folder = RUNS / f"{command}-{config.task}-{timestamp}-{number}"
 
 
 def newest_file(pattern: str) -> Path:
     """The newest file in runs/ that matches a pattern. Raises FileNotFoundError if none does."""
     path = max(RUNS.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
     if path is None:
-        raise FileNotFoundError(f"there is no run in {RUNS}/ yet; {program()} train makes one")
+        raise FileNotFoundError(f"there is no run in {RUNS}/ yet; to make one: {program()} train")
     return path
 
 
@@ -813,9 +829,9 @@ def write_config(folder: Path, command: str, config: Config) -> None:
 
 
 def load_config(folder: Path, command: str) -> Config:
-    """The settings of the run in a folder. A setting that its config.json lacks, because it is
-    newer than the run, has its default. Raises ValueError if the run belongs to another command, or
-    has settings that are not known here."""
+    """The settings of the run in a folder. Settings that were added since the run was made, and are
+    missing from its config.json, have their defaults. Raises ValueError if the run belongs to
+    another command, or has settings that are unknown to this version."""
     path = folder / "config.json"
     record = read_json(path)
     record.pop("torch", None)
@@ -825,21 +841,21 @@ def load_config(folder: Path, command: str) -> Config:
     if unknown:
         names = ", ".join(sorted(unknown))
         raise ValueError(f"{path} has settings of another version of this code: {names}")
-    Config(**record)  # raises ValueError if a setting cannot have its value
+    Config(**record)  # Validate first: default_config needs a valid --model.
     config = replace(default_config(record.get("model", "tiny")), **record)
     metrics, checkpoint = folder / "metrics.jsonl", folder / "checkpoint.safetensors"
     if command == "train" and metrics.exists() and not checkpoint.exists():
         steps = [line["step"] for line in read_jsonl(metrics, "step")]
-        if steps and steps[-1] > config.save_every:
+        if steps and steps[-1] > config.save_every:  # There must have been a checkpoint.
             raise ValueError(
-                f"{checkpoint} is missing, so the run cannot be resumed; a new run from its "
-                f"failures: {program()} train --failures {folder / 'failures.jsonl'}"
+                f"{checkpoint} is missing, so the run cannot be resumed; to start a new run from "
+                f"its failures: {program()} train --failures {folder / 'failures.jsonl'}"
             )
     return config
 
 
 def is_tiny(model: str) -> bool:
-    """Whether --model is the tiny model, or the folder of a trained one."""
+    """Whether --model is "tiny", or the folder of a trained tiny model."""
     if model == "tiny":
         return True
     settings = Path(model) / "tokenizer_config.json"
@@ -879,7 +895,7 @@ FLAG_GROUPS = {  # title in --help: the commands that have these flags, and thei
 
 
 def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
-    """Add the flags of a command, in groups. They have no defaults: these are in Config."""
+    """Add the flags of a command, in groups. Their defaults are in TINY and PAPER, not here."""
     for title, (commands, names) in FLAG_GROUPS.items():
         if command not in commands.split():
             continue
@@ -927,7 +943,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command. An error that a user can fix is reported in one line."""
     flags = read_command_line(argv)
     command, resume, folder = flags.pop("command"), flags.pop("resume", None), None
-    name = Path(program().split()[1]).name
+    script = Path(program().split()[1]).name
     try:
         if command in ("show", "plot"):
             return COMMANDS[command](**flags)
@@ -952,13 +968,14 @@ def main(argv: list[str] | None = None) -> None:
             return print()
         begun = folder and (folder / "config.json").exists() and command in RESUMABLE
         hint = f"; to resume: {program()} {command} --resume {folder}" if begun else ""
-        sys.exit(f"\n{name}: interrupted{hint}")
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
+        sys.exit(f"\n{script}: interrupted{hint}")
+    except BrokenPipeError:  # `head`, for example, has closed the pipe
+        # Discard the rest, so that Python's flush at exit does not fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError) as error:
-        sys.exit(f"{name}: {error}")
+        sys.exit(f"{script}: {error}")
     except torch.OutOfMemoryError:
-        sys.exit(f"{name}: out of GPU memory; try a lower --cache-tokens, or --checkpointing")
+        sys.exit(f"{script}: out of GPU memory; try a lower --cache-tokens, or --checkpointing")
 
 
 if __name__ == "__main__":

@@ -7,35 +7,39 @@ A task is a subclass of `Task`. It must define:
     messages(problem)                 the question as chat messages, and tools (or None)
     verify(problem, completion)       a Verdict: whether the model's answer is correct, and why
 
-`Task` provides the rest, and a subclass may override it. README shows a complete task. This file
-has Countdown, APIGen (function calling) and, for a tiny model trained from scratch, TinyCountdown.
+`Task` provides the rest, and a subclass may override it. The README shows a complete task. This
+file has Countdown, APIGen (function calling) and, for a tiny model made from scratch,
+TinyCountdown.
 
 Make the verifier strict. If it accepts some wrong answers, the policy will learn to produce them.
 In particular, never pass a model's text to `eval`: Countdown has its own parser for arithmetic,
 and APIGen compares strictly decoded JSON.
 """
 
+import ast
+import inspect
 import itertools
 import json
 import math
 import operator
 import random
 import re
+import warnings
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-# An answer that exceeds one of these limits is "malformed". They bound the time of a verifier.
+# An answer that exceeds one of these limits is "malformed". The limits keep verification fast.
 MAX_EXPRESSION_CHARS = 1_000
 MAX_EXPRESSION_DEPTH = 100  # nested parentheses and minus signs
 MAX_CALLS_CHARS = 20_000  # length of a text that may contain function calls
 MAX_NUMBER_CHARS = 100  # length of a number in JSON
 
 # Percent of the problems in each split. "cold" is for the cold start, the supervised training that
-# teaches a tiny model the game before RL. Pretrained models need none, so the split "train" of a
-# data file includes the problems of "cold".
+# teaches a tiny model the game before RL. Pretrained models need none, so for data files, "train"
+# also includes the "cold" problems.
 SPLITS = {"cold": 55, "train": 16, "dev": 13, "test": 16}
 FILE_SPLITS = {"train": {"cold", "train"}, "dev": {"dev"}, "test": {"test"}, "all": {*SPLITS}}
 REFLECTION_TEMPLATE = (  # the paper's prompt, quoted from memory
@@ -46,7 +50,7 @@ REFLECTION_TEMPLATE = (  # the paper's prompt, quoted from memory
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verifier's judgment. The reason is a short label that can be counted: "wrong_value"."""
+    """A verifier's judgment. The reason is a short label for tallying, such as "wrong_value"."""
 
     correct: bool
     reason: str
@@ -62,11 +66,11 @@ class Task:
     """Base class of all tasks: default prompts, problems from files, and splits."""
 
     Problem: type  # the dataclass of a problem
-    name = "task"  # part of the random seed that determines the order of the problems
+    shuffle_key = "task"  # mixed into the seed for the order of problems; tasks may share it
     hub_id: str | None = None  # Hugging Face dataset to use if the task draws no problems itself
     reflection_instruction = REFLECTION_TEMPLATE.format("performing the task, but failed")
     retry_instruction = "Now try again."
-    input_format = "the number of a problem, such as 7"  # what a user may type, see `parse_input`
+    input_format = "the number of a problem, such as 7"  # what a user of `play` may type
 
     def load(
         self, path: str | None = None, split: str = "train", limit: int | None = None, seed: int = 0
@@ -81,7 +85,7 @@ class Task:
         splits = SPLITS if path is None else FILE_SPLITS
         if split not in splits:
             raise ValueError(f"there is no split {split!r}: choose one of {', '.join(splits)}")
-        rng = random.Random(f"{self.name} {split} {seed}")
+        rng = random.Random(f"{self.shuffle_key} {split} {seed}")
         if path is None:
             return self.draw_problems(split, limit, rng)
         problems = [
@@ -94,32 +98,38 @@ class Task:
         return rng.sample(problems, len(problems))[:limit]
 
     def draw_problems(self, split: str, limit: int | None, rng: random.Random) -> list:
-        """Draw random problems of a split, with the ids 0, 1, 2, …: at most `limit`, or any number
-        if it is None. No problem may be in two splits. Raises ValueError in a task whose problems
-        come from data files only."""
-        raise ValueError(f"the task {self.name} needs a file of problems: pass it with --data")
+        """Draw random problems of a split, with the ids 0, 1, 2, …: at most `limit` of them or, if
+        it is None, as many as the task likes. No problem may be in two splits. Raises ValueError in
+        a task whose problems come from data files only."""
+        raise ValueError("the problems of this task come from a file: pass it with --data")
 
     def read(self, path: Path) -> list:
-        """Read all problems of a data file or folder. Their ids are 0, 1, 2, … Raises ValueError,
-        with the file and the number of the record, if a record is invalid."""
+        """Read all problems of a data file or folder. Their ids are 0, 1, 2, … Raises ValueError if
+        a record is invalid. The message gives the file and the record or (in JSONL) line number."""
         suffixes = (".json", ".jsonl", ".parquet")
         files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
         problems = []
         for file in files or [path]:
-            for record_number, record in enumerate(read_records(file), 1):
+            for location, record in read_records(file):
                 try:
-                    if isinstance(record, str):
+                    if isinstance(record, str):  # a line of JSONL
                         record = STRICT_JSON.decode(record)
                     problems.append(self.parse_record({**record, "id": len(problems)}))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                    reason = f"{type(error).__name__}: {error}"
-                    raise ValueError(f"{file}, record {record_number}: {reason}") from None
+                except KeyError as error:
+                    reason = f"the field {error} is missing; this may be a file of another task"
+                    raise ValueError(f"{file}, {location}: {reason}") from None
+                except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                    reason = f"{type(error).__name__}: {getattr(error, 'msg', error)}"
+                    raise ValueError(f"{file}, {location}: {reason}") from None
         return problems
 
     def parse_record(self, record: dict):
-        """Make a problem from its JSON record, which has the fields of `Problem`. Raises
-        ValueError, KeyError, TypeError or AttributeError if the record is invalid."""
-        return self.Problem(**record)
+        """Make a problem from its JSON record. Fields that `Problem` does not have are ignored.
+        Raises KeyError with the name of a field that is missing and has no default value, and
+        ValueError, TypeError or AttributeError if the record is otherwise invalid."""
+        parameters = inspect.signature(self.Problem).parameters.values()
+        names = [p.name for p in parameters if p.name in record or p.default is p.empty]
+        return self.Problem(**{name: record[name] for name in names})
 
     def problem_key(self, problem) -> str:
         """What identifies a problem, apart from its id. Problems with equal keys are always in the
@@ -127,15 +137,9 @@ class Task:
         return repr(replace(problem, id=0))
 
     def parse_input(self, line: str):
-        """Make a problem from what a user typed: by default, the number of a problem in the split
-        "dev". Raises ValueError if the input is invalid."""
-        if not re.fullmatch("[0-9]{1,4}", line):
-            raise ValueError(f"type {self.input_format}")
-        index = int(line)
-        problems = self.load(split="dev", limit=index + 1)
-        if index >= len(problems):
-            raise ValueError(f"there is no problem {index}: type a number below {len(problems)}")
-        return problems[index]
+        """Make a problem from a line that was typed in `play`. The caller handles the ids of
+        problems; by default, any other input raises ValueError."""
+        raise ValueError(f"type {self.input_format}")
 
 
 # -- Data files and strict JSON --------------------------------------------------------------------
@@ -168,20 +172,26 @@ STRICT_JSON = json.JSONDecoder(
 )
 
 
-def read_records(file: Path) -> list:
-    """The records of a data file. Those of a parquet file or a JSON list are already decoded; those
-    of a JSONL file are lines of text, so that an invalid line can be reported by its number."""
-    if file.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError(f"{file}: to read parquet files, pip install pyarrow") from None
-        return pyarrow.parquet.read_table(file).to_pylist()
+def read_records(file: Path) -> list[tuple[str, Any]]:
+    """The records of a data file as (location, record) pairs, where a location is "record 7", or
+    "line 7" in a JSONL file. Those of JSONL are its nonempty lines, not decoded yet. Raises
+    ValueError if the file as a whole is invalid."""
     try:
-        text = file.read_text(encoding="utf-8").strip()
-        return STRICT_JSON.decode(text) if text.startswith("[") else text.split("\n")
+        if file.suffix == ".parquet":
+            import pyarrow.parquet
+
+            records = pyarrow.parquet.read_table(file).to_pylist()
+        else:
+            text = file.read_text(encoding="utf-8-sig")  # ignores a byte order mark
+            if not text.lstrip().startswith("["):  # It is JSONL, whatever its suffix.
+                lines = enumerate(text.split("\n"), 1)
+                return [(f"line {number}", line) for number, line in lines if line.strip()]
+            records = STRICT_JSON.decode(text)
+    except ImportError:
+        raise ValueError(f"{file}: to read parquet files, pip install pyarrow") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
+    return [(f"record {number}", record) for number, record in enumerate(records, 1)]
 
 
 # -- Arithmetic: a parser that can only add, subtract, multiply and divide -------------------------
@@ -268,7 +278,7 @@ class Countdown(Task):
     """Countdown as in the paper and in TinyZero: 3 or 4 numbers from 1 to 99."""
 
     Problem = CountdownProblem
-    name = "countdown"
+    shuffle_key = "countdown"
     hub_id = "Jiayi-Pan/Countdown-Tasks-3to4"
     reflection_instruction = REFLECTION_TEMPLATE.format(
         "solving the problem and got the wrong answer"
@@ -289,13 +299,17 @@ class Countdown(Task):
         return f"Countdown {sorted(problem.numbers)}"
 
     def parse_record(self, record: dict) -> CountdownProblem:
-        """Make a problem from a record of TinyZero's dataset, {"nums", "target"}, or from one in
-        the form that a run saves, {"numbers", "target"}."""
+        """Make a problem from {"nums", "target"}, as in TinyZero's dataset, or from {"numbers",
+        "target"}, as saved by a run. Values are checked and not converted: the string "123" must
+        not become the numbers 1, 2 and 3."""
         numbers = record["nums"] if "nums" in record else record["numbers"]
-        target = int(record["target"])
-        if not 1 <= len(numbers) <= 10 or min(map(int, numbers)) < 0:
-            raise ValueError(f"{numbers!r} is not a list of 1 to 10 non-negative numbers")
-        return CountdownProblem(int(record["id"]), tuple(map(int, numbers)), target)
+        problem = super().parse_record({**record, "numbers": numbers})
+        is_valid_list = isinstance(numbers, list | tuple) and 1 <= len(numbers) <= 10
+        if not is_valid_list or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError(f"{numbers!r:.60} is not a list of 1 to 10 non-negative integers")
+        if type(problem.target) is not int:  # not isinstance, which would accept True
+            raise ValueError(f"the target {problem.target!r:.60} is not an integer")
+        return replace(problem, numbers=tuple(numbers))
 
     def parse_input(self, line: str) -> CountdownProblem:
         if not self.input_pattern.fullmatch(line):
@@ -371,7 +385,7 @@ class Plan(NamedTuple):
         """The plan as a single expression in answer tags."""
         first, last = self
         inner = f"( {first.left} {first.symbol} {first.right} )"
-        if last.left == first.result:
+        if last.left == first.result:  # If both operands equal it, either order is correct.
             return f"<answer> {inner} {last.symbol} {last.right} </answer>"
         return f"<answer> {last.left} {last.symbol} {inner} </answer>"
 
@@ -401,8 +415,8 @@ def nearest_plans(numbers: tuple[int, int, int], target: int) -> list[Plan]:
     """One plan for each first step: the one whose result is nearest to the target."""
     nearest: dict[Step, Plan] = {}
     for plan in all_plans(numbers):
-        best = nearest.setdefault(plan.first, plan)
-        if abs(plan.result - target) < abs(best.result - target):
+        current = nearest.setdefault(plan.first, plan)
+        if abs(plan.result - target) < abs(current.result - target):
             nearest[plan.first] = plan
     return list(nearest.values())
 
@@ -411,8 +425,9 @@ def search_plans(
     plans: list[Plan], target: int, rng: random.Random, continue_probability: float
 ) -> tuple[list[str], Plan]:
     """Check plans in cyclic order, starting at a random one, until a plan reaches the target. After
-    each failed check the search continues with the given probability. If it stops, a random plan is
-    chosen. Returns the checks as texts ("10 / 2 = 5 , 5 * 6 = 30 no") and the chosen plan."""
+    each failed check the search continues with the given probability. If it stops, any plan
+    is chosen at random. Returns the checks as texts ("10 / 2 = 5 , 5 * 6 = 30 no") and the chosen
+    plan."""
     checks = []
     start = rng.randrange(len(plans))
     for plan in plans[start:] + plans[:start]:
@@ -429,7 +444,7 @@ class TinyCountdown(Countdown):
     """Countdown with 3 numbers from 1 to 10 and targets from 1 to 60, and all that is needed to
     train a tiny model from scratch: short texts, a vocabulary, and dialogues to imitate."""
 
-    hub_id = None  # its problems are drawn
+    hub_id = None  # its problems are generated, not downloaded
     reflection_instruction = "Wrong. Reflect."
     retry_instruction = "Again."
     question = "Make {target} from {numbers[0]} {numbers[1]} {numbers[2]} ."
@@ -458,7 +473,7 @@ class TinyCountdown(Countdown):
         return [*map(str, range(101)), *words.split()]
 
     def cold_start_dialogue(
-        self, problems: list[CountdownProblem], rng: random.Random, searches_until_found: bool
+        self, problems: list[CountdownProblem], rng: random.Random, always_full_search: bool
     ) -> tuple[CountdownProblem, list[str]]:
         """Draw a problem, shuffle its numbers, and write a dialogue about it for the cold start.
         Returns the problem and the assistant's turns: [attempt] if the attempt is correct, else
@@ -469,14 +484,15 @@ class TinyCountdown(Countdown):
                          6 + 10 = 16 , 16 * 2 = 32 yes Start with 6 + 10 = 16 .
             retry:       <answer> ( 6 + 10 ) * 2 </answer>
 
-        The attempt uses a random plan, but 8% of the attempts search for one as above, continuing
-        after a failed check with probability 0.5. There are four kinds of reflections:
+        The attempt uses a random plan, except that 8% of the attempts search for one, as the
+        reflection does in the example, and continue with probability 0.5 after a failed check.
+        There are four kinds of reflections, with these shares:
 
-            searches_until_found   True   False
-            empty or generic         0%     10%   the retry uses a random plan
-            no search                0%     54%   a random plan is chosen for the retry
-            short search             0%     18%   continues after 70% of the failed checks
-            full search            100%     18%   continues until a plan reaches the target
+            always_full_search   True   False
+            empty or generic       0%     10%   the retry uses a random plan
+            no search              0%     54%   states the mistake and suggests a random plan
+            short search           0%     18%   continues with probability 0.7 after a failed check
+            full search          100%     18%   continues until a plan reaches the target
         """
         problem = rng.choice(problems)
         problem = replace(problem, numbers=tuple(rng.sample(problem.numbers, 3)))
@@ -490,12 +506,12 @@ class TinyCountdown(Countdown):
         if plan.result == target:
             return problem, [" ".join(attempt)]
 
-        if not searches_until_found and rng.random() < 0.1:
+        if not always_full_search and rng.random() < 0.1:
             reflection = [rng.choice(["", self.generic_reflection])]
             retry_plan = rng.choice(plans)
         else:
             continue_probability = 1.0
-            if not searches_until_found:
+            if not always_full_search:
                 [continue_probability] = rng.choices([0.0, 0.7, 1.0], weights=[3, 1, 1])
             if continue_probability > 0:
                 checks, retry_plan = search_plans(plans, target, rng, continue_probability)
@@ -507,7 +523,6 @@ class TinyCountdown(Countdown):
 
 
 # -- APIGen ----------------------------------------------------------------------------------------
-CALL_START = re.compile(r'\[\s*[{\]]|\{\s*"')  # the start of a JSON list of calls, or of one call
 JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean",
               "list": "array", "tuple": "array", "set": "array", "dict": "object"}  # fmt: skip
 
@@ -527,7 +542,7 @@ class APIGen(Task):
     """Function calling, as in the paper."""
 
     Problem = APIGenProblem
-    name = "apigen"
+    shuffle_key = "apigen"
     hub_id = "Salesforce/xlam-function-calling-60k"
     reflection_instruction = REFLECTION_TEMPLATE.format(
         "performing the task, but failed in generating the correct tool call"
@@ -535,15 +550,16 @@ class APIGen(Task):
     retry_instruction = "Now try again. Write the correct tool call."
 
     def parse_record(self, record: dict) -> APIGenProblem:
-        """Make a problem from a record of the dataset. Raises ValueError, KeyError, TypeError or
-        AttributeError if its calls or tools are invalid, or if its text is not valid Unicode."""
-        fields = record["query"], record["answers"], record["tools"]
-        problem = APIGenProblem(int(record["id"]), *fields)
-        for call in STRICT_JSON.decode(problem.answers):
+        """Make a problem from a record of the dataset. Raises KeyError if a field is missing, and
+        ValueError, TypeError or AttributeError if the query, calls or tools are invalid."""
+        problem = super().parse_record(record)
+        calls, tools = (STRICT_JSON.decode(text) for text in (problem.answers, problem.tools))
+        if not isinstance(calls, list) or not isinstance(tools, list):
+            raise ValueError("answers and tools must be JSON lists")
+        for call in calls:
             parse_call(call)
-        STRICT_JSON.decode(problem.tools)
-        _, tools = self.messages(problem)
-        prompt_text = problem.query + json.dumps(tools, ensure_ascii=False)
+        _, prompt_tools = self.messages(problem)
+        prompt_text = problem.query + json.dumps(prompt_tools, ensure_ascii=False)
         prompt_text.encode()  # raises UnicodeEncodeError (a ValueError), for example for "\ud800"
         return problem
 
@@ -552,7 +568,7 @@ class APIGen(Task):
 
     def messages(self, problem: APIGenProblem) -> tuple[list[dict], list[dict]]:
         """The query as a chat with one user message, and the tools in OpenAI's format."""
-        # Not STRICT_JSON, which would show a default value of 5.0 to the model as 5.
+        # STRICT_JSON would turn a default value of 5.0 into 5 in the prompt.
         tools = [function_schema(tool) for tool in json.loads(problem.tools)]
         return [{"role": "user", "content": problem.query}], tools
 
@@ -577,8 +593,8 @@ class APIGen(Task):
 
 def parse_call(value: object) -> tuple[str, str]:
     """A function call that `STRICT_JSON` has decoded, as its name and its arguments in canonical
-    JSON. Equal arguments have equal texts: 5 equals 5.0, but 5 does not equal "5", nor 1 true.
-    Raises ValueError if the value is not a call."""
+    JSON. Equal arguments have equal texts: 5 equals 5.0, but 5 does not equal "5", and 1 does not
+    equal true. Raises ValueError if the value is not a call."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ValueError("a call needs a name")
     keys = [key for key in ("arguments", "parameters") if key in value]  # Llama 3: "parameters"
@@ -587,40 +603,88 @@ def parse_call(value: object) -> tuple[str, str]:
     return value["name"], json.dumps(value[keys[0]], sort_keys=True)
 
 
+# Documented call formats of the supported models. Special tokens, such as Mistral's markers
+# and Llama's <|python_tag|>, may be missing, because decoding can drop them.
+#     tagged  <tool_call>{…}</tool_call> for each call (Qwen 2.5 and 3) or for a list (SmolLM2)
+#     named   [TOOL_CALLS]add[CALL_ID]x[ARGS]{"a": 1} (Mistral, since version 11 of its tokenizer);
+#             without [TOOL_CALLS], it must begin the text or directly follow another call
+#     list    [{…}, {…}] (older Mistral; any model whose chat template ignores tools)
+#     object  {…} (Llama 3); several are on lines of their own or separated by semicolons
+CALL_START = re.compile(
+    r"""  (?P<tagged> <tool_call> ) \s*
+        | (?: \[TOOL_CALLS\] | \A ) \s* (?P<named> [\w.-]+ )
+          (?: \[CALL_ID\] \w+ )? (?: \[ARGS\] )? (?= \{ \s* ["}] )
+        | (?P<list> (?= \[ \s* (?: [{\]] | [\w.]+\( ) ) ) | (?P<object> (?= \{ \s* " ) )""",
+    re.VERBOSE,
+)
+# Llama 3.2 and 3.3 also write [add(a=1), find(type='x')], with nothing else in the completion.
+# (Within other text, CALL_START matches it as a list, decoding fails, and it is malformed.)
+PYTHON_CALLS = re.compile(r"\s*(?:<\|python_tag\|>\s*)?(\[\s*[\w.]+\(.*\)\s*\])\s*", re.DOTALL)
+
+
 def extract_calls(text: str) -> list[tuple[str, str]] | None:
     """The function calls in a completion (see `parse_call`), or None if there are none.
 
-    Two formats are accepted: any number of <tool_call>{…}</tool_call>, as Qwen writes them, or one
-    JSON list or object, as Llama 3 does. There may be prose around them. Calls in <think> do not
-    count. Raises ValueError or RecursionError if tags, JSON or calls are malformed."""
-    text = text.rpartition("</think>")[2]  # what follows the reasoning
-    text = text.partition("<think>")[0]  # reasoning that was truncated is not an answer
+    They may have any of the formats above. Prose around them is ignored, but a second list of calls
+    is an error, and so is text that starts like a list of calls but is not one. Calls in <think> do
+    not count. Raises ValueError or RecursionError if tags, JSON or calls are malformed."""
+    text = text.rpartition("</think>")[2].partition("<think>")[0]  # remove the reasoning
     if len(text) > MAX_CALLS_CHARS:
         raise ValueError("the text is too long")
-    tags = re.findall("</?tool_call>", text)
-    if tags != ["<tool_call>", "</tool_call>"] * (len(tags) // 2):
-        raise ValueError("<tool_call> tags must be opened and closed in turn")
-    pieces = re.split("</?tool_call>", text)  # alternately outside and inside the tags
-    prose = " ".join(pieces[0::2])
-    calls = [STRICT_JSON.decode(piece) for piece in pieces[1::2]]
-    if "tool_call>" in prose:
-        raise ValueError("a <tool_call> tag is misspelled")
-    call_start = CALL_START.search(prose)
-    if call_start and calls:
-        raise ValueError("there are calls both inside and outside <tool_call> tags")
-    if call_start:
-        value, end = STRICT_JSON.raw_decode(prose, call_start.start())
-        if re.search(r"[\[{]", prose[end:]):
-            raise ValueError("there is more than one list of calls")
-        calls = value if isinstance(value, list) else [value]
-    elif not calls:
-        return None
-    return [parse_call(call) for call in calls]
+    if python_calls := PYTHON_CALLS.fullmatch(text):
+        return parse_python_calls(python_calls[1])
+    calls, formats, prose = [], [], []
+    while start := CALL_START.search(text):
+        formats.append(start.lastgroup)
+        prose.append(text[: start.start()])
+        value, end = STRICT_JSON.raw_decode(text, start.end())  # The decoder finds the end.
+        text = text[end:]
+        if start["named"]:
+            value = {"name": start["named"], "arguments": value}
+        calls += value if isinstance(value, list) else [value]
+    prose.append(text)
+    # Tagged calls are followed by the closing tag, and no other prose contains tags.
+    tagged = [call_format == "tagged" for call_format in formats]
+    closed = [piece.lstrip().startswith("</tool_call>") for piece in prose[1:]]
+    if closed != tagged or " ".join(prose).count("tool_call>") != sum(tagged):
+        raise ValueError("unbalanced <tool_call> tags")
+    if len(set(formats)) > 1:
+        raise ValueError("the calls have different formats")
+    if formats.count("list") > 1:
+        raise ValueError("there is more than one list of calls")
+    if "object" in formats and any(piece.strip() not in ("", ";") for piece in prose[1:-1]):
+        raise ValueError("there is text between the calls")
+    return [parse_call(call) for call in calls] if formats else None
+
+
+def parse_python_calls(text: str) -> list[tuple[str, str]]:
+    """The calls in a Python list, whose arguments must be literals. The text is only parsed, never
+    evaluated. Raises ValueError or RecursionError for any other text.
+
+    >>> parse_python_calls("[add(a=1), find(type='x')]")
+    [('add', '{"a": 1}'), ('find', '{"type": "x"}')]
+    """
+    calls = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as the one for "\\d" in a string
+            nodes = ast.parse(text, mode="eval").body.elts
+        for node in nodes:
+            if node.args:
+                raise ValueError("an argument has no name")
+            pairs = [(keyword.arg, ast.literal_eval(keyword.value)) for keyword in node.keywords]
+            calls.append({"name": ast.unparse(node.func), "arguments": parse_json_object(pairs)})
+        json_calls = STRICT_JSON.decode(json.dumps(calls))
+    except (SyntaxError, TypeError, AttributeError, MemoryError) as error:
+        raise ValueError(f"not a Python list of calls: {error}") from None
+    if json_calls != calls:  # for example because of a tuple, or a key that is not a string
+        raise ValueError("an argument cannot be written in JSON")
+    return [parse_call(call) for call in json_calls]
 
 
 def function_schema(tool: dict) -> dict:
     """Convert a tool of the dataset to OpenAI's format, which chat templates expect. Of a Python
-    type such as "List[int], optional", only the outermost type is used: {"type": "array"}."""
+    type such as "List[int], optional", only the outer type is kept: {"type": "array"}."""
     properties, required = {}, []
     for name, parameter in tool["parameters"].items():
         schema = {**parameter}
@@ -640,5 +704,5 @@ def function_schema(tool: dict) -> dict:
     return {"type": "function", "function": function}
 
 
-# The tasks for pretrained models. The tiny model always plays TinyCountdown.
+# The tasks for pretrained models, by their names. The tiny model always plays TinyCountdown.
 TASKS = {"countdown": Countdown, "apigen": APIGen}

@@ -37,7 +37,7 @@ from drawn_apigen import DrawnAPIGen
 
 import grpo
 import r3
-from grpo import TrainingRows, Turn
+from grpo import PackedGroup, Turn
 from model import Model, Tokenizer, generate
 
 TURN_LENGTH = 64  # tokens per turn; end-of-turn tokens are ignored, so every turn has this length
@@ -82,7 +82,7 @@ def real_contexts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]
     wrong_attempt = tokenizer.encode(json.dumps([{"name": "unknown", "arguments": {}}]))
     bridge = tokenizer.bridge(task.reflection_instruction)
     for problem in task.load(args.data, "all" if args.data else "train"):
-        context = agent.attempt_prompt(problem) + tokenizer.next_turn(wrong_attempt, bridge)
+        context = agent.attempt_prompt(problem) + tokenizer.append_bridge(wrong_attempt, bridge)
         if 350 <= len(context) <= 560 or not args.data:
             contexts.append(context)
         if len(contexts) == args.failures:
@@ -239,7 +239,7 @@ def vllm_rollout(work: Workload) -> dict:
 
 
 # -- Contenders for the training step: one failure with its G reflections per backward pass --------
-LogprobFunction = Callable[[Any, TrainingRows], Tensor]  # (model, rows) -> (G, T)
+LogprobFunction = Callable[[Any, PackedGroup], Tensor]  # (model, rows) -> (G, T)
 
 
 def our_step(work: Workload) -> dict:
@@ -260,14 +260,14 @@ def transformers_step(work: Workload) -> dict:
     return timed_steps(model.train(), transformers_logprobs, work)
 
 
-def plain_rows(rows: TrainingRows) -> Tensor:
+def plain_rows(rows: PackedGroup) -> Tensor:
     """The ids of context and branch, one row per branch, padded with 0 on the right: (G, C + T)."""
     T = rows.mask.shape[1]
     padded = [rows.context + branch + [0] * (T - len(branch)) for branch in rows.branches]
     return torch.tensor(padded)
 
 
-def row_logprobs(model: Model, rows: TrainingRows) -> Tensor:
+def row_logprobs(model: Model, rows: PackedGroup) -> Tensor:
     """`grpo.token_logprobs` of our model with one row per reflection: (G, T)."""
     hidden = model.hidden(plain_rows(rows))  # (G, C + T, E)
     hidden = hidden[:, len(rows.context) - 1 : -1][rows.mask]  # (N, E): what predicts the tokens
@@ -275,7 +275,7 @@ def row_logprobs(model: Model, rows: TrainingRows) -> Tensor:
     return torch.zeros(rows.mask.shape).masked_scatter(rows.mask, logprobs)
 
 
-def transformers_logprobs(model, rows: TrainingRows) -> Tensor:
+def transformers_logprobs(model, rows: PackedGroup) -> Tensor:
     """`grpo.token_logprobs` of a transformers model, computed as TRL does, with logits only for the
     completions: (G, T). All rows must have the same length."""
     ids, T = plain_rows(rows), rows.mask.shape[1]
@@ -285,16 +285,16 @@ def transformers_logprobs(model, rows: TrainingRows) -> Tensor:
     return log_p.gather(-1, rows.targets[..., None]).squeeze(-1)
 
 
-def make_rows(context: list[int], reflections: list[list[int]]) -> TrainingRows:
+def make_rows(context: list[int], reflections: list[list[int]]) -> PackedGroup:
     """The rows of a group with these reflections on one context."""
     group = []
     for tokens in reflections:
         reflection = Turn(context, tokens, truncated=True, logprobs=[0.0] * len(tokens))
         group.append(grpo.Conversation(None, 0, Turn([], [], False), None, 0, reflection))
-    return grpo.training_rows(group)
+    return grpo.pack_group(group)
 
 
-def add_gradients(model, logprob_function: LogprobFunction, work: Workload) -> float:
+def backpropagate_steps(model, logprob_function: LogprobFunction, work: Workload) -> float:
     """Add the gradients of a step to those of the model's parameters, and return the loss. Every
     third reflection is rewarded."""
     G, loss_of_step = work["group_size"], 0.0
@@ -317,7 +317,7 @@ def timed_steps(model, logprob_function: LogprobFunction, work: Workload) -> dic
     """Make one step, whose gradients are written to the file work["gradient"], so that they can be
     compared. Then measure the time of further steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
-    loss = add_gradients(model, logprob_function, work)
+    loss = backpropagate_steps(model, logprob_function, work)
     gradients = {name: p.grad.contiguous() for name, p in model.named_parameters()}
     save_file(gradients, work["gradient"])
     del gradients
@@ -325,7 +325,7 @@ def timed_steps(model, logprob_function: LogprobFunction, work: Workload) -> dic
 
     def one_step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        add_gradients(model, logprob_function, work)
+        backpropagate_steps(model, logprob_function, work)
         optimizer.step()
 
     return {"loss": loss, **timed(one_step, work["repeat"])}
@@ -454,18 +454,18 @@ def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def tiny(args: argparse.Namespace) -> None:
     """Measure an R3 step of the tiny model, rollout and update, with and without sharing."""
     config = replace(r3.TINY, model=args.tiny_model)
-    agent, G, rng_key = r3.load_agent(config), config.group_size, (grpo.TRAIN, 0)
+    agent, G, rng_prefix = r3.load_agent(config), config.group_size, (grpo.TRAIN, 0)
     problems = agent.task.load(split="train")
     attempts = grpo.attempt_all(agent, problems, 1, (grpo.COLLECT, 0))
     failures = [c for c in attempts if not c.attempt_verdict.correct][: config.batch_size]
-    all_rows = [grpo.training_rows(group) for group in grpo.rollout(agent, failures, G, rng_key)]
+    all_rows = [grpo.pack_group(group) for group in grpo.rollout(agent, failures, G, rng_prefix)]
     A = grpo.group_advantages(torch.eye(G)[:1])[0]
 
     def plain_rollout() -> None:
         """Each sample reads its context by itself, and each turn is read from the beginning."""
         copies = [replace(f, attempt_index=g) for f in failures for g in range(G)]
-        reflected, _ = grpo.sample_reflections(agent, copies, 1, rng_key)
-        grpo.sample_retries(agent, reflected, rng_key)
+        reflected, _ = grpo.sample_reflections(agent, copies, 1, rng_prefix)
+        grpo.sample_retries(agent, reflected, rng_prefix)
 
     def update(logprob_function: LogprobFunction) -> None:
         for rows in all_rows:
@@ -474,7 +474,7 @@ def tiny(args: argparse.Namespace) -> None:
         agent.model.zero_grad()
 
     pairs = {
-        "rollout": (plain_rollout, lambda: grpo.rollout(agent, failures, G, rng_key)),
+        "rollout": (plain_rollout, lambda: grpo.rollout(agent, failures, G, rng_prefix)),
         "update": (lambda: update(row_logprobs), lambda: update(grpo.token_logprobs)),
     }
     table = {}

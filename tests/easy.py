@@ -68,7 +68,7 @@ class EasyCountdown(Countdown):
 class OneTool(APIGen):
     """One function, one call. The problems come from a file in the format of xlam's dataset."""
 
-    name = "one-tool"
+    shuffle_key = "one-tool"
     question = "Function: {}\nRequest: {}\nWrite the call as JSON, with the values of the request."
     reflection_instruction = "That is wrong. Which values are in the request?"
     example_reflection = "The values are 4 and Friday."

@@ -47,7 +47,7 @@ import sentence  # adds its task to TASKS
 
 import grpo
 import r3
-from grpo import Agent, Conversation, Group, RngKey, Turn, reward, rollout
+from grpo import Agent, Conversation, Group, RngPrefix, Turn, reward, rollout
 from model import Model, read_json, replace_file
 from tasks import TinyCountdown
 
@@ -354,21 +354,21 @@ TRAINED = {  # the classes of conversations that `train_turns` can train
 
 
 def rollout_attempts(
-    agent: Agent, failures: list[Conversation], group_size: int, rng_key: RngKey
+    agent: Agent, failures: list[Conversation], group_size: int, rng_prefix: RngPrefix
 ) -> list[Group]:
     """Attempt the problem of each failure `group_size` times, instead of `grpo.rollout`."""
     problems = distinct_problems(failures)
-    attempts = grpo.attempt_all(agent, problems, group_size, rng_key)
+    attempts = grpo.attempt_all(agent, problems, group_size, rng_prefix)
     attempts = [AttemptTrained(**vars(attempt)) for attempt in attempts]
     return [attempts[i : i + group_size] for i in range(0, len(attempts), group_size)]
 
 
 def rollout_shuffled(
-    agent: Agent, failures: list[Conversation], group_size: int, rng_key: RngKey
+    agent: Agent, failures: list[Conversation], group_size: int, rng_prefix: RngPrefix
 ) -> list[Group]:
     """`grpo.rollout`, after which the rewards of the step are permuted at random."""
-    groups = rollout(agent, failures, group_size, rng_key)
-    conversations, (_, step) = sum(groups, []), rng_key
+    groups = rollout(agent, failures, group_size, rng_prefix)
+    conversations, (_, step) = sum(groups, []), rng_prefix
     rewards = [reward(conversation) for conversation in conversations]
     shuffled = np.random.default_rng([agent.seed, step]).permutation(rewards).tolist()
     for conversation, shuffled_reward in zip(conversations, shuffled, strict=True):
@@ -527,7 +527,7 @@ def divergence(
     for c in [c for c in conversations if c.reflection][:max_reflections]:
         # A file of conversations has no log-probabilities, and none are needed here.
         reflection = replace(c.reflection, logprobs=[0.0] * len(c.reflection.tokens))
-        rows = grpo.training_rows([replace(c, reflection=reflection)])
+        rows = grpo.pack_group([replace(c, reflection=reflection)])
         new, old = (
             grpo.token_logprobs(agent.model, rows, trained.temperature).cpu()[rows.mask]
             for agent in (trained, vanilla)

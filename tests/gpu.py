@@ -317,9 +317,9 @@ def mismatch(work: Workload) -> Rows:
     agent = load_agent(work.settings())
     failures = make_failures(agent, work)[:2]
     G, differences = work.group_size, []
-    conversations, _ = grpo.sample_reflections(agent, failures, G, rng_key=(grpo.TRAIN, 0))
+    conversations, _ = grpo.sample_reflections(agent, failures, G, rng_prefix=(grpo.TRAIN, 0))
     for i in range(0, len(conversations), G):
-        rows = grpo.training_rows(conversations[i : i + G])
+        rows = grpo.pack_group(conversations[i : i + G])
         logprobs = grpo.token_logprobs(agent.model, rows, agent.temperature).cpu()
         differences.append((logprobs - rows.old_logprobs)[rows.mask].abs())
     difference = torch.cat(differences)
@@ -470,7 +470,7 @@ def run_vllm(file: Path) -> None:
 def backward(agent: Agent, reference: Model, group: Group, num_tokens: int) -> None:
     """Backpropagate the loss of one group, as grpo.train does. Every third reflection is rewarded.
     num_tokens: the number of trained tokens in the step."""
-    rows, device = grpo.training_rows(group), agent.model.device
+    rows, device = grpo.pack_group(group), agent.model.device
     rewards = torch.tensor([[float(g % 3 == 0) for g in range(len(group))]])
     A = grpo.group_advantages(rewards)[0].to(device)
     weights = torch.full((len(group),), 1 / num_tokens, device=device)
@@ -515,7 +515,7 @@ def step(work: Workload, mode: str, rate: float) -> Rows:
     optimizer.zero_grad()
     seconds = timed(device, lambda: one_step(optimizer))
     needed, _, parameters = estimate_memory(work, **MODES[mode])
-    expected = needed["gradients, masters and moments"]
+    expected = needed["gradients, master weights, moments"]
     if config.offload and not device.startswith("cuda"):
         expected += 16 * parameters  # The offloaded part is in CPU memory, which is the device's.
     # On a CPU, RMSNorm is six operators, and some of them keep float32 copies.
@@ -527,7 +527,7 @@ def step(work: Workload, mode: str, rate: float) -> Rows:
         f"memory{mode}: reference model": check_memory(
             reference_size, needed["reference model"], lower=0.9
         ),
-        f"memory{mode}: gradients, masters and moments": check_memory(
+        f"memory{mode}: gradients, master weights, moments": check_memory(
             optimizer_size, expected, lower=0.9
         ),
         f"memory{mode}: activations": check_memory(

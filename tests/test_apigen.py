@@ -1,19 +1,23 @@
 """APIGen: what its verifier accepts, attacks on it, and problems from data files."""
 
+import importlib.util
 import itertools
 import json
 import random
 import re
 import time
+import warnings
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import tokenizers
 from drawn_apigen import DrawnAPIGen
+from sentence import Sentence
 
 import tasks
-from model import tools_in_words
+from model import add_tool_descriptions
 from tasks import APIGen, APIGenProblem, Countdown
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -37,14 +41,36 @@ def call(name, **arguments):
 def formats(calls):
     """The calls in all formats that the supported model families write."""
     llama = [{"name": call["name"], "parameters": call["arguments"]} for call in calls]
+    typed = [json.dumps({"type": "function", **call}, indent=4) for call in llama]
+    # Qwen 2.5 and 3, SmolLM2
     yield "\n".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls)
+    yield f"<tool_call>[\n{', '.join(map(json.dumps, calls))}\n]</tool_call>"
+    # models whose chat template shows no tools
     yield f"<think>maybe [{{}}] or\n{json.dumps(calls[:1])}</think>\n\n{json.dumps(calls)}"
     yield json.dumps(calls[::-1])  # the order does not matter
     yield f"Sure [1], here {{it}} is:\n```json\n{json.dumps(llama, indent=2)}\n```\nDone."
-    if len(calls) == 1:
-        yield json.dumps(llama[0])
-        yield f"<|python_tag|>{json.dumps(llama[0], ensure_ascii=False)}"
-        yield json.dumps({"type": "function", **calls[0]})
+    # Llama 3
+    yield "; ".join(map(json.dumps, llama))
+    yield "\n".join(json.dumps(call, ensure_ascii=False) for call in llama)
+    yield "<|python_tag|>" + ";\n".join(typed)
+    if all(word.isidentifier() for call in calls for word in call["arguments"]):
+        yield python_calls(calls)
+        yield f"<|python_tag|>{python_calls(calls)}\n"
+    # Mistral, with and without its special tokens
+    yield f"[TOOL_CALLS] {json.dumps([{**call, 'id': 'D681PevKs'} for call in calls])}"
+    texts = [(call["name"], json.dumps(call["arguments"])) for call in calls]
+    yield "".join(f"[TOOL_CALLS]{name}[ARGS]{arguments}" for name, arguments in texts)
+    yield "".join(f"[TOOL_CALLS]{name}[CALL_ID]D681PevKs[ARGS]{text}" for name, text in texts)
+    yield "".join(f"{name}{arguments}" for name, arguments in texts)
+
+
+def python_calls(calls):
+    """The calls in Llama 3.2's format, such as "[add(a=1), find(type='x')]"."""
+    texts = []
+    for call in calls:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in call["arguments"].items())
+        texts.append(f"{call['name']}({arguments})")
+    return f"[{', '.join(texts)}]"
 
 
 def similar_value(value):
@@ -56,11 +82,18 @@ def similar_value(value):
     return [value]
 
 
-def check_correct_and_changed_calls(problem):
-    """The ground truth is correct in all formats; with any change it is wrong."""
+def check_correct_calls(problem):
+    """The ground truth is correct in all formats, and with one more call it is not."""
     calls = json.loads(problem.answers)
     for text in formats(calls):
         assert task.verify(problem, text).correct, text
+    for text in formats(calls + calls[:1]):
+        assert task.verify(problem, text).reason == "wrong_count", text
+
+
+def check_changed_calls(problem):
+    """The ground truth with any change is wrong, in all formats."""
+    calls = json.loads(problem.answers)
     for index, correct_call in enumerate(calls):
         for name, value in correct_call["arguments"].items():
             changed = json.loads(problem.answers)
@@ -69,13 +102,13 @@ def check_correct_and_changed_calls(problem):
                 assert task.verify(problem, text).reason == "wrong_arguments", text
         changed = json.loads(problem.answers)
         changed[index]["name"] += "_"
-        assert task.verify(problem, json.dumps(changed)).reason == "wrong_tool"
+        for text in formats(changed):
+            assert task.verify(problem, text).reason == "wrong_tool", text
         changed = json.loads(problem.answers)
         changed[index]["arguments"]["another"] = 1
         assert task.verify(problem, json.dumps(changed)).reason == "wrong_arguments"
         fewer = calls[:index] + calls[index + 1 :]
         assert task.verify(problem, json.dumps(fewer)).reason == "wrong_count"
-    assert task.verify(problem, json.dumps(calls + calls[:1])).reason == "wrong_count"
 
 
 def test_drawn_problems_can_be_answered_in_all_formats():
@@ -83,7 +116,8 @@ def test_drawn_problems_can_be_answered_in_all_formats():
     problems = task.load(split="train", limit=60)
     assert {len(json.loads(problem.answers)) for problem in problems} == {1, 2, 3}
     for problem in problems:
-        check_correct_and_changed_calls(problem)
+        check_correct_calls(problem)
+        check_changed_calls(problem)
         offered = [tool["name"] for tool in json.loads(problem.tools)]
         needed = {call["name"] for call in json.loads(problem.answers)}
         assert needed < set(offered)  # there are tools that are not needed
@@ -91,7 +125,7 @@ def test_drawn_problems_can_be_answered_in_all_formats():
         messages, tools = task.messages(problem)
         assert messages == [{"role": "user", "content": problem.query}]
         assert [tool["function"]["name"] for tool in tools] == offered
-        prompt = tools_in_words(messages, tools)[0]["content"]
+        prompt = add_tool_descriptions(messages, tools)[0]["content"]
         assert prompt.endswith(problem.query) and all(name in prompt for name in offered)
     loaded_again = task.load(split="train", limit=60)
     assert loaded_again == problems != task.load(split="train", limit=60, seed=1)
@@ -104,9 +138,43 @@ def test_every_real_record_loads_and_its_ground_truth_is_correct():
     problems = task.load(str(SHARED / "apigen_bfcl.json"), split="all")
     assert len(problems) == 1000
     for problem in problems:
-        check_correct_and_changed_calls(problem)
+        check_correct_calls(problem)
     for problem in problems[:50]:
+        check_changed_calls(problem)
         assert task.parse_record(asdict(problem)) == problem
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3", "llama3_1", "llama3_2"])
+def test_calls_as_real_chat_templates_write_them(family):
+    """The templates show what a model was trained to write. They come with trl."""
+    package = importlib.util.find_spec("trl")  # found, not imported
+    transformers = pytest.importorskip("transformers")
+    if package is None:
+        pytest.skip("the real templates come with trl, which is not installed")
+    path = Path(package.submodule_search_locations[0], "chat_templates", f"{family}.jinja")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({})),
+        chat_template=path.read_text(encoding="utf-8"),
+        bos_token="<|begin_of_text|>",
+    )
+    calls = [
+        call("add", a=[1, 2.5, None], b={"é": True}),
+        call("find", type="</tool_call>\n}"),
+    ]
+    for used in [calls[:1], calls] if family.startswith("qwen") else [calls[:1], calls[1:]]:
+        tool_calls = [{"type": "function", "function": each} for each in used]
+        turns = [{"role": "user", "content": "?"}]
+        turns += [{"role": "assistant", "content": "", "tool_calls": tool_calls}]
+        _, schemas = task.messages(problem_with(*used))
+        prompt, chat = (
+            tokenizer.apply_chat_template(
+                turns[:end], schemas, tokenize=False, add_generation_prompt=end == 1
+            )
+            for end in (1, 2)
+        )
+        assert chat.startswith(prompt)
+        text = re.sub(r"<\|\w+\|>", "", chat.removeprefix(prompt))  # without special tokens
+        assert task.verify(problem_with(*used), text).correct, text
 
 
 @pytest.mark.parametrize(
@@ -145,19 +213,25 @@ ONE = json.dumps([call("add", a=1)])
         (f"<think>{ONE}", "no_answer"),
         ('{"a": 1}', "malformed"),
         ("I cannot do that {'a': 1} [1, 2].", "no_answer"),
-        (f"{ONE} [1]", "malformed"),
-        (f"{ONE} {{}}", "malformed"),
+        (f"{ONE} [1]", "correct"),
+        (f"{ONE} {{}}", "correct"),
+        (f"{ONE} []", "malformed"),
         (f"[1] {ONE}", "correct"),
         (f"[] {ONE}", "malformed"),
         (f"[{{'name': 'add'}}] {ONE}", "malformed"),
         ("[]", "wrong_count"),
         (f"{ONE} or rather {ONE}", "malformed"),
-        (ONE[1:-1] + "; " + ONE[1:-1], "malformed"),
         (f"<tool_call>{ONE[1:-1]}</tool_call>{ONE}", "malformed"),
         (f"<tool_call>{ONE[1:-1]}", "malformed"),
         (f"<tool_call>{ONE[1:-1]}</tool_call></tool_call>", "malformed"),
         ("<tool_call>add</tool_call>", "malformed"),
-        (f"<tool_call>{ONE}</tool_call>", "malformed"),
+        (f"<tool_call>{ONE[1:-1]} {ONE[1:-1]}</tool_call>", "malformed"),
+        (f"<tool_call>{ONE}, 5</tool_call>", "malformed"),
+        (f"<tool_call>{ONE[1:-1]}</tool_calls>", "malformed"),
+        (f"</tool_call>{ONE[1:-1]}<tool_call>", "malformed"),
+        (f"{ONE}</tool_call>", "malformed"),
+        (f"<tool_call>[{ONE}]</tool_call>", "malformed"),
+        ("<tool_call>5</tool_call>", "malformed"),
         (ONE[:-1], "malformed"),
         (ONE[:-1] + ", 5]", "malformed"),
         (ONE[:-1] + ", {'name': 'add'}]", "malformed"),
@@ -185,12 +259,145 @@ def test_the_reason_for_a_text(text, reason):
     assert task.verify(problem_with(call("add", a=1)), text).reason == reason
 
 
+CALLS = [call("add", a=1), call("find", type="x")]
+LLAMA_CALLS = [
+    json.dumps({"name": call["name"], "parameters": call["arguments"]}) for call in CALLS
+]
+
+
+@pytest.mark.parametrize("separator", ["; ", ";", "\n", " ;\n\n", ""])
+def test_several_calls_of_llama(separator):
+    """Llama 3 writes one JSON object for each call."""
+    first, second = LLAMA_CALLS
+    problem = problem_with(*CALLS)
+    for prefix, suffix in (("", ""), ("<|python_tag|>", ";"), ("Sure: ", "\nThat is [all].")):
+        several = separator.join([first, second])
+        assert task.verify(problem, prefix + several + suffix).correct
+        several = separator.join([second, first, first])
+        assert task.verify(problem, prefix + several + suffix).reason == "wrong_count"
+        assert task.verify(problem, prefix + first + suffix).reason == "wrong_count"
+        several = separator.join([first, first])
+        assert task.verify(problem, prefix + several + suffix).reason == "wrong_tool"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{0}, {1}", "{0} and {1}", "{0}; and {1}", "{0};; {1}", "{0}; [{1}]", "[{0}]; [{1}]",
+        "[{0}] [{1}]", "[{0}, {1}] {1}", "[{0}, {1}] []", '[{0}, {1}] {{"a": 1}}',
+        "[{{'name': 'add'}}] [{0}, {1}]", "{0} {1} [TOOL_CALLS]add[ARGS]{{}}",
+        "<tool_call>{0}</tool_call> {1}", "{0} <tool_call>{1}</tool_call>",
+        "[TOOL_CALLS]find[ARGS]{{}} [{0}, {1}]", "[add(a=1)] [{0}, {1}]", "[{0}, {1}] [f.g()]",
+        "[TOOL_CALLS] [{0}] [TOOL_CALLS] [{1}]",
+    ],
+)  # fmt: skip
+def test_a_second_list_of_calls_is_refused(text):
+    problem = problem_with(*CALLS)
+    assert task.verify(problem, text.format(*LLAMA_CALLS)).reason == "malformed"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["</tool_call>", "<tool_call>", '</tool_call>{"name": "find", "arguments": {}}', "a; b",
+     "[TOOL_CALLS]find[ARGS]{}", '"}}]', "[{", "}\n{", "\\", "find{}", "[f(a=1)]", "it's \"so\""],
+)  # fmt: skip
+def test_a_string_may_contain_the_marks_of_a_call(value):
+    """JSON, or Python, decides where a call ends."""
+    calls = [call("add", a=value), call("find", type=[value])]
+    for text in formats(calls):
+        assert task.verify(problem_with(*calls), text).correct, text
+        assert task.verify(problem_with(calls[0]), text).reason == "wrong_count"
+        assert task.verify(problem_with(call("add", a=value + " "), calls[1]), text).reason == (
+            "wrong_arguments"
+        )
+
+
+@pytest.mark.parametrize(
+    "prose",
+    ["I used [a] and {b}.", "f(x) = {1, 2} [see above]", "} ] ; {", "[1]", "{}", "[TODO] {'a': 1}"],
+)
+def test_prose_around_the_calls_does_not_matter(prose):
+    tagged = "\n".join(f"<tool_call>{json.dumps(call)}</tool_call>" for call in CALLS)
+    mistral = '[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]find[ARGS]{"type": "x"}'
+    for text in (tagged, json.dumps(CALLS), "; ".join(LLAMA_CALLS), mistral):
+        for completion in (f"{text}\n{prose}", f"{prose}\n{text}", f"{prose} {text} {prose}"):
+            assert task.verify(problem_with(*CALLS), completion).correct, completion
+            assert task.verify(problem_with(CALLS[0]), completion).reason == "wrong_count"
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ("a=1", "correct"), ("a=1.0", "correct"), (" a = +1, ", "correct"),
+        ("a=2", "wrong_arguments"), ("a='1'", "wrong_arguments"), ("a=True", "wrong_arguments"),
+        ("", "wrong_arguments"), ("a=1, b=None", "wrong_arguments"),
+        ("a=1), add(a=1", "wrong_count"), ("1", "malformed"),
+        ("1, a=1", "malformed"), ("a=1, a=1", "malformed"), ("**{'a': 1}", "malformed"),
+        ("a=1, **{}", "malformed"), ("*[], a=1", "malformed"), ("a=(1,)", "malformed"),
+        ("a={1: 1}", "malformed"), ("a={1}", "malformed"), ("a=b'1'", "malformed"),
+        ("a=1j", "malformed"), ("a=1e999", "malformed"), ("a=" + "1" * 101, "malformed"),
+        ("a=...", "malformed"), ("a=b", "malformed"), ("a=int('1')", "malformed"),
+        ("a=2-1", "malformed"), ("a=f'1'", "malformed"), ("a=1 if 1 else 2", "malformed"),
+        ("a=[1 for _ in 'x']", "malformed"), ("a=1)(a=1", "wrong_tool"),
+        ("a=1)], [add(a=1", "malformed"), ("a=1)] + [add(a=1", "malformed"), ("a=1;", "malformed"),
+        ("a='\\d'", "wrong_arguments"), ("a='\ud800'", "malformed"), ("a='\0'", "malformed"),
+    ],
+)  # fmt: skip
+def test_python_calls(arguments, reason):
+    """Llama 3.2 and 3.3 write calls in Python. Nothing is evaluated."""
+    for text in (f"[add({arguments})]", f"<|python_tag|>[ add({arguments}) ]\n"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert task.verify(problem_with(call("add", a=1)), text).reason == reason
+    assert task.verify(problem_with(call("add", a=1)), "Sure: [add(a=1)]").reason == "malformed"
+
+
+def test_python_calls_have_all_types_of_json():
+    value = {"a": [1, -2.5, True, None, "ü\n'\""], "b": {"c": {}}}
+    for correct_call in (call("math.add", a=value), call("find")):
+        text = python_calls([correct_call])
+        assert task.verify(problem_with(correct_call), text).correct, text
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ('add{"a": 1}', "correct"), ('\n add{"a": 1}', "correct"), ('add {"a": 1}', "malformed"),
+        ('Sure: add{"a": 1}', "malformed"), ('add{"a": 1} Done.', "correct"),
+        ('[TOOL_CALLS]add{"a": 1}', "correct"), ('Sure.[TOOL_CALLS]add[ARGS]{"a": 1}', "correct"),
+        ('[TOOL_CALLS]add[ARGS] {"a": 1}', "malformed"), ('add[ARGS]{"a": 1}', "correct"),
+        ('add{"a": 1}add{"a": 1}', "wrong_count"), ('add{"a": 1}find{}', "wrong_count"),
+        ('add{"a": 1}; add{"a": 1}', "malformed"), ('add{"a": 1', "malformed"),
+        ("add{}", "wrong_arguments"), ("find{}", "wrong_tool"), ("add{a: 1}", "no_answer"),
+        ('add{"name": "add", "arguments": {"a": 1}}', "wrong_arguments"),
+        ('add{"name": "add"}', "wrong_arguments"), ("[TOOL_CALLS]", "no_answer"),
+    ],
+)  # fmt: skip
+def test_calls_of_mistral(text, reason):
+    """Mistral writes the name before the arguments. Its markers are special tokens, so that they
+    are usually missing from the text."""
+    assert task.verify(problem_with(call("add", a=1)), text).reason == reason
+
+
+def test_no_calls_are_correct_if_none_are_expected():
+    for text in ("[]", "<tool_call>[]</tool_call>", "[TOOL_CALLS] []"):
+        assert task.verify(problem_with(), text).correct
+        assert task.verify(problem_with(*CALLS), text).reason == "wrong_count"
+    assert task.verify(problem_with(), "There is nothing to call.").reason == "no_answer"
+
+
 @pytest.mark.parametrize(
     "text",
     [sign * 19_999 for sign in "[{\"<'"] + ["[1," * 6_000, '["a",[' * 3_000, "<tool_call>" * 1_800,
      "</tool_call>" * 900 + "<tool_call>" * 800, '{"a":' * 3_900, "[1]" * 6_000, "{'a'" * 4_000,
      "</think>[" * 2_000, "[ " * 9_999, "[" + " " * 19_998, '{"' * 9_999,
-     "<tool_call>[1]</tool_call>" * 760]
+     "<tool_call>[1]</tool_call>" * 760, '{"name": "f", "arguments": {}}\n' * 640, "f{}" * 6_600,
+     "[TOOL_CALLS]" * 1_600, "}" * 9_000 + "a" * 9_000, "} a" * 6_600, "[CALL_ID]" * 2_000,
+     "[f(a=" + "-" * 19_000 + "1)]", "[f(a=" + "[" * 9_000 + "]" * 9_000 + ")]",
+     "[f(" + "a." * 9_000 + "b)]", "[" + "a." * 9_000 + "b(x=1)]", "[f(a=" + "1+" * 9_000 + "1)]",
+     "[" + "f(" * 9_000 + ")]", "[f(" + ")] " * 6_000 + ")]", "[f(" + "a=1," * 4_000 + ")]",
+     "[f(a=" + "'a' " * 4_000 + ")]", "[f(a=" + "{'a':" * 3_000 + ")]", "[f()" + " " * 19_000,
+     "[f(a=" + "9" * 19_000 + ")]", "[f(a=x" + "()" * 9_000 + ")]", "[f(" + ") " * 9_000]
     # the rest is too long to be parsed
     + ["<tool_call>" * 5_000, "<tool_call>" + "[" * 1_000_000 + "</tool_call>", "[" * 10_000_000,
        f"<tool_call>{ONE}</tool_call>" * 100_000],
@@ -350,10 +557,11 @@ def test_problems_with_equal_queries_are_in_the_same_split(tmp_path):
 
 DAMAGE = {
     "cut in half": lambda line: line[: len(line) // 2],
-    "a key is missing": lambda line: line.replace('"tools"', '"stools"'),
+    "a field is missing": lambda line: line.replace('"tools"', '"stools"'),
     "answers are not JSON": lambda line: line.replace('"[{\\"name', '"[{\\"na\\"me'),
     "answers are not calls": lambda line: line.replace("arguments", "argument"),
-    "answers are a list": lambda line: json.dumps({**json.loads(line), "answers": [1]}),
+    "answers are not a list": lambda line: json.dumps({**json.loads(line), "answers": "{}"}),
+    "answers are not a text": lambda line: json.dumps({**json.loads(line), "answers": [1]}),
     "a tool without a name": lambda line: line.replace('\\"name\\": \\"find\\", ', ""),
     "a type is a number": lambda line: line.replace('\\"float\\"', "5"),
     "a query is a list": lambda line: json.dumps({**json.loads(line), "query": ["add"]}),
@@ -361,16 +569,12 @@ DAMAGE = {
     "a query is not valid Unicode": lambda line: line.replace("add 6", "\\ud800"),
     "a tool is not valid Unicode": lambda line: line.replace("Add.", "\\\\ud800"),
     "a record is not an object": lambda line: "17",
-    "an empty line": lambda line: "",
     "a key occurs twice": lambda line: line.replace('"tools"', '"query"'),
     "a number is not finite": lambda line: line.replace("7,", "NaN,"),
     "not UTF-8": lambda line: line.replace("add", "\udcff"),
     "nested too deeply": lambda line: '{"a":' + "[" * 9_000,
 }
-NOT_JSON = (
-    "cut in half", "nested too deeply", "an empty line", "a key occurs twice",
-    "a number is not finite",
-)  # fmt: skip
+NOT_JSON = ("cut in half", "nested too deeply", "a key occurs twice", "a number is not finite")
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -389,25 +593,72 @@ def test_the_error_for_a_bad_record_names_file_and_record(tmp_path, damage, file
     with pytest.raises(ValueError) as error:
         APIGen().load(str(path))
     message = str(error.value)
-    assert re.match(rf"{path}: \S+" if whole_file else rf"{path}, record 7: \w+", message)
+    place = "record" if file_format == "list" else "line"
+    assert re.match(rf"{path}: \S+" if whole_file else rf"{path}, {place} 7: \w+", message)
     assert "\n" not in message and len(message) < 300
 
 
 def test_a_list_that_ends_between_two_records_is_refused(tmp_path):
     path = tmp_path / "d.json"
     path.write_text("[\n" + ",\n".join(map(json.dumps, make_records(5))) + ",\n")
-    with pytest.raises(ValueError, match="d.json: .* line 6 column "):
+    with pytest.raises(ValueError, match="d.json: .* line 7 column 1 "):
         APIGen().load(str(path))
     with pytest.raises((OSError, ValueError)):
         APIGen().load(str(tmp_path / "nowhere.json"))
     for content, message in (
-        ("", "d.json, record 1: "),
-        ("\n \n", "record 1: "),
+        ("", "no problems"),
+        ("\n \n", "no problems"),
         ("[]", "no problems"),
+        ("\n \n17", "d.json, line 3: "),
     ):
         (tmp_path / "d.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             APIGen().load(str(path))
+
+
+@pytest.mark.parametrize("file_format", ["jsonl", "lines", "dense"])
+def test_a_byte_order_mark_is_ignored(tmp_path, file_format):
+    """Some programs on Windows write it at the beginning of a file."""
+    path = Path(write_records(tmp_path, make_records(9), file_format))
+    expected = task.load(str(path), split="all")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert task.load(str(path), split="all") == expected and len(expected) == 9
+
+
+def test_empty_lines_are_skipped_and_counted(tmp_path):
+    lines = [json.dumps(record) for record in make_records(3)]
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n" + lines[0] + "\n\n \t\r\n" + "\n".join(lines[1:]) + "\n\n")
+    assert {problem.id for problem in task.load(str(path), split="all")} == {0, 1, 2}
+    path.write_text("\n" + lines[0] + "\n\n\n{'a'}\n")
+    message = f"^{path}, line 5: JSONDecodeError: Expecting property name"
+    with pytest.raises(ValueError, match=message) as error:
+        task.load(str(path))
+    assert "line 1" not in str(error.value)  # the decoder only knows its own text, a single line
+
+
+def test_unknown_fields_are_ignored_and_missing_ones_are_named(tmp_path):
+    """In a file of another task, the hint says what may be wrong."""
+    path = tmp_path / "d.jsonl"
+    apigen_record = make_records(1)[0]
+    countdown_record = {"nums": [1, 2, 3], "target": 6}
+    sentence = {"place": "at home", "required_word": "cat", "forbidden_word": "dog"}
+    records = {"apigen": apigen_record, "countdown": countdown_record, "sentence": sentence}
+    missing = {"apigen": "query", "countdown": "numbers", "sentence": "place"}
+    task_classes = {"apigen": APIGen, "countdown": Countdown, "sentence": Sentence}
+    for name, record in records.items():
+        path.write_text(json.dumps({**record, "source": "a", "difficulty": [3]}))
+        [problem] = task_classes[name]().load(str(path), split="all")
+        assert problem == task_classes[name]().parse_record({**record, "id": 0})
+        for other in records.keys() - {name}:
+            with pytest.raises(ValueError) as error:
+                task_classes[other]().load(str(path), split="all")
+            assert str(error.value) == (
+                f"{path}, line 1: the field '{missing[other]}' is missing; "
+                "this may be a file of another task"
+            )
+            with pytest.raises(KeyError, match=missing[other]):
+                task_classes[other]().parse_record({**record, "id": 0})
 
 
 @pytest.mark.parametrize("other_fields", [{}, {"id": 7}, {"id": 7, "nums": [30, 100, 93]}])
@@ -425,8 +676,33 @@ def test_countdown_reads_both_forms_of_records(tmp_path, name, other_fields):
         {"input": "30,100,93", "output": "23"},
     ):  # fmt: skip
         path.write_text(json.dumps(bad_record))
-        with pytest.raises(ValueError, match="d.jsonl, record 1: "):
+        with pytest.raises(ValueError, match="d.jsonl, line 1: "):
             Countdown().load(str(path), split="all")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"nums": "123", "target": 6}, {"nums": ["1", "2"], "target": 3},
+        {"nums": [1, 2], "target": "3"}, {"nums": [5.9, 1], "target": 6},
+        {"nums": [5, 1], "target": 6.5}, {"nums": [True, 2], "target": 3},
+        {"nums": [1, 2], "target": True}, {"nums": {"1": 0, "2": 0}, "target": 3},
+        {"nums": [1, None], "target": 1}, {"nums": [1, 2], "target": None},
+        {"nums": "1" * 999, "target": 1},
+    ],
+)  # fmt: skip
+def test_countdown_does_not_convert_what_is_not_an_integer(tmp_path, record):
+    (tmp_path / "d.jsonl").write_text("\n" + json.dumps(record))
+    with pytest.raises(ValueError, match=r"d.jsonl, line 2: ValueError: .* is not a") as error:
+        Countdown().load(str(tmp_path / "d.jsonl"), split="all")
+    assert len(str(error.value)) < 300
+
+
+def test_countdown_reads_integers_that_are_written_as_decimals(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"nums": [5.0, 1e1], "target": 15.0}')
+    [problem] = Countdown().load(str(tmp_path / "d.jsonl"), split="all")
+    assert (problem.numbers, problem.target) == ((5, 10), 15)
+    assert all(type(number) is int for number in (*problem.numbers, problem.target))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real records are not here")
@@ -434,7 +710,9 @@ def test_real_countdown_records(tmp_path):
     """Their form, {"input": "30,100,93", "output": "23"}, is converted to TinyZero's first."""
     lines = (SHARED / "countdown_cd3_test.jsonl").read_text().splitlines()
     originals = [json.loads(line) for line in lines]
-    records = [{"nums": r["input"].split(","), "target": r["output"]} for r in originals]
+    records = [
+        {"nums": [*map(int, r["input"].split(","))], "target": int(r["output"])} for r in originals
+    ]
     path = write_records(tmp_path, records, "jsonl")
     all_problems = Countdown().load(path, split="all")
     assert len(all_problems) == 256
@@ -450,7 +728,7 @@ def test_real_countdown_records(tmp_path):
 def test_without_a_file_the_error_says_to_pass_one():
     for task_class in (APIGen, Countdown):
         for split in tasks.SPLITS:
-            message = f"the task {task_class.name} needs a file of problems: pass it with --data"
+            message = "the problems of this task come from a file: pass it with --data"
             with pytest.raises(ValueError, match=message) as error:
                 task_class().load(split=split)
             assert "\n" not in str(error.value)

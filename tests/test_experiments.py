@@ -118,7 +118,7 @@ def test_a_control_changes_the_reflection_and_nothing_else(agent, failures, tmp_
     retried = experiments.retry_only(agent, replaced, tmp_path / "kept")
     bridge = agent.tokenizer.bridge(agent.task.retry_instruction)
     expected = [
-        c.reflection.prompt + agent.tokenizer.next_turn(c.reflection.tokens, bridge)
+        c.reflection.prompt + agent.tokenizer.append_bridge(c.reflection.tokens, bridge)
         for c in replaced
     ]
     assert sorted(agent.prompts) == sorted(expected)
@@ -147,10 +147,10 @@ def textbook_gradient(agent, reference, groups, rewards, config, turn_names) -> 
         max_length = len(turn_names) * agent.max_new_tokens
         weight["dr_grpo"] = 1 / (len(conversations) * max_length)
         prompts = {"attempt": agent.attempt_prompt(c.problem)}
-        end = agent.tokenizer.next_turn(c.attempt.tokens, reflect)
+        end = agent.tokenizer.append_bridge(c.attempt.tokens, reflect)
         prompts["reflection"] = prompts["attempt"] + end
         if c.reflection:
-            end = agent.tokenizer.next_turn(c.reflection.tokens, retry)
+            end = agent.tokenizer.append_bridge(c.reflection.tokens, retry)
             prompts["retry"] = prompts["reflection"] + end
         for name in turn_names:
             prompt, tokens = prompts[name], getattr(c, name).tokens
@@ -199,7 +199,7 @@ def test_the_gradient_of_other_turns_is_that_of_the_textbook(agent, failures, tr
     optimizer = grpo.MasterAdamW(agent.model, config.lr)
     optimizer.zero_grad()
     advantages = grpo.group_advantages(rewards)
-    grpo.add_gradient(agent, reference, groups, advantages, config, optimizer)
+    grpo.backpropagate_step(agent, reference, groups, advantages, config, optimizer)
     gradient = torch.cat([p.grad.flatten() for p in agent.model.parameters()])
     assert expected.norm() > 0.01
     assert (gradient - expected).norm() < 1e-5 * expected.norm()

@@ -85,7 +85,8 @@ def test_countdown_rewards_nothing_but_solutions(num_inputs):
         lambda numbers, first, last: f"({numbers[0]}{first}{numbers[1]}){last}{numbers[2]}",
         st.permutations(["6", "10", "2"]), st.sampled_from("+-"), st.sampled_from("*/"),
     )  # fmt: skip
-    fuzz(num_inputs, check, EXPRESSIONS, EXPRESSIONS | likely_answers, EXPRESSIONS)
+    surroundings = st.just("") | EXPRESSIONS
+    fuzz(num_inputs, check, surroundings, EXPRESSIONS | likely_answers, surroundings)
     assert rewarded  # otherwise the inputs were too bad to test anything
 
 
@@ -110,6 +111,7 @@ VALUES = st.recursive(
 )
 CALLS = pieces(
     "<tool_call>", "</tool_call>", "<|python_tag|>", "```json\n", "```", *'[]{},:"', " ", "\n",
+    "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "add", "; ", "[add(", "a=1", ")]", "</think>",
     '{"name": "add", "arguments": {"a": 1, "b": [true, "x"]}}', '{"name": "f", "parameters": {}}',
     '"name"', '"arguments"', "null", "NaN", "1e999", "[" * 3_000, '{"a":' * 300, "'", "\\u0000",
 )  # fmt: skip
@@ -128,31 +130,53 @@ def canonical(value) -> str:
     return repr(value)
 
 
+def json_objects(text: str) -> list[dict]:
+    """All JSON objects that begin anywhere in a text."""
+    objects = []
+    for start in (match.start() for match in re.finditer("{", text)):
+        try:
+            objects.append(json.JSONDecoder().raw_decode(text, start)[0])
+        except (ValueError, RecursionError):
+            continue
+    return objects
+
+
 @pytest.mark.parametrize("num_inputs", NUM_INPUTS)
 def test_apigen_rewards_nothing_but_the_ground_truth(num_inputs):
     expected_calls = [{"name": "add", "arguments": {"a": 1, "b": [True, "x"]}}]
+    expected_arguments = canonical(expected_calls[0]["arguments"])
     problem = tasks.APIGenProblem(0, "?", json.dumps(expected_calls), "[]")
-    rewarded = []
+    rewarded = set()
 
     def check(before, arguments, wrapper, after):
-        calls = [{"name": "add", "arguments": arguments}]
-        completion = before + wrapper.replace("@", json.dumps(calls)) + after
+        call = {"name": "add", "arguments": arguments}
+        keywords = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        text = wrapper.replace("#call", json.dumps(call)).replace("#python", keywords)
+        completion = before + text.replace("#arguments", json.dumps(arguments)) + after
         verdict = APIGen().verify(problem, completion)
         assert verdict.reason in APIGEN_REASONS
         if verdict.correct:
             if before == after == "":
-                assert canonical(calls) == canonical(expected_calls)
-            texts = re.findall(r'\{"name": "add", "arguments": (.*?\})\}', completion)
-            expected_arguments = canonical(expected_calls[0]["arguments"])
-            assert expected_arguments in [canonical(json.loads(text)) for text in texts]
-            rewarded.append(completion)
+                assert canonical(arguments) == expected_arguments
+            readings = [arguments] if "#python" in wrapper else []
+            for json_object in json_objects(completion):
+                readings.append(json_object)  # the arguments of a call of Mistral
+                readings += [json_object.get(key) for key in ("arguments", "parameters")]
+            assert expected_arguments in map(canonical, readings)
+            rewarded.add(wrapper)
 
     a, b = st.sampled_from([1, 1.0, True, "1", 2, None]), st.sampled_from([[True, "x"], [1, "x"]])
     similar_arguments = st.fixed_dictionaries({"a": a, "b": b})
-    wrappers = st.sampled_from(["@", "```json\n@\n```", "Sure: @", "<tool_call>@</tool_call>"])
+    likely_arguments = st.just(expected_calls[0]["arguments"]) | similar_arguments
+    wrappers = [
+        "[#call]", "#call", "```json\n[#call]\n```", "Sure: [#call]",
+        "<tool_call>#call</tool_call>", "<tool_call>[#call]</tool_call>", "add#arguments",
+        "[TOOL_CALLS]add[ARGS]#arguments", "[add(#python)]",
+    ]  # fmt: skip
     surroundings = st.just("") | CALLS
-    fuzz(num_inputs, check, surroundings, similar_arguments | VALUES, wrappers, surroundings)
-    assert rewarded
+    arguments = likely_arguments | st.dictionaries(st.text(max_size=3), VALUES, max_size=3)
+    fuzz(num_inputs, check, surroundings, arguments, st.sampled_from(wrappers), surroundings)
+    assert len(rewarded) >= 3
 
 
 @pytest.mark.parametrize("num_inputs", NUM_INPUTS)
@@ -170,7 +194,7 @@ def test_data_files_are_read_or_refused_by_record(num_inputs, tmp_path):
     def is_single_value(path) -> bool:
         """Whether a file is a single JSON list, or not valid UTF-8."""
         try:
-            return path.read_text(encoding="utf-8").strip().startswith("[")
+            return path.read_text(encoding="utf-8-sig").strip().startswith("[")
         except UnicodeDecodeError:
             return True
 
@@ -181,7 +205,7 @@ def test_data_files_are_read_or_refused_by_record(num_inputs, tmp_path):
             try:
                 problems = task.load(str(path), "all")
             except ValueError as error:
-                record = "(, record [0-9]+)?" if is_single_value(path) else ", record [0-9]+"
+                record = "(, record [0-9]+)?" if is_single_value(path) else ", line [0-9]+"
                 message = rf"{path}({record}: \S| contains no problems)"
                 assert re.match(message, str(error)) and "\n" not in str(error), error
                 continue
@@ -194,8 +218,8 @@ def test_data_files_are_read_or_refused_by_record(num_inputs, tmp_path):
 
 
 @pytest.mark.parametrize("num_inputs", NUM_INPUTS)
-def test_templates_render_or_refuse(num_inputs, tiny):
-    """Any template with any conversation, and any tools: a text, or a ValueError."""
+def test_templates_render_or_raise_value_error(num_inputs, tiny):
+    """Any template with any conversation and any tools gives a text or a ValueError."""
     words = pieces(
         "{{", "}}", "{%", "%}", " for m in messages ", " endfor ", " if tools ", " endif ", "m",
         ".role", ".content", "|tojson", "|trim", "messages[0]", "[-1]", " set x = ", "tools",
@@ -213,10 +237,10 @@ def test_templates_render_or_refuse(num_inputs, tiny):
         except ValueError:
             return
         try:
-            said = tokenizer.render([{"role": role, "content": content}], tools)
+            text = tokenizer.render([{"role": role, "content": content}], tools)
         except ValueError:
             return
-        assert isinstance(said, str) and "<class" not in said
+        assert isinstance(text, str) and "<class" not in text
 
     roles = st.sampled_from(["user", "assistant", "system", "tool"]) | st.text(max_size=4)
     fuzz(
@@ -228,7 +252,7 @@ def test_templates_render_or_refuse(num_inputs, tiny):
         st.none() | st.lists(VALUES, max_size=2),
     )
 
-    def shown(content):  # the tiny model's own template, whatever is said
+    def shown(content):  # the template of the tiny model shows any content
         text = tiny[1].render([{"role": "user", "content": content}])
         assert content in text and text.endswith("<|assistant|>")
 
@@ -236,7 +260,7 @@ def test_templates_render_or_refuse(num_inputs, tiny):
 
 
 @pytest.mark.parametrize("num_inputs", NUM_INPUTS)
-def test_safetensors_load_or_refuse(num_inputs, folder):
+def test_damaged_safetensors_load_or_raise_an_error(num_inputs, folder):
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")

@@ -230,12 +230,12 @@ def test_a_training_step_waits_once_per_failure(task, tiny, tmp_path):
         assert waits["backward"] == num_failures
         assert waits["loss_metrics"] == waits["update"] == waits["check_outputs"] == 1
         assert copies["token_logprobs"] == 4 * packed_rows
-        assert copies["add_gradient"] == 4 * num_failures
+        assert copies["backpropagate_step"] == 4 * num_failures
         assert copies["hidden"] <= 1  # the frequencies of RoPE, once per model
         generation = {"prefill", "rows_to_keep", "generate", "split_turns"}
         step = {"backward", "loss_metrics", "update", "check_outputs", "save_checkpoint"}
         assert set(waits) <= generation | step
-        rows = {"token_logprobs", "add_gradient", "hidden"}
+        rows = {"token_logprobs", "backpropagate_step", "hidden"}
         assert set(copies) <= rows | {"prefill", "generate", "drop_finished", "backward"}
 
 

@@ -28,9 +28,9 @@ from grpo import (
     Turn,
     group_advantages,
     grpo_loss,
+    pack_group,
     token_logprobs,
     token_weights,
-    training_rows,
 )
 from tasks import Verdict
 
@@ -254,7 +254,7 @@ def test_the_mask_is_by_position():
     """The end-of-turn token, 0, is trained where the model wrote it; padding, also 0, is not."""
     context, turns = [5, 0, 7], ([8, 9, 0], [8, 0], [0])
     rows = [Row(context, turn, [-1.0 - t for t in range(len(turn))], None, 0.0) for turn in turns]
-    found = training_rows([conversation(0, row, correct=False) for row in rows])
+    found = pack_group([conversation(0, row, correct=False) for row in rows])
     assert found.context == context and found.branches == [*turns]
     assert found.targets.tolist() == [[8, 9, 0], [8, 0, 0], [0, 0, 0]]
     assert found.mask.int().tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
@@ -279,7 +279,7 @@ def test_two_trained_turns_are_one_branch_with_a_gap(exact):
         group.append(ReflectionAndRetryTrained(**vars(c)))
         plain.append(textbook.logprobs(exact, context, reflection))
         plain.append(textbook.logprobs(exact, prompt, retry))
-    rows = training_rows(group)
+    rows = pack_group(group)
     assert rows.branches == [[8, 9, 0, 11, 12, 4, 2], [8, 0, 11, 12, 6, 3, 2]]
     assert rows.targets.tolist() == [[8, 9, 2, 0, 0, 4, 2], [8, 2, 0, 0, 6, 3, 2]]
     assert rows.mask.int().tolist() == [[1, 1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1, 1]]
@@ -301,7 +301,7 @@ def test_the_packed_row_is_one_row_per_reflection(
     checkpointing, and with the logits computed in chunks."""
     [group] = draw_groups(exact, [(context, longest)], G)
     [conversations] = conversations_of([group], [[1.0] + [0.0] * (G - 1)])
-    rows = training_rows(conversations)
+    rows = pack_group(conversations)
     exact.zero_grad(set_to_none=True)
     plain, weigh, mask = [], torch.randn(rows.mask.shape, dtype=torch.float64), rows.mask
     for row in group:
@@ -325,7 +325,7 @@ def test_any_mask_is_computed(exact):
     [group] = draw_groups(exact, [(6, 9)], 4)
     for row in group:
         row.reflection, row.old = (row.reflection * 9)[:9], [0.0] * 9
-    rows = training_rows(conversations_of([group], [[1.0, 0, 0, 0]])[0])
+    rows = pack_group(conversations_of([group], [[1.0, 0, 0, 0]])[0])
     mask = torch.zeros_like(rows.mask)
     mask[0, 0:3] = mask[1, 4:9] = mask[2, [1, 3, 6]] = mask[3, 8] = True
     found = token_logprobs(exact, rows._replace(mask=mask))
@@ -337,7 +337,7 @@ def test_any_mask_is_computed(exact):
 def test_the_logits_of_one_chunk_exist_at_a_time(tiny, monkeypatch):
     model, sizes = tiny[0], []
     [group] = draw_groups(model, [(5, 12)], 4)
-    rows = training_rows(conversations_of([group], mixed(1, 4))[0])
+    rows = pack_group(conversations_of([group], mixed(1, 4))[0])
     head = model.head
     model.head = lambda hidden: sizes.append(len(hidden)) or head(hidden)
     monkeypatch.setattr(grpo, "MAX_LOGITS", 10 * model.vocab_size + 5)
@@ -352,10 +352,10 @@ def test_the_logits_of_one_chunk_exist_at_a_time(tiny, monkeypatch):
 
 def test_conversations_without_a_common_context_are_refused():
     group = [conversation(0, Row([1, 2, 3], [4], [-1.0], None, 0.0), True) for _ in range(2)]
-    assert training_rows(group).context == [1, 2, 3]
+    assert pack_group(group).context == [1, 2, 3]
     group[1].reflection = Turn([9, 2, 3], [4], truncated=False, logprobs=[-1.0])
     with pytest.raises(ValueError, match="must begin with the same context"):
-        training_rows(group)
+        pack_group(group)
 
 
 # -- A whole step ----------------------------------------------------------------------------------
@@ -517,12 +517,12 @@ def test_metrics_are_means_over_the_trained_tokens(tiny, task, tmp_path, monkeyp
 def test_a_step_is_the_same_bits_each_time(tiny, task, tmp_path, monkeypatch):
     """Invariant 6: no sum depends on the order in which threads finish."""
     torch.set_num_threads(2)
-    rows = draw_groups(tiny[0], [(90, 40)] * 3, G=8, noise=0.1)
-    groups = conversations_of(rows, mixed(3, 8))
+    rows = draw_groups(tiny[0], [(90, 40)] * 2, G=8, noise=0.1)
+    groups = conversations_of(rows, mixed(2, 8))
     gradients, found = prepare(monkeypatch, [groups]), []
-    for number in range(4):
+    for number in range(3):
         model = copy.deepcopy(tiny[0])
-        config = TrainConfig(steps=1, batch_size=3, group_size=8, beta=0.2, lr=1e-3)
+        config = TrainConfig(steps=1, batch_size=2, group_size=8, beta=0.2, lr=1e-3)
         agent, folder = agent_of((model, tiny[1]), task), tmp_path / str(number)
         for _ in grpo.train(agent, tiny[0], failures_of(groups), config, folder):
             pass
@@ -639,7 +639,7 @@ def test_a_steps_gradients_add_up_in_float32(tiny, task, tmp_path, monkeypatch):
     groups, wanted = conversations_of(draw_groups(tiny[0], GROUPS, 4), mixed(5, 4)), 0.0
     lengths = torch.tensor([[len(c.reflection.tokens) for c in group] for group in groups])
     for group, w in zip(groups, token_weights(lengths, "dapo", MAX_NEW_TOKENS), strict=True):
-        rows = training_rows(group)
+        rows = pack_group(group)
         A = group_advantages(torch.tensor([[float(c.retry_verdict.correct) for c in group]]))[0]
         new = token_logprobs(model, rows)
         grpo_loss(new, rows.old_logprobs, None, A, rows.mask, w.to(new), beta=0.0).backward()
@@ -700,7 +700,7 @@ def test_bfloat16_moves_with_masters_and_hardly_without(task, tmp_path, monkeypa
     adamw = torch.optim.AdamW(plain.parameters(), config.lr, weight_decay=0.0)
     for step in range(4):
         for group in steps[step]:
-            rows = training_rows(group)
+            rows = pack_group(group)
             A = group_advantages(torch.tensor([[float(c.retry_verdict.correct) for c in group]]))[0]
             new = token_logprobs(plain, rows)
             grpo_loss(new, rows.old_logprobs, None, A, rows.mask, beta=0.0).backward()
@@ -771,7 +771,7 @@ def test_what_the_sampler_recorded_the_trainer_computes(agent, failures, tmp_pat
     groups = grpo.rollout(agent, failures, 4, (grpo.TRAIN, 0))
     for group in groups:
         for kind in (Conversation, ReflectionAndRetryTrained):
-            rows = training_rows([kind(**vars(c)) for c in group])
+            rows = pack_group([kind(**vars(c)) for c in group])
             with torch.no_grad():
                 new = token_logprobs(agent.model, rows, temperature)
             assert (new - rows.old_logprobs).abs().max() < 1e-4
@@ -846,9 +846,9 @@ def test_every_step_samples_anew_and_every_sample_is_its_own(agent, failures):
         for name in ("reflection", "retry"):
             turns = {tuple(getattr(c, name).tokens) for c in conversations}
             assert len(turns) > 1.5 * len(failures)
-    problems, rng_key = [f.problem for f in failures], (grpo.EVALUATE, 0)
-    five = grpo.attempt_all(agent, problems, 5, rng_key)
-    three = grpo.attempt_all(agent, problems, 3, rng_key, first_index=2)
+    problems, rng_prefix = [f.problem for f in failures], (grpo.EVALUATE, 0)
+    five = grpo.attempt_all(agent, problems, 5, rng_prefix)
+    three = grpo.attempt_all(agent, problems, 3, rng_prefix, first_index=2)
     assert three == [c for c in five if c.attempt_index > 1]
     other = flat(grpo.rollout(replace(agent, seed=4), failures, 3, (grpo.TRAIN, 0)))
     assert [c.reflection for c in one] != [c.reflection for c in other]

@@ -1,5 +1,6 @@
 """Invariants 1, 2, and 7: logits equal those of transformers, and a token has one probability."""
 
+import doctest
 import json
 import re
 
@@ -150,34 +151,32 @@ def test_attention_to_a_shared_context_is_attention(P, S, H, K, T, C, L):
     rng = torch.Generator().manual_seed(0)
     R, D = P * S, 8
     q = torch.randn(R, H, T, D, generator=rng)
-    context_keys, context_values = torch.randn(2, P, K, C, D, generator=rng)
-    suffix_keys, suffix_values = torch.randn(2, R, K, L, D, generator=rng)
+    context = torch.randn(2, P, K, C, D, generator=rng)
+    suffix = torch.randn(2, R, K, L, D, generator=rng)
     visible = torch.rand(R, C + L, generator=rng) < 0.7
     mask = models.attention_mask(visible, T, torch.float32)
-    output = models.shared_context_attention(
-        q, context_keys, context_values, suffix_keys, suffix_values, mask
-    )
+    output = models.shared_context_attention(q, context, suffix, mask)
     for row in range(R):
-        keys = torch.cat([context_keys[row // S], suffix_keys[row]], dim=1)[None]
-        values = torch.cat([context_values[row // S], suffix_values[row]], dim=1)[None]
-        keys, values = models.repeat_heads(keys, H), models.repeat_heads(values, H)
+        own = torch.cat([context[:, row // S], suffix[:, row]], dim=2)  # (2, K, C + L, D)
+        keys, values = models.repeat_heads(own, H)[:, None]
         expected = models.attention(q[row : row + 1], keys, values, mask[row : row + 1])
         assert_close(output[row], expected[0], 1e-5)
 
 
 def test_large_scores_do_not_overflow_in_float16():
     """Queries are scaled before the product: unscaled, these equal scores would exceed 65,504."""
-    q, keys = torch.full((1, 1, 1, 64), 64.0), torch.full((2, 1, 1, 9, 64), 20.0)
-    values, mask = torch.randn(2, 1, 1, 9, 64), torch.zeros(1, 1, 1, 18)
-    assert (q @ keys[0].mT).min() > 65_504
-    arguments = (q, keys[0], values[0], keys[1], values[1], mask)
+    q, keys = torch.full((1, 1, 1, 64), 64.0), torch.full((1, 1, 9, 64), 20.0)
+    assert (q @ keys.mT).min() > 65_504
+    values = torch.randn(2, 1, 1, 9, 64)
+    context, suffix = (torch.stack([keys, v]) for v in values)
+    arguments = q, context, suffix, torch.zeros(1, 1, 1, 18)
     output = models.shared_context_attention(*(x.half() for x in arguments))
     assert_close(output[0, 0].float(), values.mean(dim=(0, 3))[0], 1e-2)
 
 
 @every_shape
 @torch.no_grad()
-def test_what_we_save_transformers_opens(tmp_path, shape):
+def test_transformers_loads_what_we_save(tmp_path, shape):
     theirs, ours = reference(tmp_path / "a", shape)
     with torch.no_grad():
         for parameter in ours.parameters():
@@ -190,7 +189,7 @@ def test_what_we_save_transformers_opens(tmp_path, shape):
 
 
 @torch.no_grad()
-def test_the_tiny_folder_is_an_ordinary_one(tiny, tmp_path):
+def test_transformers_loads_the_tiny_model(tiny, tmp_path):
     model, tokenizer = tiny
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -214,7 +213,7 @@ def test_the_tiny_folder_is_an_ordinary_one(tiny, tmp_path):
 
 # -- The sampler -----------------------------------------------------------------------------------
 def plain_generate(model, prompt, rng_key, max_new_tokens, temperature=1.0, stop=(), seed=0):
-    """The sampler without a cache and without a batch: every token reads the whole text again."""
+    """The sampler without cache and batch, which reads the whole text again for every token."""
     ids = list(prompt)
     for u in np.random.default_rng([seed, *rng_key]).random(max_new_tokens, np.float32):
         with torch.no_grad():
@@ -239,8 +238,8 @@ def flat(nested):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
-def test_the_sampler_draws_what_the_plain_one_draws(tiny, task, temperature):
-    """Two turns of rows that finish at different times; with a cache and without."""
+def test_the_sampler_equals_the_plain_one(tiny, task, temperature):
+    """In two turns, the second of them with the cache; rows finish at different times."""
     model, _ = tiny
     prompts, options = tiny_prompts(tiny, task), dict(temperature=temperature, stop=range(25))
     first = generate(model, prompts, 3, max_new_tokens=12, seed=2, **options)
@@ -282,7 +281,8 @@ def test_the_trainer_computes_what_the_sampler_records(tiny, task, temperature):
                 logits = model(torch.tensor([ids + tokens]))[0, len(ids) - 1 : -1]
             log_p = (logits / (temperature or 1.0)).log_softmax(-1)
             expected = log_p[torch.arange(len(tokens)), tokens]
-            assert (expected - torch.tensor(logprobs)).abs().max() < 1e-4
+            tolerance = 1e-5 * log_p.abs().max()
+            assert (expected - torch.tensor(logprobs)).abs().max() < tolerance
             if temperature == 0:
                 assert tokens == logits.argmax(-1).tolist()
             assert all(token >= 40 for token in tokens[:-1])  # it stopped at the first stop token
@@ -310,13 +310,13 @@ def test_a_sample_does_not_depend_on_its_batch(tiny, task):
     assert len(set(map(tuple, flat(together)))) > 24
 
 
-def test_the_next_turn_on_a_cache_equals_reading_the_conversation_again(tiny, task):
+def test_the_append_bridge_on_a_cache_equals_reading_the_conversation_again(tiny, task):
     model, tokenizer = tiny
     prompts = tiny_prompts(tiny, task, 4)
     first = generate(model, prompts, num_samples=2, max_new_tokens=9, stop=range(30))
     bridge = tokenizer.bridge("Again.")
     turns = flat(first.tokens)
-    continued = [tokenizer.next_turn(turn, bridge) for turn in turns]
+    continued = [tokenizer.append_bridge(turn, bridge) for turn in turns]
     new = [ids[len(turn) - 1 :] for ids, turn in zip(continued, turns, strict=True)]
     assert first.cache.num_prompts == 4  # the keys of each prompt are stored once
     options = dict(max_new_tokens=9, stop=range(30), rng_keys=[(7, i) for i in range(8)])
@@ -324,7 +324,7 @@ def test_the_next_turn_on_a_cache_equals_reading_the_conversation_again(tiny, ta
     whole = generate(model, [prompts[i // 2] + continued[i] for i in range(8)], **options)
     assert cached.tokens == whole.tokens
     for [logprobs], [expected] in zip(cached.logprobs, whole.logprobs, strict=True):
-        assert logprobs == pytest.approx(expected, abs=1e-4)
+        assert logprobs == pytest.approx(expected, rel=1e-4, abs=1e-4)
     # The cache of the first turn is unchanged: another second turn can be sampled from it.
     assert generate(model, new, cache=first.cache, **options).tokens == cached.tokens
 
@@ -344,7 +344,7 @@ def test_a_long_turn_is_read_in_pieces(tiny, task, monkeypatch, max_scores):
     ]
     sizes = []
     model.hidden = lambda ids, **k: sizes.append(ids.shape[1]) or Model.hidden(model, ids, **k)
-    monkeypatch.setattr(models, "MAX_SCORES", max_scores)
+    monkeypatch.setattr(models, "MAX_ATTENTION_SCORES", max_scores)
     keys = [(9, i) for i in range(6)]
     second = generate(model, new, max_new_tokens=8, rng_keys=keys, cache=first.cache)
     assert flat(second.tokens) == expected
@@ -362,8 +362,8 @@ def test_prompts_of_one_length_are_read_without_a_mask(tiny):
     assert masks[0] is None and masks[1].shape == (2, 1, 3, 3)
 
 
-def test_finished_rows_are_dropped_and_continue_in_the_next_turn(tiny, task):
-    """The batch gets smaller during a turn, and the next turn continues from all rows."""
+def test_finished_rows_are_dropped_and_continue_in_the_append_bridge(tiny, task):
+    """The batch shrinks during a turn, and the next turn continues all rows."""
     model, _ = tiny
     sizes = []
     prompts = tiny_prompts(tiny, task, 6)
@@ -389,7 +389,7 @@ def test_rows_to_keep():
 
 
 def test_select_rows_and_copy_back():
-    """The example of the docstring, and the way back into the columns that it had."""
+    """The example of the docstring. What the selected rows read is copied back to their rows."""
     rng = torch.Generator().manual_seed(0)
     contexts, suffixes = [torch.randn(2, 3, 1, 4, 2)], [torch.randn(2, 6, 1, 5, 2, generator=rng)]
     cache = KVCache(contexts, suffixes, torch.ones(6, 4 + 2, dtype=torch.bool))
@@ -407,7 +407,7 @@ def test_select_rows_and_copy_back():
 
 
 def test_padding_is_on_the_left(tiny):
-    """Of two prompts in a batch, and what the tokens see of it."""
+    """The positions of two prompts in a batch, and which columns their tokens see."""
     model, calls = tiny[0], []
 
     def recorded(ids, layout):
@@ -438,8 +438,8 @@ def test_padding_is_on_the_left(tiny):
         (dict(temperature=-0.1), "temperature must be at least 0"),
         (dict(temperature=float("nan")), "temperature must be at least 0"),
         (dict(rng_keys=[(1, 2), (1, 2)]), "rng_keys must differ"),
-        (dict(rng_keys=[(1, 2)]), "as many rng_keys"),
-        (dict(prompts=[[1]], rng_keys=[(0,)]), "2 rows of the cache"),
+        (dict(rng_keys=[(1, 2)]), "one per row"),
+        (dict(prompts=[[1]], rng_keys=[(0,)]), "2 cached rows"),
         (dict(num_samples=2, rng_keys=None), "num_samples must be 1"),
     ],
 )
@@ -453,7 +453,7 @@ def test_bad_arguments_of_generate_are_refused(tiny, changes, message):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_draws_follow_the_textbook_distribution(temperature):
+def test_samples_follow_the_distribution(temperature):
     logits = torch.tensor([2.0, 0.5, 1.5, -1.0, 0.0, 1.9, -3.0])
     p = (logits / temperature).softmax(-1).double().numpy()
     n = 200_000
@@ -490,25 +490,25 @@ def test_lengths_that_do_not_add_up_are_refused(tiny):
         tiny[0].hidden(torch.ones(1, 7, dtype=torch.long), lengths=[3, 3])
 
 
-def test_a_cut_turn_gets_its_end_and_an_ended_one_keeps_it(tiny):
+def test_append_bridge_adds_a_stop_token_to_a_truncated_turn_only(tiny):
     _, tokenizer = tiny
     bridge = tokenizer.bridge("Again.")
     words = tokenizer.encode
     assert bridge == words("<|end|> <|user|> Again. <|end|> <|assistant|>")
-    assert tokenizer.next_turn(words("1 2"), bridge) == words("1 2") + bridge
-    assert tokenizer.next_turn(words("1 2 <|end|>"), bridge) == words("1 2") + bridge
+    assert tokenizer.append_bridge(words("1 2"), bridge) == words("1 2") + bridge
+    assert tokenizer.append_bridge(words("1 2 <|end|>"), bridge) == words("1 2") + bridge
 
 
 def refused(load, path, *words, error=ValueError):
-    """Loading raises this error, in one line that has the folder or file and these words."""
+    """Loading raises this error, in one line that contains the path and these words."""
     with pytest.raises(error) as raised:
         load(path)
-    said = str(raised.value)
-    assert str(path) in said and "\n" not in said and len(said) < 700, said
-    assert all(word in said for word in words), said
+    message = str(raised.value)
+    assert str(path) in message and "\n" not in message and len(message) < 700, message
+    assert all(word in message for word in words), message
 
 
-def test_bad_weights_are_refused_by_name(tmp_path, tiny):
+def test_bad_weights_are_refused(tmp_path, tiny):
     model, _ = tiny
     refused(Model.from_pretrained, tmp_path, "config.json", error=FileNotFoundError)
     model.save_pretrained(tmp_path)
@@ -535,7 +535,7 @@ def test_bad_weights_are_refused_by_name(tmp_path, tiny):
     refused(Model.from_pretrained, tmp_path, "model.safetensors is damaged")
 
 
-def test_what_is_not_computed_here_is_refused_by_name(tmp_path, tiny):
+def test_unsupported_configurations_are_refused(tmp_path, tiny):
     model, _ = tiny
     model.save_pretrained(tmp_path)
     for change, words in (
@@ -566,7 +566,7 @@ NEEDED = (
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_an_incomplete_config_is_refused_by_name(tmp_path, tiny, device):
+def test_incomplete_configurations_are_refused(tmp_path, tiny, device):
     model, _ = tiny
     model.save_pretrained(tmp_path)
 
@@ -579,8 +579,8 @@ def test_an_incomplete_config_is_refused_by_name(tmp_path, tiny, device):
         refused(load, tmp_path, "config.json is incomplete", missing)
     llama3 = {**model.config_dict, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
     for change, words in (
-        ("[1]", "config.json holds no JSON object"),
-        ("{", "config.json is not JSON"),
+        ("[1]", "config.json does not contain a JSON object"),
+        ("{", "config.json is not valid JSON"),
         ('{"model_type": "llama"}', "config.json is incomplete"),
         (json.dumps({**model.config_dict, "hidden_size": "96"}), "config.json is incomplete"),
         (json.dumps(llama3), "config.json is incomplete"),
@@ -589,31 +589,32 @@ def test_an_incomplete_config_is_refused_by_name(tmp_path, tiny, device):
         refused(load, tmp_path, words)
 
 
-def test_a_bad_tokenizer_is_refused_by_name(tmp_path, tiny):
+def test_bad_tokenizers_are_refused(tmp_path, tiny):
     model, tokenizer = tiny
     load = Tokenizer.from_pretrained
     refused(load, tmp_path, "tokenizer_config.json", error=FileNotFoundError)
     tokenizer.save_pretrained(tmp_path)
     for name, words in (
-        ("tokenizer.json", "tokenizer.json is absent or damaged"),
-        ("tokenizer_config.json", "tokenizer_config.json holds no JSON object"),
-        ("generation_config.json", "generation_config.json holds no JSON object"),
+        ("tokenizer.json", "tokenizer.json is missing or damaged"),
+        ("tokenizer_config.json", "tokenizer_config.json does not contain a JSON object"),
+        ("generation_config.json", "generation_config.json does not contain a JSON object"),
     ):
         whole = (tmp_path / name).read_text()
         (tmp_path / name).write_text("[]")
         refused(load, tmp_path, words)
         (tmp_path / name).write_text(whole)
     (tmp_path / "tokenizer.json").unlink()
-    refused(load, tmp_path, "tokenizer.json is absent or damaged")
+    refused(load, tmp_path, "tokenizer.json is missing or damaged")
 
     def with_template(template):
         return Tokenizer(tokenizer.tokenizer, {**tokenizer.settings, "chat_template": template}, {})
 
     several = [{"name": "default", "template": "a"}]
-    for wrong in (None, ["a"], several, 5, {"default": "a"}):
-        with pytest.raises(ValueError, match="no chat template: R3 needs an instruct model"):
+    assert with_template(several).render([]) == "a"
+    for wrong in (None, ["a"], 5, {"default": "a"}, [{"name": "rag", "template": "a"}]):
+        with pytest.raises(ValueError, match="use an instruct model"):
             with_template(wrong)
-    with pytest.raises(ValueError, match="the chat template is no jinja2 template"):
+    with pytest.raises(ValueError, match="the chat template is not a valid jinja2 template"):
         with_template("{% if %}")
     with pytest.raises(ValueError, match="no chat template"):
         Tokenizer(tokenizer.tokenizer, {}, {})
@@ -631,7 +632,7 @@ def test_templates_run_in_a_sandbox(tiny):
             evil.render([{"role": "user", "content": "1"}])
 
 
-def test_a_folder_is_made_and_a_file_replaced(tmp_path):
+def test_replace_file(tmp_path):
     path = tmp_path / "a" / "b" / "file.json"
     models.replace_file(path, "one")
     models.replace_file(path, "zwei ü")
@@ -640,3 +641,8 @@ def test_a_folder_is_made_and_a_file_replaced(tmp_path):
     with pytest.raises(OSError, match="taken could not be written"):
         models.replace_file(tmp_path / "taken", "three")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "taken"]
+
+
+def test_the_examples_in_docstrings():
+    results = doctest.testmod(models)
+    assert results.attempted >= 2 and results.failed == 0

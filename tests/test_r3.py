@@ -146,7 +146,7 @@ def test_a_conversation_is_a_sequence_of_turns(agent, task):
             assert (c.problem, c.attempt) == (before.problem, before.attempt)
             assert (c.attempt_index, c.reflection_index) == (before.attempt_index, g)
             prompt = c.attempt.prompt
-            for turn, next_turn, instruction in (
+            for turn, append_bridge, instruction in (
                 (c.attempt, c.reflection, task.reflection_instruction),
                 (c.reflection, c.retry, task.retry_instruction),
             ):
@@ -154,7 +154,7 @@ def test_a_conversation_is_a_sequence_of_turns(agent, task):
                 assert turn.truncated == (turn.tokens[-1] != end)
                 prompt = prompt + turn.tokens + [end] * turn.truncated
                 prompt = prompt + encode(f"<|user|> {instruction} <|end|> <|assistant|>")
-                assert next_turn.prompt == prompt
+                assert append_bridge.prompt == prompt
             assert c.retry_verdict == agent.verify(c.problem, c.retry)
 
 
@@ -621,9 +621,9 @@ def test_ctrl_c_prints_how_to_resume(runs_folder, finished_run, chance_verifier,
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [0, 1, 2, 3]
     steps, rollout = [], grpo.rollout
 
-    def record(agent, failures, group_size, rng_key, **options):
-        steps.append(rng_key[1])
-        return rollout(agent, failures, group_size, rng_key, **options)
+    def record(agent, failures, group_size, rng_prefix, **options):
+        steps.append(rng_prefix[1])
+        return rollout(agent, failures, group_size, rng_prefix, **options)
 
     monkeypatch.setattr(grpo, "rollout", record)
     r3.main(["train", "--resume", str(run)])
@@ -1001,7 +1001,7 @@ def test_a_settings_file_that_is_not_an_object_is_named(runs_folder, capsys, con
         ("", "COMMAND"),
         ("train --stepps 3", "--stepps"),
         ("play --steps 3", "--steps"),
-        ("train --temperature 0", "nothing could be compared"),
+        ("train --temperature 0", "nothing to compare"),
         ("eval --model nowhere", "nowhere: no such file or folder"),
         ("eval --model no/where", "no/where"),
         ("eval --model .", "No such file or directory: 'config.json'"),
@@ -1243,7 +1243,7 @@ def test_a_pretrained_model_is_evaluated_on_apigen(runs_folder, folder, apigen_f
     flags += ["--max-new-tokens", "9", "--name"]
     data = apigen_file.read_text()
     apigen_file.write_text(data + "{")
-    assert "data.jsonl, record 7: " in error_line([*flags, "damaged"], capsys)
+    assert "data.jsonl, line 7: " in error_line([*flags, "damaged"], capsys)
     apigen_file.write_text(data)
     r3.main([*flags, "e", "--split", "all"])
     printed = capsys.readouterr().out
@@ -1285,7 +1285,7 @@ def test_the_papers_experiment_loads_its_splits_from_the_hub(
     """It is trained on "train", and evaluated on the split in the settings."""
     loaded, load = [], tasks.APIGen.load
 
-    def from_hub(hub_id, files, kind="model"):
+    def local_path(hub_id, files, kind="model"):
         loaded.append(hub_id)
         return apigen_file
 
@@ -1296,7 +1296,7 @@ def test_the_papers_experiment_loads_its_splits_from_the_hub(
     def stop(*_):
         raise ValueError("the search for failures begins")
 
-    monkeypatch.setattr(r3, "from_hub", from_hub)
+    monkeypatch.setattr(r3, "local_path", local_path)
     monkeypatch.setattr(tasks.APIGen, "load", load_split)
     monkeypatch.setattr(r3, "find_failures", stop)
     flags = ["train", "--model", str(folder), "--task", "apigen", "--max-new-tokens", "8"]
@@ -1329,7 +1329,7 @@ def test_problems_that_might_not_fit_into_the_context_are_dropped_and_counted(
     assert 1 < num_fitting < 8
     fitting = r3.load_problems(config, agent, "dev", 8)
     assert fitting == problems[:num_fitting]
-    assert f"{r3.plural(8 - num_fitting, 'problem')} dropped" in capsys.readouterr().out
+    assert f"Dropped {r3.plural(8 - num_fitting, 'problem')}" in capsys.readouterr().out
     failures = grpo.sample_attempts(agent, fitting[-1:], 1, (0, 0))
     [[conversation]] = grpo.rollout(agent, failures, 1, (0, 0))
     assert len(conversation.retry.prompt) + len(conversation.retry.tokens) < 512
@@ -1350,7 +1350,7 @@ def test_the_padded_rows_of_the_head_are_neither_sampled_nor_trained(folder):
     groups = grpo.rollout(agent, attempts, 1, (0, 0))
     tokens = [t for [c] in groups for turn in (c.attempt, c.reflection) for t in turn.tokens]
     assert len(tokens) > 100 and max(tokens) < 258
-    rows = grpo.training_rows(groups[0])
+    rows = grpo.pack_group(groups[0])
     logprobs = grpo.token_logprobs(agent.model, rows)
     assert torch.allclose(logprobs.detach(), rows.old_logprobs, atol=1e-4)
 
@@ -1374,10 +1374,10 @@ def test_the_memory_of_training_is_estimated(qwen):
     config = replace(r3.PAPER, dtype="bfloat16")
     needed, bytes_per_token = r3.memory_needed(config, qwen, training=True)
     assert list(needed) == [
-        "weights", "reference model", "gradients, masters and moments", "activations",
+        "weights", "reference model", "gradients, master weights, moments", "activations",
     ]  # fmt: skip
     assert needed["weights"] == needed["reference model"] == 2 * NUM_PARAMETERS
-    assert needed["gradients, masters and moments"] == 18 * NUM_PARAMETERS
+    assert needed["gradients, master weights, moments"] == 18 * NUM_PARAMETERS
     assert bytes_per_token == 2.5 * KEY_VALUE_SIZE
 
     def total(training=True, **changes):

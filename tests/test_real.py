@@ -103,7 +103,7 @@ def test_a_chat_is_encoded_and_decoded_as_by_transformers(ours, theirs):
         assert their_tokenizer.decode(reply_ids) == reply
     turn_by_turn = our_tokenizer.prompt(messages[:1])
     for reply, question in zip(replies[:2], questions[1:], strict=True):
-        turn_by_turn += our_tokenizer.next_turn(
+        turn_by_turn += our_tokenizer.append_bridge(
             our_tokenizer.encode(reply) + our_tokenizer.stop_ids, our_tokenizer.bridge(question)
         )
     assert turn_by_turn == expected

@@ -1,7 +1,7 @@
-"""Real chat templates: what transformers renders and encodes, turn after turn.
+"""Real chat templates: the same text and token ids as in transformers, turn by turn.
 
-trl's package ships the templates of the Qwen, Llama and Phi families; SmolLM2's is written here.
-The tokenizers have one token a byte, and each family's special tokens.
+The templates of the Qwen, Llama, and Phi families come with the package trl. SmolLM2's is below.
+The tokenizers have one token per byte, and the special tokens of each family.
 """
 
 import copy
@@ -17,7 +17,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from model import Tokenizer, tools_in_words
+from model import Tokenizer, add_tool_descriptions
 from tasks import APIGen, Countdown, CountdownProblem
 
 RECORDS = Path(__file__).resolve().parents[2] / "shared" / "data" / "apigen_bfcl.json"
@@ -48,7 +48,9 @@ FAMILIES = {
     ),
 }
 SHOWS_TOOLS = {"qwen2_5", "qwen3", "llama3_1", "llama3_2"}
-DATE = {"date_string": "26 Jul 2024"}  # what Llama's say where they see no clock: given to theirs
+DATE = {
+    "date_string": "26 Jul 2024"
+}  # the date in Llama's templates if they do not know the current one
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -71,12 +73,12 @@ ATTEMPT = {
     "content": '[{"name": "wetter",\n\t"place": "Zürich"}]\n\nÜber & <b>',
 }
 THOUGHT = {"role": "assistant", "content": "<think>\nhm, “东”\n</think>\n\nIt is <5 °C.\n"}
-TOLD = {"role": "user", "content": "\nThat's wrong.\nWhy?"}
-PLAY = {"role": "user", "content": "Again 🙂"}
+FOLLOW_UP = {"role": "user", "content": "\nThat's wrong.\nWhy?"}
+LAST_REQUEST = {"role": "user", "content": "Again 🙂"}
 CONVERSATIONS = [
     [*start, USER, *rest]
     for start in ([], [SYSTEM])
-    for rest in ([], [ATTEMPT], [ATTEMPT, TOLD], [THOUGHT, TOLD, ATTEMPT, PLAY])
+    for rest in ([], [ATTEMPT], [ATTEMPT, FOLLOW_UP], [THOUGHT, FOLLOW_UP, ATTEMPT, LAST_REQUEST])
 ]
 
 
@@ -93,7 +95,7 @@ def real_template(family: str) -> str:
 
 
 def bytes_tokenizer(special: list[str] = CHATML, stripping: list[str] = ROLES):
-    """256 bytes and the special tokens; `stripping` ones take the whitespace behind them along."""
+    """256 bytes and special tokens. Those in `stripping` swallow the whitespace after them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -109,7 +111,7 @@ def with_template(template, tokenizer=None, **settings) -> Tokenizer:
 
 
 def both(family: str):
-    """Our tokenizer and transformers', of the same parts."""
+    """Our tokenizer and that of transformers, with the same template and vocabulary."""
     f, template = FAMILIES[family], real_template(family)
     tokenizer = bytes_tokenizer(f["special"] + [f["bos"]] * (f["bos"] == "<s>"))
     special = {"eos_token": f["eos"]} | ({"bos_token": f["bos"]} if f["bos"] else {})
@@ -125,51 +127,53 @@ def both(family: str):
 
 @every_family
 def test_texts_and_ids_equal_transformers(family):
-    """Every shape of R3's conversations, with tools and without; a refusal is one for both."""
+    """All forms of conversations in R3, with and without tools. Both reject the same ones."""
     ours, theirs = both(family)
     seen, refused = set(), []
-    for agent, tools, opened in itertools.product(
+    for messages, tools, opened in itertools.product(
         [*CONVERSATIONS, [SYSTEM]], (None, TOOLS), (True, False)
     ):
-        before = copy.deepcopy((agent, tools))
+        before = copy.deepcopy((messages, tools))
         options = dict(tools=tools, add_generation_prompt=opened, **DATE)
         try:
-            want = theirs.apply_chat_template(agent, tokenize=False, **options)
+            expected = theirs.apply_chat_template(messages, tokenize=False, **options)
         except jinja2.TemplateError:
-            refused.append(agent)
-            with pytest.raises(ValueError, match="template refuses"):
-                ours.render(agent, tools, add_generation_prompt=opened)
+            refused.append(messages)
+            with pytest.raises(ValueError, match="template rejects"):
+                ours.render(messages, tools, add_generation_prompt=opened)
             continue
-        assert ours.render(agent, tools, add_generation_prompt=opened) == want
-        assert (agent, tools) == before
-        seen.add(want)
+        assert ours.render(messages, tools, add_generation_prompt=opened) == expected
+        assert (messages, tools) == before
+        seen.add(expected)
         if opened:
-            assert ours.render(agent, tools) == want
-            ids = theirs.apply_chat_template(agent, tokenize=True, return_dict=False, **options)
+            assert ours.render(messages, tools) == expected
+            ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
             if tools is None or family in SHOWS_TOOLS:
-                assert ours.prompt(agent, tools) == ids
-            assert ours.encode(want) == ids
+                assert ours.prompt(messages, tools) == ids
+            assert ours.encode(expected) == ids
             assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    # Llama 3.1 on puts tools into the first user's turn: where there is none, it refuses.
+    # Llama 3.1 puts tools into the first turn of the user, and rejects conversations without one.
     assert refused == ([[SYSTEM], [SYSTEM]] if family in ("llama3_1", "llama3_2") else [])
     assert len(seen) == 18 * (2 if family in SHOWS_TOOLS else 1) - len(refused)
 
 
-def asked(theirs, family: str, agent: list[dict], tools: list[dict] | None = None) -> list[int]:
-    """A question's tokens by transformers, its tools in words where the template has no place."""
+def their_prompt(
+    theirs, family: str, messages: list[dict], tools: list[dict] | None = None
+) -> list[int]:
+    """The prompt by transformers. Tools are described in words if the template ignores them."""
     if tools and family not in SHOWS_TOOLS:
-        agent, tools = tools_in_words(agent, tools), None
+        messages, tools = add_tool_descriptions(messages, tools), None
     options = dict(add_generation_prompt=True, return_dict=False, **DATE)
-    return theirs.apply_chat_template(agent, tools=tools, **options)
+    return theirs.apply_chat_template(messages, tools=tools, **options)
 
 
 @every_family
-def test_the_tools_stand_in_every_prompt(family):
-    """By the template, escaped nowhere; or in words, once, where it has no place for them."""
+def test_every_prompt_contains_the_tools(family):
+    """Either by the template, without escapes, or in words if the template ignores them; once."""
     ours, theirs = both(family)
-    for agent in CONVERSATIONS:
-        if agent[-1]["role"] == "user":
-            assert ours.prompt(agent, TOOLS) == asked(theirs, family, agent, TOOLS)
+    for messages in CONVERSATIONS:
+        if messages[-1]["role"] == "user":
+            assert ours.prompt(messages, TOOLS) == their_prompt(theirs, family, messages, TOOLS)
     text = ours.tokenizer.decode(ours.prompt([USER], TOOLS), skip_special_tokens=False)
     assert text.count("<outside> & in Zürich, 東京 or O'Hare") == 1
     assert text.count(USER["content"]) == 1
@@ -179,15 +183,15 @@ def test_the_tools_stand_in_every_prompt(family):
 
 @pytest.mark.skipif(not RECORDS.is_file(), reason="the real records are not here")
 @every_family
-def test_every_real_record_is_asked_with_all_its_tools(family):
-    """Query and tools stand in the text as they are; some questions are compared whole."""
+def test_prompts_of_real_records_contain_all_tools(family):
+    """The text contains the query and the tools unchanged. Some prompts are compared as a whole."""
     ours, theirs = both(family)
     task, compared = APIGen(), 0
     problems = task.load(str(RECORDS), split="all")
     assert len(problems) == 1_000
     for problem in problems:
-        agent, tools = task.messages(problem)
-        ids = ours.prompt(agent, tools)
+        messages, tools = task.messages(problem)
+        ids = ours.prompt(messages, tools)
         text = ours.tokenizer.decode(ids, skip_special_tokens=False)
         assert text.count(problem.query.strip()) == 1  # some templates strip what is said
         dense = re.sub(r"\s", "", text)  # some templates indent the tools
@@ -195,39 +199,41 @@ def test_every_real_record_is_asked_with_all_its_tools(family):
             function = json.dumps(tool["function"], ensure_ascii=False)
             assert re.sub(r"\s", "", function) in dense
         if problem.id % 20 == 0 or not problem.query.isascii():
-            assert ids == asked(theirs, family, agent, tools)
+            assert ids == their_prompt(theirs, family, messages, tools)
             compared += 1
     assert compared >= 60
 
 
-def test_showing_is_seen_in_the_text_not_guessed():
-    """A template may name the tools and not show them, or show them in some conversations only."""
+def test_whether_a_template_shows_tools_is_decided_by_its_output():
+    """A template may mention tools without showing them, or show them in some conversations."""
 
-    def in_words(ours, agent):
-        return "You can call these functions" in ours.decode(ours.prompt(agent, TOOLS))
+    def in_words(ours, messages):
+        return "You can call these functions" in ours.decode(ours.prompt(messages, TOOLS))
 
     says = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert in_words(with_template("{% if tools %}{# tools #}{% endif %}tools" + says), [USER])
     ours = with_template("{% if messages[0].role == 'system' %}{{ tools }}{% endif %}" + says)
-    assert [in_words(ours, agent) for agent in ([USER], [SYSTEM, USER])] == [True, False]
+    assert [in_words(ours, messages) for messages in ([USER], [SYSTEM, USER])] == [True, False]
 
 
-def test_tools_in_words_stand_before_the_last_message():
-    """All of them, as JSON; and nothing else of the chat changes."""
-    for agent in CONVERSATIONS:
-        before = copy.deepcopy(agent)
-        *others, last = tools_in_words(agent, TOOLS)
-        assert agent == before and others == agent[:-1]
-        assert last["role"] == agent[-1]["role"] and last["content"].endswith(agent[-1]["content"])
-        words = last["content"].removesuffix(agent[-1]["content"])
+def test_add_tool_descriptions_precede_the_last_message():
+    """All tools are listed as JSON, and the conversation is otherwise unchanged."""
+    for messages in CONVERSATIONS:
+        before = copy.deepcopy(messages)
+        *others, last = add_tool_descriptions(messages, TOOLS)
+        assert messages == before and others == messages[:-1]
+        assert last["role"] == messages[-1]["role"] and last["content"].endswith(
+            messages[-1]["content"]
+        )
+        words = last["content"].removesuffix(messages[-1]["content"])
         assert words.startswith("You can call these functions:\n{")
         listed = [line for line in words.splitlines() if line.startswith("{")]
         assert list(map(json.loads, listed)) == [tool["function"] for tool in TOOLS]
         assert "東京 or O'Hare" in words  # not escaped
 
 
-def test_a_template_sees_no_clock():
-    """A prompt is the same on every day: Llama's templates fall back to a date of their own."""
+def test_templates_do_not_see_the_date():
+    """A prompt is the same on every day. Llama's templates then use a fixed date."""
     for family in ("llama3_1", "llama3_2"):
         ours, theirs = both(family)
         text = ours.render([USER])
@@ -235,63 +241,66 @@ def test_a_template_sees_no_clock():
         assert text == theirs.apply_chat_template(
             [USER], tokenize=False, add_generation_prompt=True, **DATE
         )
-    assert with_template("{{ strftime_now is defined }}").render([USER]) == "False"
+    assert with_template("{{ strftime_now('%d %b %Y') }}").render([USER]) == "26 Jul 2024"
 
 
 @every_family
-def test_turn_by_turn_gives_the_ids_of_the_whole(family):
-    """However a turn ended: cut, on the template's end token, or on another stop token."""
+def test_turn_by_turn_equals_the_whole_conversation(family):
+    """Whether a turn is truncated, ends with the template's stop token, or with another one."""
     ours, _ = both(family)
-    said, told = ("It rains in Zürich.", "I forgot: 12 °C."), ("Why?", "Once more.\n\n{}")
+    replies, instructions = (
+        ("It rains in Zürich.", "I forgot: 12 °C."),
+        ("Why?", "Once more.\n\n{}"),
+    )
     endings = [[]] + [[stop] for stop in ours.stop_ids]
     assert len(endings) == 1 + len(FAMILIES[family]["stops"])
-    agent = [{"role": "user", "content": "Wie ist's?"}]
-    for words, instruction in zip(said, told, strict=True):
-        agent.append({"role": "assistant", "content": words})
-        agent.append({"role": "user", "content": instruction})
+    messages = [{"role": "user", "content": "Wie ist's?"}]
+    for words, instruction in zip(replies, instructions, strict=True):
+        messages.append({"role": "assistant", "content": words})
+        messages.append({"role": "user", "content": instruction})
     for start, tools in itertools.product(([], [SYSTEM]), (None, TOOLS)):
-        question = start + agent[:1]
+        question = start + messages[:1]
         if tools and family not in SHOWS_TOOLS:  # in words they stand in the question
-            whole = ours.prompt(tools_in_words(question, tools) + agent[1:])
+            whole = ours.prompt(add_tool_descriptions(question, tools) + messages[1:])
         else:
-            whole = ours.prompt(question + agent[1:], tools)
+            whole = ours.prompt(question + messages[1:], tools)
         for ends in itertools.product(endings, repeat=2):
             ids = ours.prompt(question, tools)
-            for words, end, instruction in zip(said, ends, told, strict=True):
-                ids += ours.next_turn(ours.encode(words) + end, ours.bridge(instruction))
+            for words, end, instruction in zip(replies, ends, instructions, strict=True):
+                ids += ours.append_bridge(ours.encode(words) + end, ours.bridge(instruction))
             assert ids == whole
 
 
 @every_family
-def test_a_turn_with_thinking(family):
-    """Whole conversations are transformers', but where the template drops earlier thinking."""
+def test_turns_with_thinking(family):
+    """Equal to transformers, except where the template drops the thinking of earlier turns."""
     ours, theirs = both(family)
     task, end = Countdown(), ours.stop_ids[:1]
     problem = CountdownProblem(0, (6, 10, 2), 32)
     thought, plain = "<think>hm, 3?</think>\n\nIt is 3.", "I see."
     for turns in itertools.product((thought, plain), repeat=2):
-        agent = list(task.messages(problem)[0])
-        ids = ours.prompt(agent)
-        for turn, told in zip(
+        messages = list(task.messages(problem)[0])
+        ids = ours.prompt(messages)
+        for turn, instruction in zip(
             turns, (task.reflection_instruction, task.retry_instruction), strict=True
         ):
-            ids = ids + ours.next_turn(ours.encode(turn) + end, ours.bridge(told))
-            agent.append({"role": "assistant", "content": turn})
-            agent.append({"role": "user", "content": told})
-        want = asked(theirs, family, agent)
-        assert (ids == want) is not (family == "qwen3" and thought in turns)
+            ids = ids + ours.append_bridge(ours.encode(turn) + end, ours.bridge(instruction))
+            messages.append({"role": "assistant", "content": turn})
+            messages.append({"role": "user", "content": instruction})
+        expected = their_prompt(theirs, family, messages)
+        assert (ids == expected) is not (family == "qwen3" and thought in turns)
 
 
-def test_thinking_stays_as_sampled():
-    """Qwen3's template drops the thinking of earlier turns; what was sampled is kept."""
+def test_thinking_is_kept_as_sampled():
+    """Qwen3's template drops the thinking of earlier turns, but we keep what was sampled."""
     ours, _ = both("qwen3")
     prompt, bridge = ours.prompt([USER]), ours.bridge("Again")
     turn = ours.encode("<think>hm</think>answer")
-    ids = prompt + ours.next_turn(turn + ours.stop_ids[:1], bridge)
+    ids = prompt + ours.append_bridge(turn + ours.stop_ids[:1], bridge)
     assert ids[: len(prompt) + len(turn)] == prompt + turn
-    told = [USER, {"role": "assistant", "content": "<think>hm</think>answer"}]
-    told.append({"role": "user", "content": "Again"})
-    assert "hm" not in ours.render(told)
+    messages = [USER, {"role": "assistant", "content": "<think>hm</think>answer"}]
+    messages.append({"role": "user", "content": "Again"})
+    assert "hm" not in ours.render(messages)
     text = ours.tokenizer.decode(ids, skip_special_tokens=False)
     assert text.endswith(
         "answer<|im_end|>\n<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\n"
@@ -303,8 +312,8 @@ def test_thinking_stays_as_sampled():
     ["\n", "", "\n--\n<|im_end|>", "<|endoftext|>\n", "<|im_start|><|im_start|>"],
     ids=["a line break", "nothing", "text first", "no stop token", "no stop tokens"],
 )
-def test_a_turn_without_an_end_token_is_refused(after):
-    """The user's turns do end on <|im_end|>; the assistant's do not, or not at once."""
+def test_turns_without_a_stop_token_are_refused(after):
+    """The user's turns end with <|im_end|>, but the assistant's do not, or not directly."""
 
     def bridge(end_of_user: str, end: str, each: str = "true", last: str = "") -> bool:
         ends = json.dumps({"user": end_of_user, "assistant": end}, ensure_ascii=False)
@@ -333,7 +342,7 @@ INST = (
 
 
 def sentencepiece(trainer) -> tokenizers.Tokenizer:
-    """A space is a letter, and one is put before a text, though not after a special token."""
+    """Spaces are letters, and a text begins with one, except after a special token."""
     kind = {"BpeTrainer": models.BPE, "UnigramTrainer": models.Unigram}[type(trainer).__name__]
     tokenizer = tokenizers.Tokenizer(kind())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -344,31 +353,31 @@ def sentencepiece(trainer) -> tokenizers.Tokenizer:
 
 
 @pytest.mark.parametrize("trainer", [trainers.BpeTrainer, trainers.UnigramTrainer])
-def test_a_bridge_is_cut_from_the_whole_not_encoded_by_itself(trainer):
-    """Of a text that begins with [INST], sentencepiece makes '▁[…'; after a turn's end, '[…'."""
+def test_bridges_are_tokenized_in_their_context(trainer):
+    """At the beginning of a text, sentencepiece encodes [INST] as '▁[…', after a turn as '[…'."""
     special = dict(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
     tokenizer = sentencepiece(trainer(vocab_size=70, **special))
     ours = with_template(INST, tokenizer, eos_token="</s>", bos_token="<s>")
     words = ("Make it rain.", "It rains.", "Why?", "I forgot.", "Make rain.", "It rains in it.")
     roles = ["user", "assistant"] * 3
-    agent = [{"role": role, "content": w} for role, w in zip(roles, words, strict=True)]
-    ids = alone = ours.prompt(agent[:1])
+    messages = [{"role": role, "content": w} for role, w in zip(roles, words, strict=True)]
+    ids = alone = ours.prompt(messages[:1])
     for turn in (1, 3, 5):
-        whole = ours.prompt(agent[: turn + 1])
-        said = whole[len(ours.prompt(agent[:turn])) :]  # as it would be sampled
-        assert said[-1] == ours.stop_ids[0] and said[:-1] and ids + said == whole
+        whole = ours.prompt(messages[: turn + 1])
+        sampled = whole[len(ours.prompt(messages[:turn])) :]  # as it would be sampled
+        assert sampled[-1] == ours.stop_ids[0] and sampled[:-1] and ids + sampled == whole
         if turn < 5:
-            told = words[turn + 1]
+            instruction = words[turn + 1]
             ids, alone = (
-                ids + ours.next_turn(said, ours.bridge(told)),
-                alone + said + ours.encode(f"[INST] {told} [/INST]"),
+                ids + ours.append_bridge(sampled, ours.bridge(instruction)),
+                alone + sampled + ours.encode(f"[INST] {instruction} [/INST]"),
             )
-            assert alone != ids == ours.prompt(agent[: turn + 2])
+            assert alone != ids == ours.prompt(messages[: turn + 2])
             assert tokenizer.decode(alone, False) != tokenizer.decode(ids, False)
 
 
 def saved(folder: Path, settings: dict, generation: dict | None = None, jinja: str = "") -> Path:
-    """A checkpoint's folder, its tokenizer's half."""
+    """Write the tokenizer's files of a checkpoint, and return their folder."""
     bytes_tokenizer().save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -379,27 +388,24 @@ def saved(folder: Path, settings: dict, generation: dict | None = None, jinja: s
     return folder
 
 
-def test_several_templates_by_name_are_refused(tmp_path):
-    for names in (("default", "rag"), ("default",), ("rag",), ()):
-        several = [{"name": name, "template": "plain {{ tools }}"} for name in names]
-        path = saved(tmp_path, {"chat_template": several, "eos_token": "<|im_end|>"})
-        with pytest.raises(ValueError, match="no chat template: R3 needs an instruct model"):
-            Tokenizer.from_pretrained(path)
-    path = saved(tmp_path, {"chat_template": several, "eos_token": "<|im_end|>"}, jinja="its own")
+def test_chat_template_jinja_takes_precedence_over_a_list(tmp_path):
+    several = [{"name": "default", "template": "plain {{ tools }}"}]
+    settings = {"chat_template": several, "eos_token": "<|im_end|>"}
+    path = saved(tmp_path, settings, jinja="its own")
     assert Tokenizer.from_pretrained(path).render([USER]) == "its own"
 
 
-def test_the_template_in_its_own_file_wins(tmp_path):
+def test_chat_template_jinja_takes_precedence(tmp_path):
     own = "ö{{ messages[0].content }}"
     for inside in ({"chat_template": "inside"}, {}):
         path = saved(tmp_path, {"eos_token": "<|im_end|>", **inside}, jinja=own)
         theirs = transformers.AutoTokenizer.from_pretrained(path)
-        want = theirs.apply_chat_template([USER], tokenize=False)
-        assert Tokenizer.from_pretrained(path).render([USER]) == want == "ö" + USER["content"]
+        expected = theirs.apply_chat_template([USER], tokenize=False)
+        assert Tokenizer.from_pretrained(path).render([USER]) == expected == "ö" + USER["content"]
 
 
-def test_special_tokens_and_every_stop_id(tmp_path):
-    """A token is a string, or a dict with its content; a turn ends on every token that is named."""
+def test_special_tokens_and_stop_ids(tmp_path):
+    """Special tokens are strings, or dicts with the content. All eos tokens end a turn."""
     template = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token is defined }}"
     names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     flags = dict(lstrip=False, rstrip=False, normalized=False, single_word=False, special=True)
@@ -420,18 +426,18 @@ def test_special_tokens_and_every_stop_id(tmp_path):
             ours = Tokenizer.from_pretrained(saved(tmp_path, settings, generation))
             assert ours.stop_ids == stops
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-        want = theirs.apply_chat_template([USER], tokenize=False)
-        assert ours.render([USER]) == want == "<|im_start|>|<|im_end|>|<|endoftext|>|False"
+        expected = theirs.apply_chat_template([USER], tokenize=False)
+        assert ours.render([USER]) == expected == "<|im_start|>|<|im_end|>|<|endoftext|>|False"
     settings["eos_token"] = None
     path = saved(tmp_path, settings, {"eos_token_id": 0})
     assert Tokenizer.from_pretrained(path).stop_ids == [0]  # the number 0 is a token's id
     (tmp_path / "generation_config.json").unlink()
-    with pytest.raises(ValueError, match="ends a turn"):
+    with pytest.raises(ValueError, match="name no stop token"):
         Tokenizer.from_pretrained(path)
 
 
 @pytest.mark.parametrize(
-    "template, want",
+    "template, expected",
     [
         ("{{ v | tojson }}", '{"é": ["<a> & \'b\' \\"c\\" 東🙂\\n", 1.5, true, null]}'),
         ("{{ v | tojson(indent=1) }}", None),
@@ -446,14 +452,14 @@ def test_special_tokens_and_every_stop_id(tmp_path):
         ("{{ nothing }}{{ nothing is defined }}", "False"),
     ],
 )  # fmt: skip
-def test_a_template_says_what_transformers_says(template, want):
-    """tojson escapes nothing; loops break; a block's line is not in the text."""
-    agent = [{"role": "user", "content": {"é": ["<a> & 'b' \"c\" 東🙂\n", 1.5, True, None]}}]
+def test_template_features_equal_transformers(template, expected):
+    """tojson escapes nothing, loops have break, and the lines of blocks are removed."""
+    messages = [{"role": "user", "content": {"é": ["<a> & 'b' \"c\" 東🙂\n", 1.5, True, None]}}]
     template = "{% set v = messages[0].content %}" + template
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_tokenizer())
-    text = theirs.apply_chat_template(agent, chat_template=template, tokenize=False)
-    assert with_template(template).render(agent) == text
-    assert want is None or text == want
+    text = theirs.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert with_template(template).render(messages) == text
+    assert expected is None or text == expected
 
 
 @pytest.mark.parametrize(
@@ -465,16 +471,16 @@ def test_a_template_says_what_transformers_says(template, want):
         ("{{ 1 / 0 }}", "zero"),
     ],
 )
-def test_what_a_template_refuses_is_a_value_error(template, reason):
-    """And says why; but a conversation for which it does not refuse is rendered."""
+def test_errors_in_templates_become_value_errors(template, reason):
+    """The message contains the reason. Other conversations are rendered."""
     ours = with_template("{% if messages | length == 1 %}" + template + "{% endif %}fine")
-    with pytest.raises(ValueError, match=f"the chat template refuses .*{reason}"):
+    with pytest.raises(ValueError, match=f"the chat template rejects .*{reason}"):
         ours.render([USER])
     assert ours.render([USER, ATTEMPT]) == "fine"
 
 
-def test_a_saved_tokenizer_neither_cuts_nor_pads(tmp_path):
-    """As transformers: the lengths that a tokenizer.json was saved with hold for its training."""
+def test_saved_truncation_and_padding_are_ignored(tmp_path):
+    """As in transformers. Such settings in a tokenizer.json are those of its training."""
     path = saved(tmp_path, {"chat_template": SMOLLM2, "eos_token": "<|im_end|>"})
     tokenizer = bytes_tokenizer()
     tokenizer.enable_truncation(8)
@@ -485,7 +491,7 @@ def test_a_saved_tokenizer_neither_cuts_nor_pads(tmp_path):
     assert ours.prompt([USER]) == ids
 
 
-def test_a_template_that_hides_the_assistants_words_is_refused():
+def test_templates_that_hide_the_answer_are_refused():
     template = "{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}"
     settings = {"chat_template": "<|im_end|>" + template, "eos_token": "<|im_end|>"}
     with pytest.raises(ValueError, match="does not end an assistant's turn"):

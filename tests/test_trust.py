@@ -305,7 +305,7 @@ def base_weights(run: Path) -> Path:
     [
         (lambda run: truncate(run / "checkpoint.safetensors"), "checkpoint.safetensors is damaged"),
         (lambda run: truncate(run / "checkpoint.safetensors", 0), "safetensors is damaged"),
-        (lambda run: truncate(run / "config.json"), "config.json is not JSON"),
+        (lambda run: truncate(run / "config.json"), "config.json is not valid JSON"),
         (lambda run: flip_bit(run / "failures.jsonl"), "failures.jsonl, line 1: "),
         (lambda run: flip_bit(run / "vanilla.jsonl"), "vanilla.jsonl, line 1: "),
         (lambda run: truncate(base_weights(run), 0), "is damaged"),
@@ -340,9 +340,9 @@ def test_a_file_in_place_of_the_folder_ends_in_one_line(tmp_path, server):
     "flags, message",
     [
         ("--failures nowhere.jsonl", "--failures nowhere.jsonl: there is no such file"),
-        ("--temperature 0", "nothing could be compared"),
-        ("--data incomplete.jsonl", "the tiny model only knows its own Countdown"),
-        ("--task apigen", "the tiny model only knows its own Countdown"),
+        ("--temperature 0", "nothing to compare"),
+        ("--data incomplete.jsonl", "the tiny model supports only its own Countdown"),
+        ("--task apigen", "the tiny model supports only its own Countdown"),
         ("--device banana", "--device banana is not available here"),
         ("--group-size 1", "--group-size 1: must be at least 2"),
     ],

@@ -69,7 +69,7 @@ def gradient_of(module, agent, groups, config) -> torch.Tensor:
     rewards = torch.tensor([[module.reward(c) for c in group] for group in groups])
     optimizer = module.MasterAdamW(agent.model, 1e-3)
     advantages = module.group_advantages(rewards)
-    module.add_gradient(agent, None, groups, advantages, config, optimizer)
+    module.backpropagate_step(agent, None, groups, advantages, config, optimizer)
     return torch.cat([p.grad.flatten() for p in agent.model.parameters()])
 
 
@@ -161,7 +161,7 @@ def test_its_gradient_is_that_of_plain_rows(title, tiny, task, tmp_path):
                     assert c.first_reflection is None and vars(c.retry) == vars(first.retry)
                 else:  # the second round continues after the retry of the first
                     assert vars(c.first_reflection) == vars(first.reflection)
-                    asked = agent.tokenizer.next_turn(
+                    asked = agent.tokenizer.append_bridge(
                         first.retry.tokens,
                         agent.tokenizer.bridge(task.reflection_instruction),
                     )

@@ -130,8 +130,8 @@ def prepare(monkeypatch, steps: list[list[list[Conversation]]]) -> list[Tensor]:
         gradients.append(torch.cat([gradient.flatten() for gradient in each]))
         return update(optimizer, lr, max_grad_norm)
 
-    def prepared_rollout(agent, failures, group_size, rng_key):
-        purpose, step = rng_key
+    def prepared_rollout(agent, failures, group_size, rng_prefix):
+        purpose, step = rng_prefix
         assert purpose == grpo.TRAIN
         assert [len(group) for group in steps[step]] == [group_size] * len(failures)
         return steps[step]
