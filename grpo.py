@@ -172,7 +172,7 @@ def group_advantages(rewards: Tensor, delta: float = 1e-4, scale: bool = True) -
     example then has 0.75 and -0.25.
     """
     A = rewards - rewards.mean(dim=1, keepdim=True)
-    if scale:
+    if scale and len(rewards):  # torch warns about the deviation of an empty tensor
         A = A / (rewards.std(dim=1, keepdim=True) + delta)
     all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     return A.masked_fill(all_equal, 0.0)  # The mean may be off by a rounding error.

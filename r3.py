@@ -631,10 +631,8 @@ def play_command(config: Config) -> None:
     """Type a problem, and watch a model attempt it, reflect and retry."""
     agent, problems, count = load_agent(config), None, 0
     decode = agent.tokenizer.decode
-    print(
-        f"The model is {config.model}. Type {agent.task.input_format}, or the number of a problem"
-    )
-    print(f"of the {config.split} split, such as 7. An empty line quits.")
+    print(f"The model is {config.model}. Type {agent.task.input_format}.")
+    print(f"A number alone selects a problem of the {config.split} split. An empty line quits.")
     while line := input("> ").strip():
         count += 1
         rng_prefix = (grpo.PLAY, count)  # A repeated problem gets new random numbers.
@@ -729,8 +727,8 @@ def print_turn(label: str, text: str, color: str = "") -> None:
 
 
 PANELS = {  # the metrics that are plotted, with the titles of their panels
-    "within two": "correct within two tries, held out (95% interval)",
-    "1st try": "correct on the first try, held out (95% interval)",
+    "within two": "correct within two tries (95% interval)",
+    "1st try": "correct on the first try (95% interval)",
     "reward": "mean reward",
     "reflection_tokens": "tokens per reflection",
     "kl": "KL from the vanilla model, per token",
