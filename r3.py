@@ -8,8 +8,8 @@
     python r3.py plot       plot the curves of one or more runs
 
 The method itself is in grpo.py. This file contains, in this order: the settings, the cold start
-that makes the tiny model, the search for failures and the evaluation, the tables, the commands, and
-the command line.
+that makes the tiny model, the search for failures and the evaluation, the tables, the commands, the
+folder of a run, and the command line.
 """
 
 import argparse
@@ -36,6 +36,7 @@ import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import grpo
@@ -68,15 +69,13 @@ class Config(grpo.TrainConfig):
     limit: Annotated[int | None, "maximum number of problems to evaluate on"] = None
     num_samples: Annotated[int, "number of attempts at each problem in the evaluation"] = 1
     num_problems: Annotated[int | None, "maximum number of problems in the failure search"] = None
-    max_attempts: Annotated[int, "maximum number of attempts per problem in the failure search"] = (
-        64
-    )
+    max_attempts: Annotated[int, "maximum number of attempts at each of these problems"] = 64
     failures: Annotated[str | None, "failures.jsonl to train on, instead of a new search"] = None
 
     def __post_init__(self):
         if self.temperature == 0:
             self.num_samples = self.max_attempts = 1  # Greedy attempts are all the same.
-        for name, setting in SETTINGS.items():  # SETTINGS is made from this class, below
+        for name, setting in SETTINGS.items():  # SETTINGS, below, is made from this class.
             setting.check(f"--{name.replace('_', '-')}", getattr(self, name))
         if self.task not in TASKS:
             raise ValueError(f"--task {self.task}: must be one of {', '.join(TASKS)}")
@@ -103,31 +102,32 @@ class Setting(NamedTuple):
             raise ValueError(f"{flag} {value!r}: must be of type {self.type.__name__}")
         if self.choices and value not in self.choices:
             raise ValueError(f"{flag} {value}: must be one of {', '.join(self.choices)}")
-        if self.type in (int, float) and not self.lowest <= value <= self.highest:
-            bound = f"at least {self.lowest:g}"
+        if self.type in (int, float):
             if value > self.highest:
-                bound = f"at most {self.highest:g}"
-            raise ValueError(f"{flag} {value}: must be {bound}")
+                raise ValueError(f"{flag} {value}: must be at most {self.highest:g}")
+            if not value >= self.lowest:  # This is also true if the value is nan.
+                raise ValueError(f"{flag} {value}: must be at least {self.lowest:g}")
 
 
-LOWEST = {  # the lowest allowed values; 0 for numeric settings that are not listed
-    **dict.fromkeys(("steps", "batch_size", "updates", "save_every", "max_new_tokens"), 1),
-    **dict.fromkeys(("cache_tokens", "num_samples", "num_problems", "max_attempts"), 1),
-    **dict.fromkeys(("group_size", "limit"), 2),  # so that there is a deviation
+# The lowest and the highest allowed values. Other numbers must be at least 0 and finite.
+LOWEST = {
+    "steps": 1, "batch_size": 1, "updates": 1, "save_every": 1, "max_new_tokens": 1,
+    "cache_tokens": 1, "num_samples": 1, "num_problems": 1, "max_attempts": 1,
+    "group_size": 2, "limit": 2,  # A standard deviation needs at least two values.
     "max_grad_norm": 1e-9,
-}
-HIGHEST = {"warmup": 1}  # settings that are not listed may have any finite value
+}  # fmt: skip
+HIGHEST = {"warmup": 1}
 
 
 def read_setting(name: str, annotation: Any) -> Setting:
-    """Annotated[int | None, "help"] -> Setting(int, optional=True, …), and so on."""
-    hint, help_text = typing.get_args(annotation)
-    arguments = typing.get_args(hint)
-    bounds = LOWEST.get(name, 0), HIGHEST.get(name, sys.float_info.max)
-    if typing.get_origin(hint) is Literal:
-        return Setting(str, False, arguments, help_text, *bounds)
+    """Make a Setting of an annotation in Config, for example Annotated[int | None, "help"]."""
+    hint, help_text = typing.get_args(annotation)  # int | None, "help"
+    arguments = typing.get_args(hint)  # (int, NoneType), or the choices of a Literal
     optional = type(None) in arguments
-    return Setting(arguments[0] if optional else hint, optional, (), help_text, *bounds)
+    choices = arguments if typing.get_origin(hint) is Literal else ()
+    value_type = str if choices else arguments[0] if optional else hint
+    lowest, highest = LOWEST.get(name, 0), HIGHEST.get(name, sys.float_info.max)
+    return Setting(value_type, optional, choices, help_text, lowest, highest)
 
 
 SETTINGS = {
@@ -135,17 +135,15 @@ SETTINGS = {
     for name, annotation in typing.get_type_hints(Config, include_extras=True).items()
 }
 
-# TINY has the defaults for the tiny model. PAPER has those for pretrained models, and uses the
-# paper's values where it gives them. It does not give the group size and the maximum turn length.
+# TINY has the defaults for the tiny model, and PAPER those for pretrained models. PAPER keeps the
+# defaults of Config and TrainConfig, which are the paper's values where the paper states them. It
+# does not state the group size and the maximum turn length.
 TINY = Config(
     steps=18, batch_size=32, lr=3e-4, save_every=1, num_samples=4, max_attempts=4,
     max_new_tokens=134, cache_tokens=131_072,
 )  # fmt: skip
-PAPER = Config(
-    device="cuda" if torch.cuda.is_available() else "cpu",
-    dtype="bfloat16" if torch.cuda.is_available() else "float32",
-)
-CURVE_PROBLEMS, CURVE_SAMPLES = 200, 2  # for each point of the learning curves
+PAPER = Config(device="cuda", dtype="bfloat16") if torch.cuda.is_available() else Config()
+CURVE_PROBLEMS, CURVE_SAMPLES = 200, 2  # what is evaluated for a point of the learning curves
 
 
 # -- The cold start: how the tiny model is made ----------------------------------------------------
@@ -153,11 +151,11 @@ COLD_START = {
     "version": 1,  # of the dialogues: increase it if their texts change
     "steps": 2_800,
     "batch_size": 16,  # dialogues per step
-    "full_search_fraction": 0.7,  # the first steps: reflections search until they succeed
+    "full_search_fraction": 0.7,  # of the steps, in which reflections search until they succeed
     "lr": 4e-3,
     "betas": [0.9, 0.99],
 }
-STEPS_PER_CHUNK = 8  # The dialogues of several steps are drawn together and sorted by length.
+STEPS_PER_CHUNK = 8  # the number of steps whose dialogues are drawn together
 
 
 def make_tiny_model(task: TinyCountdown, seed: int) -> Path:
@@ -182,10 +180,9 @@ def make_tiny_model(task: TinyCountdown, seed: int) -> Path:
                 rng = random.Random(f"cold {seed} {step}")
                 chunk = dialogue_batches(task, tokenizer, problems, rng, full_search)
             ids, mask = chunk[step % STEPS_PER_CHUNK]  # (B, T) both
-            hidden = model.hidden(ids)[:, :-1][
-                mask[:, 1:]
-            ]  # (N, E), the predictors of trained tokens
-            loss = F.cross_entropy(model.head(hidden), ids[:, 1:][mask[:, 1:]])
+            is_target = mask[:, 1:]  # (B, T - 1): each position predicts the next token
+            hidden = model.hidden(ids)[:, :-1][is_target]  # (N, E)
+            loss = F.cross_entropy(model.head(hidden), ids[:, 1:][is_target])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             multiplier = grpo.lr_multiplier(step, steps, warmup=0.03)
@@ -204,31 +201,29 @@ def dialogue_batches(
     """The training batches of STEPS_PER_CHUNK steps of the cold start: (ids, mask) pairs, (B, T)
     each, padded on the right. The mask is True on the assistant's tokens. full_search: whether
     every reflection searches until it succeeds."""
-    reflect, retry = (
-        tokenizer.bridge(text) for text in (task.reflection_instruction, task.retry_instruction)
-    )
-    size, rows = COLD_START["batch_size"], []
-    for _ in range(size * STEPS_PER_CHUNK):
+    instructions = task.reflection_instruction, task.retry_instruction
+    bridges = [tokenizer.bridge(instruction) for instruction in instructions]
+    batch_size = COLD_START["batch_size"]
+    rows = []
+    for _ in range(batch_size * STEPS_PER_CHUNK):
         problem, turns = task.cold_start_dialogue(problems, rng, full_search)
-        ids, mask = tokenizer.prompt(*task.messages(problem)), []
+        ids = tokenizer.prompt(*task.messages(problem))
+        mask: list[bool] = []
         for i, turn in enumerate(turns):
             if i > 0:  # The user's instruction comes before each later turn.
-                ids = tokenizer.append_bridge(ids, (reflect, retry)[i - 1])
+                ids = tokenizer.append_bridge(ids, bridges[i - 1])
             mask += [False] * (len(ids) - len(mask))
             trained = tokenizer.encode(turn) + tokenizer.stop_ids[:1]
             ids += trained
             mask += [True] * len(trained)
-        rows.append((ids, mask))
+        rows.append((torch.tensor(ids), torch.tensor(mask)))
     rows.sort(key=lambda row: len(row[0]))  # Rows of similar length share a batch: less padding.
     batches = []
     for i in rng.sample(range(STEPS_PER_CHUNK), STEPS_PER_CHUNK):
-        batch = rows[i * size : (i + 1) * size]
-        ids = torch.zeros(size, len(batch[-1][0]), dtype=torch.long)
-        mask = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, (row_ids, row_mask) in enumerate(batch):
-            ids[row, : len(row_ids)] = torch.tensor(row_ids)
-            mask[row, : len(row_mask)] = torch.tensor(row_mask)
-        batches.append((ids, mask))
+        batch = rows[i * batch_size : (i + 1) * batch_size]
+        batch_ids = pad_sequence([ids for ids, _ in batch], batch_first=True)
+        batch_mask = pad_sequence([mask for _, mask in batch], batch_first=True)
+        batches.append((batch_ids, batch_mask))
     return batches
 
 
@@ -237,19 +232,17 @@ def find_failures(
     agent: Agent, problems: list, max_attempts: int, path: Path
 ) -> list[Conversation]:
     """Collect a dataset of failures: for each problem, the first wrong attempt among at most
-    `max_attempts`. The failures are appended to a file after each batch, so an interrupted search
-    resumes after the last problem in the file."""
-    found = {c.problem.id: c for c in load_conversations(path, agent)} if path.exists() else {}
-    write_conversations(path, list(found.values()), agent)  # drops an incomplete last line
+    `max_attempts`. The failures are appended to a file, one batch of problems at a time. If the
+    file exists, the search resumes after the last problem on which it found a failure."""
+    saved = load_conversations(path, agent) if path.exists() else []
+    found = {c.problem.id: c for c in saved}
+    write_conversations(path, list(found.values()), agent)  # This drops an incomplete last line.
     remaining = longest_first(agent, problems)
-    # An interrupted search resumes after the last problem on which it found a failure.
     searched = max((i + 1 for i, p in enumerate(remaining) if p.id in found), default=0)
     remaining = remaining[searched:]
     with tqdm(total=len(problems), initial=searched, desc="failures") as bar:
         while remaining:
-            batch = next_batch(
-                agent, remaining, num_samples=1, turns=1
-            )  # one batch is saved at a time
+            batch = next_batch(agent, remaining, num_samples=1, turns=1)
             remaining = remaining[len(batch) :]
             for attempt_index in range(max_attempts):
                 without_failure = [problem for problem in batch if problem.id not in found]
@@ -271,19 +264,20 @@ def evaluate(
 ) -> list[Conversation]:
     """Attempt every problem `num_samples` times; reflect once on each failure, and retry once.
 
-    With a path, the conversations are written to this file, or read from it if it holds exactly
-    these problems and attempts by the model after `trained_steps` training steps. The result is
-    sorted by problem and attempt."""
+    The result is sorted by problem and attempt. With a path, it is written to this file. If the
+    file already holds these attempts by the model after `trained_steps` training steps, the result
+    is read from it instead.
+    """
     if path and path.exists():
         conversations = load_conversations(path, agent)
         steps = {record["trained_steps"] for record in read_jsonl(path, "trained_steps")}
-        expected = [(p, i) for p in problems for i in range(num_samples)]
-        expected.sort(key=lambda pair: (pair[0].id, pair[1]))
-        if steps == {trained_steps} and expected == [
-            (c.problem, c.attempt_index) for c in conversations
-        ]:
+        attempts_in_file = [(c.problem, c.attempt_index) for c in conversations]
+        by_id = sorted(problems, key=lambda problem: problem.id)
+        expected = [(problem, i) for problem in by_id for i in range(num_samples)]
+        if steps == {trained_steps} and attempts_in_file == expected:
             return conversations
-    conversations, remaining = [], longest_first(agent, problems)
+    conversations = []
+    remaining = longest_first(agent, problems)
     with tqdm(total=len(problems), desc=title) as bar:
         while remaining:
             batch = next_batch(agent, remaining, num_samples, turns=1)
@@ -291,7 +285,8 @@ def evaluate(
             attempts = attempt_all(agent, batch, num_samples, (grpo.EVALUATE, 0))
             conversations += [c for c in attempts if c.attempt_verdict.correct]
             failures = [c for c in attempts if not c.attempt_verdict.correct]
-            conversations += sum(rollout(agent, failures, 1, (grpo.EVALUATE, 0)), [])
+            for group in rollout(agent, failures, 1, (grpo.EVALUATE, 0)):
+                conversations += group  # one conversation for each failure
             bar.update(len(batch))
     conversations.sort(key=lambda c: c.identity)
     if path:
@@ -324,11 +319,10 @@ def load_conversations(path: Path, agent: Agent) -> list[Conversation]:
             raise ValueError(f"{path}, line {line_number}: it is not valid JSON") from None
         try:
             conversations.append(grpo.from_json(record, agent))
-        except KeyError as error:
-            reason = f"{error} is missing; an older version or another task may have written it"
-            raise ValueError(f"{path}, line {line_number}: {reason}") from None
         except Exception as error:  # A file that a user names may contain anything.
             reason = f"it does not fit this run: {error}"
+            if isinstance(error, KeyError):
+                reason = f"{error} is missing; an older version or another task may have written it"
             raise ValueError(f"{path}, line {line_number}: {reason}") from None
     return conversations
 
@@ -341,39 +335,41 @@ def usable_failures(path: Path, agent: Agent, problems: list) -> list[Conversati
     failures = [c for c in load_conversations(path, agent) if not c.attempt_verdict.correct]
     evaluated = {agent.task.problem_key(problem) for problem in problems}
     unseen = [c for c in failures if agent.task.problem_key(c.problem) not in evaluated]
-    longest = longest_prompt(agent, turns=grpo.MAX_TURNS - 1)  # the attempt was made already
+    longest = longest_prompt(agent, turns=grpo.MAX_TURNS - 1)  # all turns but the attempt
     fitting = [c for c in unseen if len(c.attempt.prompt) + len(c.attempt.tokens) <= longest]
     if len(fitting) < len(failures):
-        print(
-            f"Dropped {plural(len(failures) - len(unseen), 'failure')} on evaluated problems, and "
-            f"{len(unseen) - len(fitting)} that might not fit into the model's context"
-        )
+        evaluated_failures = plural(len(failures) - len(unseen), "failure")
+        too_long = f"{len(unseen) - len(fitting)} that might not fit into the model's context"
+        print(f"Dropped {evaluated_failures} on evaluated problems, and {too_long}")
     usable: dict[tuple[int, int], Conversation] = {}
-    next_id = 1 + max((c.problem.id for c in fitting), default=0)
-    for c in fitting:
-        if c.identity in usable:
-            c = replace(c, problem=replace(c.problem, id=next_id))
+    next_id = 1 + max((failure.problem.id for failure in fitting), default=0)
+    for failure in fitting:
+        if failure.identity in usable:
+            failure = replace(failure, problem=replace(failure.problem, id=next_id))
             next_id += 1
-        usable[c.identity] = c
+        usable[failure.identity] = failure
     return list(usable.values())
 
 
 # -- Tables ----------------------------------------------------------------------------------------
 def mean_with_interval(values: np.ndarray, conversations: list[Conversation]) -> list[float]:
-    """The mean of some values and its 95% confidence interval: [mean, low, high].
+    """The mean of N values, one for each conversation, and its 95% interval: [mean, low, high].
 
-    Several attempts at one problem are not independent. So the residuals are summed by problem, and
-    the variance of these sums gives the interval (cluster-robust, normal approximation). If all n
-    problems have the same result, that variance is zero; then the interval extends by 3 / n in both
-    directions (the rule of three).
+    Several attempts at one problem are not independent. So the interval is cluster-robust, which
+    means that deviations from the mean are summed by problem first. With n problems, its half width
+    is
+
+        1.96 * sqrt(n / (n - 1) * sum over problems of (sum of deviations)^2) / N
+
+    If all problems have the same result, this is 0. Then it is 3 / n instead (the rule of three).
     """
     _, cluster = np.unique([c.problem.id for c in conversations], return_inverse=True)
     mean = float(values.mean())
-    sums = np.bincount(cluster, weights=values - mean)  # one sum of residuals per problem
+    sums = np.bincount(cluster, weights=values - mean)  # (n,)
     n = len(sums)
     variance = n / max(1, n - 1) * (sums**2).sum() / len(values) ** 2
     half_width = 1.96 * math.sqrt(variance)
-    if half_width < 1e-9:
+    if half_width < 1e-9:  # zero, except for rounding errors
         half_width = 3 / n
     return [mean, mean - half_width, mean + half_width]
 
@@ -382,17 +378,16 @@ def accuracy(by_model: dict[str, list[Conversation]]) -> dict[str, dict[str, lis
     """The paper's numbers: a row for each model, with the accuracy on the first try and within two
     tries. With two models, a row "gain" has the difference, paired by problem and attempt."""
     rows: dict[str, dict[str, list[float]]] = defaultdict(dict)
-    correct: dict[str, list[np.ndarray]] = {"1st try": [], "within two": []}
-    for name, conversations in by_model.items():
-        first = np.array([c.attempt_verdict.correct for c in conversations], float)
-        within_two = np.array([c.final_verdict.correct for c in conversations], float)
-        for label, values in (("1st try", first), ("within two", within_two)):
-            correct[label].append(values)
-            row = mean_with_interval(values, conversations)
-            rows[name][label] = np.clip(row, 0, 1).tolist()
-    if len(by_model) == 2:
-        for label, (before, after) in correct.items():  # in the same order
-            rows["gain"][label] = mean_with_interval(after - before, conversations)
+    for column, verdict in (("1st try", "attempt_verdict"), ("within two", "final_verdict")):
+        correct = []  # for each model, an array with a 1 or a 0 for each conversation
+        for name, conversations in by_model.items():
+            values = np.array([getattr(c, verdict).correct for c in conversations], float)
+            interval = mean_with_interval(values, conversations)
+            rows[name][column] = np.clip(interval, 0, 1).tolist()
+            correct.append(values)
+        if len(correct) == 2:  # Both models have attempted the same problems, in the same order.
+            before, after = correct
+            rows["gain"][column] = mean_with_interval(after - before, conversations)
     return rows
 
 
@@ -401,14 +396,15 @@ def markdown(tables: dict[str, dict]) -> str:
     [mean, low, high], which is printed in percent."""
     parts = []
     for title, rows in tables.items():
-        columns = dict.fromkeys(column for row in rows.values() for column in row)
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         cells = [["", *columns]]
         for name, row in rows.items():
             cells.append([name])
             for value in (row.get(column, "") for column in columns):
                 if isinstance(value, list):
                     sign = "+" if name == "gain" else ""
-                    value = "{} [{}, {}]".format(*(f"{100 * x:{sign}.1f}" for x in value))
+                    mean, low, high = (f"{100 * x:{sign}.1f}" for x in value)
+                    value = f"{mean} [{low}, {high}]"
                 cells[-1].append(str(value))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
@@ -422,12 +418,11 @@ def read_jsonl(path: Path, *required_keys: str) -> Iterator[dict]:
     writing, is ignored. Raises OSError, or ValueError if there is no complete line, or if one is
     not an object with these keys."""
     error = ValueError(f"{path} was not written by this version of r3.py")
+    record = None
     with open(path, "rb") as file:
-        for line_number, line in enumerate(file, 1):
+        for line in file:
             if not line.endswith(b"\n"):
-                if line_number == 1:
-                    raise error
-                return
+                break
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
@@ -435,7 +430,7 @@ def read_jsonl(path: Path, *required_keys: str) -> Iterator[dict]:
             if not isinstance(record, dict) or not record.keys() >= set(required_keys):
                 raise error
             yield record
-    if path.stat().st_size == 0:
+    if record is None:  # There was no complete line.
         raise error
 
 
@@ -495,10 +490,10 @@ def memory_needed(config: Config, model: Model, training: bool) -> tuple[dict[st
         if config.offload:  # The rest is in CPU memory.
             bytes_each = gradient
         needed["gradients, master weights, moments"] = parameters * bytes_each
-        # A group is one packed sequence: G reflections, and a context of about two turns. Each
-        # layer keeps about 13 vectors of the hidden size and 4 of the MLP's for every token. With
-        # --checkpointing, only one layer at a time does so, and the saved inputs of all layers are
-        # counted as one extra layer.
+        # A group is one packed sequence: G reflections, and a context of about two turns. For each
+        # token, a layer keeps about 13 vectors of the hidden size and 4 of the MLP's size. With
+        # --checkpointing, only one layer at a time keeps them, and the saved inputs of all layers
+        # are counted as one extra layer.
         tokens = (config.group_size + 2) * config.max_new_tokens
         layers = 2 if config.checkpointing else model.config.num_hidden_layers
         vectors = 13 * model.config.hidden_size + 4 * model.config.intermediate_size
@@ -545,7 +540,7 @@ def train_command(config: Config, folder: Path) -> None:
     start_time = time.time()
     if config.temperature == 0:
         raise ValueError(
-            "--temperature 0 makes the reflections of a group equal: nothing to compare"
+            "--temperature 0 makes the reflections of a group equal, so there is nothing to compare"
         )
     path = folder / "failures.jsonl"
     if config.failures and not path.exists() and not Path(config.failures).is_file():
@@ -613,10 +608,10 @@ def eval_command(config: Config, folder: Path) -> None:
 def report(config: Config, folder: Path, by_model: dict[str, list[Conversation]]) -> None:
     """Write report.json and print its tables: the accuracy, and how often the verifier gave each
     reason."""
-    problems = {c.problem.id for conversations in by_model.values() for c in conversations}
-    samples = plural(config.num_samples, "sample")
-    title = f"{plural(len(problems), 'problem')}, {samples} each, temperature "
-    title += f"{config.temperature:g}: % correct [95% interval]"
+    ids = {c.problem.id for conversations in by_model.values() for c in conversations}
+    problems, samples = plural(len(ids), "problem"), plural(config.num_samples, "sample")
+    sampling = f"{samples} each, temperature {config.temperature:g}"
+    title = f"{problems}, {sampling}: % correct [95% interval]"
     reasons: dict[str, Counter] = {}
     for name, conversations in by_model.items():
         retried = [c for c in conversations if c.retry_verdict]
@@ -629,8 +624,9 @@ def report(config: Config, folder: Path, by_model: dict[str, list[Conversation]]
 
 def play_command(config: Config) -> None:
     """Type a problem, and watch a model attempt it, reflect and retry."""
-    agent, problems, count = load_agent(config), None, 0
+    agent = load_agent(config)
     decode = agent.tokenizer.decode
+    problems, count = None, 0
     print(f"The model is {config.model}. Type {agent.task.input_format}.")
     print(f"A number alone selects a problem of the {config.split} split. An empty line quits.")
     while line := input("> ").strip():
@@ -673,20 +669,19 @@ def show_command(folder: Path | None, step: int | None, limit: int) -> None:
     groups: dict[str, list[dict]] = defaultdict(list)
     selected_step = step
     for record in read_jsonl(path, "reflection_index", "context", "attempt_verdict"):
-        if (
-            step is None and record.get("step") != selected_step
-        ):  # Without --step, keep the last one.
+        record_step = record.get("step")
+        if step is None and record_step != selected_step:  # Without --step, keep only the last one.
             groups.clear()
-            selected_step = record.get("step")
-        if record.get("step") == selected_step:
+            selected_step = record_step
+        if record_step == selected_step:
             groups[record["context"]].append(record)
     if not groups:
         raise ValueError(f"{path} has no step {step}")
     at_step = "" if selected_step is None else f", step {selected_step}"
     print(f"{path}{at_step}: {plural(len(groups), 'group')}\n")
-    mixed = [group for group in groups.values() if any(r.get("advantage") for r in group)]
-    others = [group for group in groups.values() if group not in mixed]
-    for group in (mixed + others)[:limit]:
+    # Only groups with mixed rewards have advantages other than 0. They come first.
+    ordered = sorted(groups.values(), key=lambda group: not any(r.get("advantage") for r in group))
+    for group in ordered[:limit]:
         print_turn("context", group[0]["context"], DIM)
         if "reflection" in group[0]:  # The context ends with the attempt.
             print_turn("", f"<- {group[0]['attempt_verdict']['reason']}", DIM)
@@ -701,7 +696,8 @@ def show_record(record: dict) -> None:
         reason = record["attempt_verdict"]["reason"]
         print_turn("attempt", f"{record['attempt']['text']}   <- {reason}")
         return
-    advantage, label, color = record.get("advantage"), "reflection", ""
+    label, color = "reflection", ""
+    advantage = record.get("advantage")
     if advantage is not None:
         label = f"{advantage:+.2f} reflection"
         color = GREEN if advantage > 0 else RED if advantage < 0 else ""
@@ -716,14 +712,14 @@ DIM, GREEN, RED = "2", "32", "31"  # ANSI codes
 def print_turn(label: str, text: str, color: str = "") -> None:
     """Print a turn with its label, wrapped to the terminal's width, and in color if stdout is a
     terminal. Control characters, which a terminal would interpret, are replaced by spaces."""
-    width = shutil.get_terminal_size((100, 24)).columns
+    width = max(40, shutil.get_terminal_size((100, 24)).columns)
     colored = color and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for line in text.strip().splitlines() or [""]:
         line = "".join(character if character.isprintable() else " " for character in line)
-        first, others = f"{label:>20}  ", " " * 22
-        line = textwrap.fill(line, max(width, 40), initial_indent=first, subsequent_indent=others)
+        start = f"{label:>20}  "
+        line = textwrap.fill(line, width, initial_indent=start, subsequent_indent=" " * 22)
         print(f"\033[{color}m{line}\033[0m" if colored else line)
-        label = ""
+        label = ""  # Only the first line has the label.
 
 
 PANELS = {  # the metrics that are plotted, with the titles of their panels
@@ -738,7 +734,7 @@ PANELS = {  # the metrics that are plotted, with the titles of their panels
 
 def plot_command(folders: list[Path]) -> None:
     """Plot the curves of a training run to curves.png, or those of several runs for comparison."""
-    from matplotlib.figure import Figure  # imported here because few commands need it
+    from matplotlib.figure import Figure  # imported here because most commands do not need it
 
     folders = folders or [newest_file("*/samples.jsonl").parent]
     path = folders[0] / "curves.png" if len(folders) == 1 else Path("curves.png")
@@ -746,7 +742,7 @@ def plot_command(folders: list[Path]) -> None:
     measured = {name for records in runs.values() for record in records for name in record}
     panels = [name for name in PANELS if name in measured]
     if not panels:
-        raise ValueError(f"{folders[0]} has nothing to draw yet")
+        raise ValueError(f"{folders[0]} has no metrics to plot yet")
     rows, columns = math.ceil(len(panels) / 3), min(3, len(panels))
     figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -758,9 +754,9 @@ def plot_command(folders: list[Path]) -> None:
             points = [(r["step"], *np.ravel(r[name])) for r in records if name in r]
             if points:
                 x, y, *bounds = np.array(points).T  # bounds: low and high, if there is an interval
-                error = [y - bounds[0], bounds[1] - y] if bounds else None
-                marker = "o-" if bounds or len(points) == 1 else "-"
-                axis.errorbar(x, y, error, fmt=marker, capsize=3, label=run)
+                distances = [y - bounds[0], bounds[1] - y] if bounds else None
+                line_format = "o-" if bounds or len(points) == 1 else "-"
+                axis.errorbar(x, y, distances, fmt=line_format, capsize=3, label=run)
         axis.set(title=PANELS[name], xlabel="step", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if len(folders) > 1:
@@ -780,19 +776,18 @@ def locked_folder(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
-        message = f"another process is using {folder}; wait for it, or choose another --name"
-        raise ValueError(message) from None
+        hint = "wait for it, or choose another --name"
+        raise ValueError(f"another process is using {folder}; {hint}") from None
     try:
         for leftover in [*folder.rglob(".tmp*"), *folder.rglob("*.tmp")]:
             leftover.unlink()
         yield
     finally:
-        has_files = any(path.name != ".lock" for path in folder.iterdir())
-        if not has_files:
+        if [path.name for path in folder.iterdir()] == [".lock"]:  # The command wrote no file.
             with suppress(OSError):  # Windows does not delete an open file.
                 (folder / ".lock").unlink()
                 folder.rmdir()
-                RUNS.rmdir()  # if this was the first run
+                RUNS.rmdir()  # This fails if there are other runs.
         lock.release()
 
 
@@ -800,16 +795,15 @@ def new_folder(command: str, config: Config) -> Path:
     """The folder of a new run: --name, or else a unique name that is made from the time."""
     if config.name:
         return RUNS / config.name
-    timestamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = RUNS / f"{command}-{config.task}-{timestamp}"
-    number = 1
+    name = f"{command}-{config.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, number = RUNS / name, 1
     while True:
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:  # Another run started in the same second.
             number += 1
-            folder = RUNS / f"{command}-{config.task}-{timestamp}-{number}"
+            folder = RUNS / f"{name}-{number}"
 
 
 def newest_file(pattern: str) -> Path:
@@ -839,12 +833,12 @@ def load_config(folder: Path, command: str) -> Config:
     if unknown:
         names = ", ".join(sorted(unknown))
         raise ValueError(f"{path} has settings of another version of this code: {names}")
-    Config(**record)  # Validate first: default_config needs a valid --model.
+    Config(**record)  # Check the values, because default_config opens the model's folder.
     config = replace(default_config(record.get("model", "tiny")), **record)
     metrics, checkpoint = folder / "metrics.jsonl", folder / "checkpoint.safetensors"
     if command == "train" and metrics.exists() and not checkpoint.exists():
-        steps = [line["step"] for line in read_jsonl(metrics, "step")]
-        if steps and steps[-1] > config.save_every:  # There must have been a checkpoint.
+        steps = metrics.read_bytes().count(b"\n") - 1  # There is also a line for step 0.
+        if steps > config.save_every:  # There must have been a checkpoint.
             raise ValueError(
                 f"{checkpoint} is missing, so the run cannot be resumed; to start a new run from "
                 f"its failures: {program()} train --failures {folder / 'failures.jsonl'}"
@@ -900,8 +894,8 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
         group = parser.add_argument_group(title)
         for name in names.split():
             setting, tiny, paper = SETTINGS[name], getattr(TINY, name), getattr(PAPER, name)
-            default = f"{tiny}" if tiny == paper else f"{tiny} with the tiny model, else {paper}"
-            help_text = setting.help + (f" (default: {default})" if tiny is not None else "")
+            default = tiny if tiny == paper else f"{tiny} with the tiny model, else {paper}"
+            help_text = setting.help if tiny is None else f"{setting.help} (default: {default})"
             options = {"type": setting.type, "metavar": setting.type.__name__.upper()}
             if setting.type is bool:
                 options = {"action": argparse.BooleanOptionalAction}
@@ -940,8 +934,9 @@ def program() -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run a command. An error that a user can fix is reported in one line."""
     flags = read_command_line(argv)
-    command, resume, folder = flags.pop("command"), flags.pop("resume", None), None
-    script = Path(program().split()[1]).name
+    command, resume = flags.pop("command"), flags.pop("resume", None)
+    folder = None
+    script = Path(program().removeprefix("python ")).name
     try:
         if command in ("show", "plot"):
             return COMMANDS[command](**flags)
@@ -957,15 +952,17 @@ def main(argv: list[str] | None = None) -> None:
             if resume:
                 config = load_config(folder, command)
             elif (folder / "config.json").exists():
-                hint = f", or resume it: {program()} {command} --resume {folder}"
-                hint = hint if command in RESUMABLE else ""
-                raise ValueError(f"{folder} exists: choose another --name{hint}")
+                hint = "choose another --name"
+                if command in RESUMABLE:
+                    hint += f", or resume it: {program()} {command} --resume {folder}"
+                raise ValueError(f"{folder} exists: {hint}")
             COMMANDS[command](config, folder)
     except (KeyboardInterrupt, EOFError):
         if command == "play":
             return print()
-        begun = folder and (folder / "config.json").exists() and command in RESUMABLE
-        hint = f"; to resume: {program()} {command} --resume {folder}" if begun else ""
+        hint = ""
+        if command in RESUMABLE and folder and (folder / "config.json").exists():
+            hint = f"; to resume: {program()} {command} --resume {folder}"
         sys.exit(f"\n{script}: interrupted{hint}")
     except BrokenPipeError:  # `head`, for example, has closed the pipe
         # Discard the rest, so that Python's flush at exit does not fail, too.
