@@ -3,7 +3,7 @@
 A task is a subclass of `Task`. It must define:
 
     Problem                           a dataclass with an integer `id` and whatever else is needed
-    draw_problems(split, limit, rng)  random problems of a split (optional if they come from files)
+    draw_problems(split, limit, rng)  random problems of a split, unless they come from data files
     messages(problem)                 the question as chat messages, and tools (or None)
     verify(problem, completion)       a Verdict: whether the model's answer is correct, and why
 
@@ -31,18 +31,21 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# An answer that exceeds one of these limits is "malformed". The limits keep verification fast.
-MAX_EXPRESSION_CHARS = 1_000
+# Limits that keep verification fast. An answer that exceeds one of them is "malformed".
+MAX_EXPRESSION_CHARS = 1_000  # length of an arithmetic expression
 MAX_EXPRESSION_DEPTH = 100  # nested parentheses and minus signs
-MAX_CALLS_CHARS = 20_000  # length of a text that may contain function calls
+MAX_CALLS_CHARS = 20_000  # length of a completion of APIGen, without its reasoning
 MAX_NUMBER_CHARS = 100  # length of a number in JSON
 
 # Percent of the problems in each split. "cold" is for the cold start, the supervised training that
-# teaches a tiny model the game before RL. Pretrained models need none, so for data files, "train"
-# also includes the "cold" problems.
+# teaches a tiny model the game before RL.
 SPLITS = {"cold": 55, "train": 16, "dev": 13, "test": 16}
-FILE_SPLITS = {"train": {"cold", "train"}, "dev": {"dev"}, "test": {"test"}, "all": {*SPLITS}}
-REFLECTION_TEMPLATE = (  # the paper's prompt, quoted from memory
+# The splits of a data file, each with those of the splits above that it contains. Data files are
+# for pretrained models, which need no cold start, so "train" includes the "cold" problems.
+FILE_SPLITS = {"train": {"cold", "train"}, "dev": {"dev"}, "test": {"test"}, "all": set(SPLITS)}
+
+# The paper's prompt, quoted from memory. The braces stand for what the model tried.
+REFLECTION_TEMPLATE = (
     "You tried {}. Reflect on what went wrong and write a short explanation that will help you do "
     "better next time."
 )
@@ -66,7 +69,7 @@ class Task:
     """Base class of all tasks: default prompts, problems from files, and splits."""
 
     Problem: type  # the dataclass of a problem
-    shuffle_key = "task"  # mixed into the seed for the order of problems; tasks may share it
+    shuffle_key = "task"  # mixed into the seed that determines the order of the problems
     hub_id: str | None = None  # Hugging Face dataset to use if the task draws no problems itself
     reflection_instruction = REFLECTION_TEMPLATE.format("performing the task, but failed")
     retry_instruction = "Now try again."
@@ -98,18 +101,19 @@ class Task:
         return rng.sample(problems, len(problems))[:limit]
 
     def draw_problems(self, split: str, limit: int | None, rng: random.Random) -> list:
-        """Draw random problems of a split, with the ids 0, 1, 2, …: at most `limit` of them or, if
-        it is None, as many as the task likes. No problem may be in two splits. Raises ValueError in
-        a task whose problems come from data files only."""
+        """Draw at most `limit` random problems of a split, with the ids 0, 1, 2, … If the limit is
+        None, the task chooses the number. No problem may be in two splits."""
         raise ValueError("the problems of this task come from a file: pass it with --data")
 
     def read(self, path: Path) -> list:
-        """Read all problems of a data file or folder. Their ids are 0, 1, 2, … Raises ValueError if
-        a record is invalid. The message gives the file and the record or (in JSONL) line number."""
-        suffixes = (".json", ".jsonl", ".parquet")
-        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
+        """Read all problems of a data file or folder, with the ids 0, 1, 2, … Raises ValueError if
+        a record is invalid. The message names the file and the record or line."""
+        files = [path]
+        if path.is_dir():
+            suffixes = (".json", ".jsonl", ".parquet")
+            files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
         problems = []
-        for file in files or [path]:
+        for file in files:
             for location, record in read_records(file):
                 try:
                     if isinstance(record, str):  # a line of JSONL
@@ -119,6 +123,7 @@ class Task:
                     reason = f"the field {error} is missing; this may be a file of another task"
                     raise ValueError(f"{file}, {location}: {reason}") from None
                 except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                    # The `msg` of a JSONDecodeError omits its line number within the record.
                     reason = f"{type(error).__name__}: {getattr(error, 'msg', error)}"
                     raise ValueError(f"{file}, {location}: {reason}") from None
         return problems
@@ -127,18 +132,21 @@ class Task:
         """Make a problem from its JSON record. Fields that `Problem` does not have are ignored.
         Raises KeyError with the name of a field that is missing and has no default value, and
         ValueError, TypeError or AttributeError if the record is otherwise invalid."""
-        parameters = inspect.signature(self.Problem).parameters.values()
-        names = [p.name for p in parameters if p.name in record or p.default is p.empty]
-        return self.Problem(**{name: record[name] for name in names})
+        values = {}
+        for name, parameter in inspect.signature(self.Problem).parameters.items():
+            is_required = parameter.default is parameter.empty
+            if is_required or name in record:
+                values[name] = record[name]
+        return self.Problem(**values)
 
     def problem_key(self, problem) -> str:
-        """What identifies a problem, apart from its id. Problems with equal keys are always in the
-        same split, so that no test problem occurs in training."""
+        """A text that identifies a problem, whatever its id. Problems with equal keys are always in
+        the same split, so that no test problem occurs in training."""
         return repr(replace(problem, id=0))
 
     def parse_input(self, line: str):
-        """Make a problem from a line that was typed in `play`. The caller handles the ids of
-        problems; by default, any other input raises ValueError."""
+        """Make a problem from a line that was typed in `play`. If the line is the number of a
+        problem, `play` looks it up itself. By default, all other lines raise ValueError."""
         raise ValueError(f"type {self.input_format}")
 
 
@@ -174,8 +182,8 @@ STRICT_JSON = json.JSONDecoder(
 
 def read_records(file: Path) -> list[tuple[str, Any]]:
     """The records of a data file as (location, record) pairs, where a location is "record 7", or
-    "line 7" in a JSONL file. Those of JSONL are its nonempty lines, not decoded yet. Raises
-    ValueError if the file as a whole is invalid."""
+    "line 7" in a JSONL file. A record of JSONL is a line that the caller still has to decode, so
+    that an error in one line can be located. Raises ValueError if the whole file is invalid."""
     try:
         if file.suffix == ".parquet":
             import pyarrow.parquet
@@ -217,6 +225,7 @@ def parse_expression(text: str) -> tuple[Fraction | None, list[int]]:
     if len(text) > MAX_EXPRESSION_CHARS:
         raise ValueError("the expression is too long")
     integers = [int(digits) for digits in re.findall("[0-9]+", text)]
+    # With re.ASCII, a no-break space is not whitespace but a token, which the grammar refuses.
     tokens = deque(re.findall(r"[0-9]+|\S", text, flags=re.ASCII))
     try:
         value = parse_sum(tokens, depth=0)
@@ -294,8 +303,8 @@ class Countdown(Task):
     input_pattern = re.compile(r"[0-9]{1,3}(\s+[0-9]{1,3}){2,}")
 
     def problem_key(self, problem: CountdownProblem) -> str:
-        """The numbers alone: those of a test problem never occur in training with another target
-        or in another order."""
+        """The sorted numbers. The key leaves out the target, so that training never uses the
+        numbers of a test problem, not even in another order or for another target."""
         return f"Countdown {sorted(problem.numbers)}"
 
     def parse_record(self, record: dict) -> CountdownProblem:
@@ -304,10 +313,11 @@ class Countdown(Task):
         not become the numbers 1, 2 and 3."""
         numbers = record["nums"] if "nums" in record else record["numbers"]
         problem = super().parse_record({**record, "numbers": numbers})
+        # `type(n) is int` excludes True, which isinstance(n, int) would accept.
         is_valid_list = isinstance(numbers, list | tuple) and 1 <= len(numbers) <= 10
         if not is_valid_list or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"{numbers!r:.60} is not a list of 1 to 10 non-negative integers")
-        if type(problem.target) is not int:  # not isinstance, which would accept True
+        if type(problem.target) is not int:
             raise ValueError(f"the target {problem.target!r:.60} is not an integer")
         return replace(problem, numbers=tuple(numbers))
 
@@ -333,10 +343,7 @@ class Countdown(Task):
         _, opening_tag, expression = before_closing_tag.rpartition("<answer>")
         if not opening_tag:
             return Verdict(False, "no_answer")
-        expression = expression.strip()
-        if len(expression) > MAX_EXPRESSION_CHARS:
-            return Verdict(False, "malformed")
-        expression = re.sub(rf"=\s*{problem.target}\Z", "", expression)
+        expression = re.sub(rf"=\s*{problem.target}\Z", "", expression.strip())
         try:
             value, integers = parse_expression(expression)
         except ValueError:
@@ -385,7 +392,7 @@ class Plan(NamedTuple):
         """The plan as a single expression in answer tags."""
         first, last = self
         inner = f"( {first.left} {first.symbol} {first.right} )"
-        if last.left == first.result:  # If both operands equal it, either order is correct.
+        if last.left == first.result:  # If `last.right` equals it too, both orders are correct.
             return f"<answer> {inner} {last.symbol} {last.right} </answer>"
         return f"<answer> {last.left} {last.symbol} {inner} </answer>"
 
@@ -415,9 +422,8 @@ def nearest_plans(numbers: tuple[int, int, int], target: int) -> list[Plan]:
     """One plan for each first step: the one whose result is nearest to the target."""
     nearest: dict[Step, Plan] = {}
     for plan in all_plans(numbers):
-        current = nearest.setdefault(plan.first, plan)
-        if abs(plan.result - target) < abs(current.result - target):
-            nearest[plan.first] = plan
+        best = nearest.get(plan.first, plan)
+        nearest[plan.first] = min(best, plan, key=lambda candidate: abs(candidate.result - target))
     return list(nearest.values())
 
 
@@ -425,8 +431,8 @@ def search_plans(
     plans: list[Plan], target: int, rng: random.Random, continue_probability: float
 ) -> tuple[list[str], Plan]:
     """Check plans in cyclic order, starting at a random one, until a plan reaches the target. After
-    each failed check the search continues with the given probability. If it stops, any plan
-    is chosen at random. Returns the checks as texts ("10 / 2 = 5 , 5 * 6 = 30 no") and the chosen
+    each failed check, the search continues with the given probability, or stops and chooses one of
+    all plans at random. Returns the checks as texts ("10 / 2 = 5 , 5 * 6 = 30 no") and the chosen
     plan."""
     checks = []
     start = rng.randrange(len(plans))
@@ -454,15 +460,14 @@ class TinyCountdown(Countdown):
 
     def draw_problems(self, split: str, limit: int | None, rng: random.Random) -> list:
         """All problems of a split in random order (there are few), or the first `limit` of them."""
-        problems = []
+        questions = []
         for numbers in itertools.combinations_with_replacement(range(1, 11), 3):
             key = self.problem_key(CountdownProblem(id=0, numbers=numbers, target=0))
             if split_of(key) == split:  # the key does not depend on the target
-                targets = {plan.result for plan in all_plans(numbers)} - {0}  # 0 is never a target
-                for target in sorted(targets):
-                    problems.append(CountdownProblem(0, tuple(rng.sample(numbers, 3)), target))
-        rng.shuffle(problems)
-        return [replace(problem, id=i) for i, problem in enumerate(problems[:limit])]
+                targets = {plan.result for plan in all_plans(numbers)} - {0}  # from 1 to MAX_RESULT
+                questions += [(tuple(rng.sample(numbers, 3)), target) for target in sorted(targets)]
+        rng.shuffle(questions)
+        return [CountdownProblem(i, *question) for i, question in enumerate(questions[:limit])]
 
     def words(self) -> list[str]:
         """The vocabulary: all words of questions, instructions and dialogues. Each is one token."""
@@ -470,6 +475,7 @@ class TinyCountdown(Countdown):
             "+ - * / = ( ) , . <answer> </answer> yes no Make from Start with I need That is not "
             f"{self.reflection_instruction} {self.retry_instruction} will be careful"
         )
+        # Numbers above MAX_RESULT are not needed, but saved models have tokens for them.
         return [*map(str, range(101)), *words.split()]
 
     def cold_start_dialogue(
@@ -484,9 +490,9 @@ class TinyCountdown(Countdown):
                          6 + 10 = 16 , 16 * 2 = 32 yes Start with 6 + 10 = 16 .
             retry:       <answer> ( 6 + 10 ) * 2 </answer>
 
-        The attempt uses a random plan, except that 8% of the attempts search for one, as the
-        reflection does in the example, and continue with probability 0.5 after a failed check.
-        There are four kinds of reflections, with these shares:
+        The attempt uses a random plan. In 8% of the dialogues it first searches for one, as the
+        reflection does in the example, and continues with probability 0.5 after a failed check.
+        There are four kinds of reflections, and `always_full_search` determines their shares:
 
             always_full_search   True   False
             empty or generic       0%     10%   the retry uses a random plan
@@ -513,10 +519,10 @@ class TinyCountdown(Countdown):
             continue_probability = 1.0
             if not always_full_search:
                 [continue_probability] = rng.choices([0.0, 0.7, 1.0], weights=[3, 1, 1])
-            if continue_probability > 0:
-                checks, retry_plan = search_plans(plans, target, rng, continue_probability)
-            else:
+            if continue_probability == 0:  # no search
                 checks, retry_plan = [], rng.choice(plans)
+            else:
+                checks, retry_plan = search_plans(plans, target, rng, continue_probability)
             mistake = f"That is {plan.result} , not {target} ."
             reflection = [mistake, *checks, f"Start with {retry_plan.first} ."]
         return problem, [" ".join(attempt), " ".join(reflection), retry_plan.answer()]
@@ -535,7 +541,7 @@ class APIGenProblem:
     id: int
     query: str
     answers: str  # a JSON list of the correct calls: {"name": …, "arguments": {…}}
-    tools: str  # a JSON list of {"name": …, "description": …, "parameters": {name: {"type", …}}}
+    tools: str  # a JSON list of {"name": …, "description": …, "parameters": {name: {"type": …}}}
 
 
 class APIGen(Task):
@@ -550,14 +556,14 @@ class APIGen(Task):
     retry_instruction = "Now try again. Write the correct tool call."
 
     def parse_record(self, record: dict) -> APIGenProblem:
-        """Make a problem from a record of the dataset. Raises KeyError if a field is missing, and
-        ValueError, TypeError or AttributeError if the query, calls or tools are invalid."""
+        """Make a problem from a record of the dataset, and check its query, calls and tools."""
         problem = super().parse_record(record)
-        calls, tools = (STRICT_JSON.decode(text) for text in (problem.answers, problem.tools))
+        calls = STRICT_JSON.decode(problem.answers)
+        tools = STRICT_JSON.decode(problem.tools)
         if not isinstance(calls, list) or not isinstance(tools, list):
             raise ValueError("answers and tools must be JSON lists")
         for call in calls:
-            parse_call(call)
+            parse_call(call)  # raises ValueError if it is invalid
         _, prompt_tools = self.messages(problem)
         prompt_text = problem.query + json.dumps(prompt_tools, ensure_ascii=False)
         prompt_text.encode()  # raises UnicodeEncodeError (a ValueError), for example for "\ud800"
@@ -592,33 +598,42 @@ class APIGen(Task):
 
 
 def parse_call(value: object) -> tuple[str, str]:
-    """A function call that `STRICT_JSON` has decoded, as its name and its arguments in canonical
-    JSON. Equal arguments have equal texts: 5 equals 5.0, but 5 does not equal "5", and 1 does not
-    equal true. Raises ValueError if the value is not a call."""
+    """Split a function call that `STRICT_JSON` has decoded into its name and the canonical JSON of
+    its arguments. Equal arguments have equal texts: 5 equals 5.0, but 5 does not equal "5", and 1
+    does not equal true. Raises ValueError if the value is not a call.
+
+    >>> parse_call({"name": "add", "arguments": {"b": 2, "a": 1}})
+    ('add', '{"a": 1, "b": 2}')
+    """
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ValueError("a call needs a name")
-    keys = [key for key in ("arguments", "parameters") if key in value]  # Llama 3: "parameters"
-    if len(keys) != 1 or not isinstance(value[keys[0]], dict):
+    # Llama 3 writes "parameters" instead of "arguments". There must not be both.
+    candidates = [value[key] for key in ("arguments", "parameters") if key in value]
+    if len(candidates) != 1 or not isinstance(candidates[0], dict):
         raise ValueError("a call needs one JSON object with its arguments")
-    return value["name"], json.dumps(value[keys[0]], sort_keys=True)
+    return value["name"], json.dumps(candidates[0], sort_keys=True)
 
 
-# Documented call formats of the supported models. Special tokens, such as Mistral's markers
-# and Llama's <|python_tag|>, may be missing, because decoding can drop them.
-#     tagged  <tool_call>{…}</tool_call> for each call (Qwen 2.5 and 3) or for a list (SmolLM2)
-#     named   [TOOL_CALLS]add[CALL_ID]x[ARGS]{"a": 1} (Mistral, since version 11 of its tokenizer);
-#             without [TOOL_CALLS], it must begin the text or directly follow another call
-#     list    [{…}, {…}] (older Mistral; any model whose chat template ignores tools)
-#     object  {…} (Llama 3); several are on lines of their own or separated by semicolons
+# How a call begins in the documented formats of the supported models. The JSON that follows is only
+# looked at, in (?= …), because the JSON decoder will read it. Special tokens, such as Mistral's
+# markers and Llama's <|python_tag|>, may be missing, because decoding can drop them.
 CALL_START = re.compile(
-    r"""  (?P<tagged> <tool_call> ) \s*
-        | (?: \[TOOL_CALLS\] | \A ) \s* (?P<named> [\w.-]+ )
-          (?: \[CALL_ID\] \w+ )? (?: \[ARGS\] )? (?= \{ \s* ["}] )
-        | (?P<list> (?= \[ \s* (?: [{\]] | [\w.]+\( ) ) ) | (?P<object> (?= \{ \s* " ) )""",
+    r"""
+    # <tool_call>{…}</tool_call> for each call (Qwen 2.5 and 3) or for a list of calls (SmolLM2)
+    (?P<tagged> <tool_call> ) \s*
+    # [TOOL_CALLS]add[CALL_ID]x[ARGS]{"a": 1} (Mistral, since version 11 of its tokenizer).
+    # Without [TOOL_CALLS], it must begin the text or directly follow another call.
+    | (?: \[TOOL_CALLS\] | \A ) \s* (?P<named> [\w.-]+ )
+      (?: \[CALL_ID\] \w+ )? (?: \[ARGS\] )? (?= \{ \s* ["}] )
+    # [{…}, {…}] (older Mistral; any model whose chat template ignores tools). "[add(" also looks
+    # like a list, but it is an error here, because it cannot be decoded: see PYTHON_CALLS.
+    | (?P<list> (?= \[ \s* (?: [{\]] | [\w.]+\( ) ) )
+    # {…} (Llama 3). Several are on lines of their own or separated by semicolons.
+    | (?P<object> (?= \{ \s* " ) )
+    """,
     re.VERBOSE,
 )
-# Llama 3.2 and 3.3 also write [add(a=1), find(type='x')], with nothing else in the completion.
-# (Within other text, CALL_START matches it as a list, decoding fails, and it is malformed.)
+# Llama 3.2 and 3.3 also write [add(a=1), find(type='x')], which must be the whole completion.
 PYTHON_CALLS = re.compile(r"\s*(?:<\|python_tag\|>\s*)?(\[\s*[\w.]+\(.*\)\s*\])\s*", re.DOTALL)
 
 
@@ -628,30 +643,29 @@ def extract_calls(text: str) -> list[tuple[str, str]] | None:
     They may have any of the formats above. Prose around them is ignored, but a second list of calls
     is an error, and so is text that starts like a list of calls but is not one. Calls in <think> do
     not count. Raises ValueError or RecursionError if tags, JSON or calls are malformed."""
-    text = text.rpartition("</think>")[2].partition("<think>")[0]  # remove the reasoning
+    # Remove the reasoning. If it is truncated, it has no closing tag.
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
     if len(text) > MAX_CALLS_CHARS:
         raise ValueError("the text is too long")
     if python_calls := PYTHON_CALLS.fullmatch(text):
         return parse_python_calls(python_calls[1])
-    calls, formats, prose = [], [], []
+    calls, formats = [], []
+    prose = []  # the text before the first call, between two calls, and after the last one
     while start := CALL_START.search(text):
         formats.append(start.lastgroup)
         prose.append(text[: start.start()])
         value, end = STRICT_JSON.raw_decode(text, start.end())  # The decoder finds the end.
         text = text[end:]
+        if start["tagged"] and not text.lstrip().startswith("</tool_call>"):
+            raise ValueError("a closing tag is missing")
         if start["named"]:
             value = {"name": start["named"], "arguments": value}
         calls += value if isinstance(value, list) else [value]
     prose.append(text)
-    # Tagged calls are followed by the closing tag, and no other prose contains tags.
-    tagged = [call_format == "tagged" for call_format in formats]
-    closed = [piece.lstrip().startswith("</tool_call>") for piece in prose[1:]]
-    if closed != tagged or " ".join(prose).count("tool_call>") != sum(tagged):
-        raise ValueError("unbalanced <tool_call> tags")
-    if len(set(formats)) > 1:
-        raise ValueError("the calls have different formats")
-    if formats.count("list") > 1:
-        raise ValueError("there is more than one list of calls")
+    if " ".join(prose).count("tool_call>") != formats.count("tagged"):  # the closing tags
+        raise ValueError("there are tags without a call")
+    if len(set(formats)) > 1 or formats.count("list") > 1:
+        raise ValueError("there is a second list of calls")
     if "object" in formats and any(piece.strip() not in ("", ";") for piece in prose[1:-1]):
         raise ValueError("there is text between the calls")
     return [parse_call(call) for call in calls] if formats else None
@@ -667,7 +681,7 @@ def parse_python_calls(text: str) -> list[tuple[str, str]]:
     calls = []
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as the one for "\\d" in a string
+            warnings.simplefilter("ignore")  # for example about "\d" in a string
             nodes = ast.parse(text, mode="eval").body.elts
         for node in nodes:
             if node.args:
@@ -683,13 +697,14 @@ def parse_python_calls(text: str) -> list[tuple[str, str]]:
 
 
 def function_schema(tool: dict) -> dict:
-    """Convert a tool of the dataset to OpenAI's format, which chat templates expect. Of a Python
-    type such as "List[int], optional", only the outer type is kept: {"type": "array"}."""
+    """Convert a tool of the dataset to OpenAI's format, which chat templates expect. A Python type
+    is reduced to its outermost part, so that "List[int], optional" becomes {"type": "array"}. Types
+    that are not in `JSON_TYPES`, such as "Union[int, str]", are left out."""
     properties, required = {}, []
     for name, parameter in tool["parameters"].items():
         schema = {**parameter}
         python_type = schema.pop("type", "str")
-        outermost_type = re.match(r"\w*", python_type.strip().removeprefix("Optional["))[0].lower()
+        outermost_type = re.match(r"(?:Optional\[)?(\w*)", python_type.strip())[1].lower()
         if outermost_type in JSON_TYPES:
             schema = {"type": JSON_TYPES[outermost_type], **schema}
         properties[name] = schema
