@@ -20,6 +20,7 @@ The letters in shapes, first in the network and then in the sampler:
     L  columns after the prompts: the tokens that each row has read or sampled since
 """
 
+import copy
 import json
 import math
 import os
@@ -259,15 +260,53 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Ten
     return torch.cat(outputs, dim=2)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, like F.linear, with a faster product for few rows on a CPU."""
+    if x.device.type != "cpu" or x.dim() == 1 or x.shape[:-1].numel() > 256:
+        return F.linear(x, weight, bias)
+    # x W^T = (W x^T)^T. For few rows, the second form makes better use of several threads.
+    y = (weight @ x.flatten(end_dim=-2).T).T.unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
+
+
+LORA_ALPHA = 32  # An adapter of rank r is scaled by LORA_ALPHA / r.
+
+
 class Linear(nn.Linear):
-    """nn.Linear, with a faster product for few rows on a CPU."""
+    """nn.Linear, and optionally a LoRA adapter: y = x W^T + scale * (x A^T) B^T.
+
+    A is (r, in_features) and B is (out_features, r), where the rank r is small. The product B A has
+    the shape of the weights W but far fewer parameters. Training changes A and B alone. B is zero
+    at first, so that a new adapter changes nothing (Hu et al., arXiv 2106.09685).
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.lora_scale = 0.0
+
+    def add_adapter(self, rank: int, rng: torch.Generator) -> None:
+        """Add an adapter. The entries of A have the standard deviation 1 / sqrt(in_features)."""
+        A = torch.randn(rank, self.in_features, generator=rng) * self.in_features**-0.5
+        self.lora_A = nn.Parameter(A.to(self.weight))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
+        self.lora_scale = LORA_ALPHA / rank
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dim() == 1 or x.shape[:-1].numel() > 256:
-            return super().forward(x)
-        # x W^T = (W x^T)^T. For few rows, the second form makes better use of several threads.
-        y = (self.weight @ x.flatten(end_dim=-2).T).T.unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias
+        y = linear(x, self.weight, self.bias)
+        if self.lora_A is None:
+            return y
+        return y + linear(self.lora_scale * linear(x, self.lora_A), self.lora_B)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + scale * B A, computed in float32 (or float64) and rounded once: (out, in)."""
+        W, A, B = (
+            x.to(torch.promote_types(x.dtype, torch.float32))
+            for x in (self.weight, self.lora_A, self.lora_B)
+        )
+        return (W + self.lora_scale * B @ A).to(self.weight.dtype)
 
 
 # On a CPU, PyTorch computes these functions with MKL in several threads. If two threads make the
@@ -418,6 +457,20 @@ class Model(nn.Module):
                 x = block(x, cos, sin, layout)
         return self.model.norm(x)
 
+    def with_lora(self, rank: int, seed: int = 0) -> "Model":
+        """This model with a LoRA adapter in each linear layer of its blocks (see `Linear`).
+
+        The two models share the weights, which are frozen: only the adapters are trained. This
+        model stays what it is, so it can serve as the reference without a copy of the weights.
+        """
+        memo = {id(p): p.requires_grad_(False) for p in self.parameters()}
+        model = copy.deepcopy(self, memo)  # It takes the parameters from memo: they are not copied.
+        rng = torch.Generator().manual_seed(seed)
+        for module in model.model.layers.modules():
+            if isinstance(module, Linear):
+                module.add_adapter(rank, rng)
+        return model
+
     def check_context_length(self, length: int) -> None:
         """Raise ValueError if a conversation of this many tokens exceeds the context length."""
         if length > self.context_length:
@@ -447,14 +500,23 @@ class Model(nn.Module):
         return model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors. An existing file is replaced atomically."""
+        """Write config.json and model.safetensors. An existing file is replaced atomically.
+
+        LoRA adapters are merged into the weights, so the result is an ordinary model.
+        """
         path, dtype = Path(path), str(self.lm_head.weight.dtype).removeprefix("torch.")
         config = {
             **self.config_dict,
             "dtype": dtype,
             "torch_dtype": dtype,
         }  # the new name and the old one
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        tensors = {}
+        for name, parameter in self.named_parameters():
+            if not name.endswith(("lora_A", "lora_B")):
+                tensors[name] = parameter.detach().cpu().contiguous()
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and module.lora_A is not None:
+                tensors[f"{name}.weight"] = module.merged_weight().cpu()
         replace_file(path / "config.json", json.dumps(config, indent=2))
         replace_file(path / "model.safetensors", tensors)
 
