@@ -8,7 +8,7 @@
 
     A_g  = (r_g - mean r) / (std r + delta)                                   `group_advantages`
     mask = 1 on the tokens of the reflections, 0 on all other tokens          `pack_group`
-    w    = the weight of a token: by default, 1 / (number of trained tokens)  `token_weights`
+    w    = the weight of a token: 1 / (number of trained tokens of the step)  `token_weights`
     loss = - sum of w * mask * (min(ratio * A, clip(ratio) * A) - beta * KL)  `grpo_loss`
 
 The file starts with the training loop, `train`. Then come the parts of the method: advantages and
@@ -19,8 +19,7 @@ A conversation is stored as token ids from beginning to end. The tokens that are
 the tokens that were sampled: they are never decoded to text and tokenized again.
 
 Shapes: P failures per step with G reflections each; C tokens of context; T tokens after the
-context; L tokens of a packed sequence; N tokens whose log-probabilities are computed; E the hidden
-size; V the vocabulary.
+context; L tokens of a packed sequence; N trained tokens; E the hidden size; V the vocabulary.
 """
 
 import json
@@ -56,9 +55,10 @@ def train(
     failures: conversations whose attempts are wrong. folder: the run's folder. If it holds a
     checkpoint, training resumes from it.
 
-    A new run first yields (0, {}), before any update. The caller may add entries to the metrics
-    that it receives; they are written to the log when it asks for the next pair. The numbered
-    comments match the six steps in the README. Raises ValueError if the gradient is not finite.
+    A new run first yields (0, {}), before any update. The caller may add its own entries to the
+    metrics, for example an evaluation: they are logged when it asks for the next pair. The numbered
+    comments match the six steps in the README. Raises ValueError if the gradient, or an output of
+    the updated model, is not finite.
     """
     policy, G = agent.model, config.group_size
     policy.gradient_checkpointing = config.checkpointing
@@ -72,6 +72,7 @@ def train(
 
     while step < config.steps:
         # 1-2. Draw P failures. Reflect G times on each, and retry once after each reflection.
+        # The prefix gives each step its own random numbers.
         batch = stream.draw(config.batch_size)
         groups = rollout(agent, batch, G, rng_prefix=(TRAIN, step))  # P groups of G conversations
 
@@ -110,17 +111,16 @@ def backpropagate_step(
     """Backpropagate the loss of a step into the optimizer's gradients, and return its metrics.
 
     advantages: (P, G). Groups are processed one at a time, each as one packed sequence, so that
-    only one group's activations are in memory. The weights of the tokens are computed for the whole
-    step, so that this split does not change the gradient.
+    only one group's activations are in memory. Their gradients add up to the gradient of the step,
+    because the weights of the tokens are computed for the whole step.
     """
     policy, temperature = agent.model, agent.temperature
     packed_groups = [pack_group(group) for group in groups]
     lengths = torch.tensor([rows.mask.sum(dim=1).tolist() for rows in packed_groups])  # (P, G)
-    max_trained_turns = max((len(c.trained_turns()) for c in sum(groups, [])), default=0)
-    weights = token_weights(
-        lengths, config.loss_type, max_trained_turns * agent.max_new_tokens
-    )  # (P, G)
-    measured = []
+    num_turns = [len(c.trained_turns()) for group in groups for c in group]
+    max_length = max(num_turns, default=0) * agent.max_new_tokens
+    weights = token_weights(lengths, config.loss_type, max_length)  # (P, G)
+    terms = []
     for rows, A, w in zip(packed_groups, advantages, weights, strict=True):  # A and w: (G,)
         if not A.any() and not config.beta:
             continue  # The rewards of this group are all equal: its gradient is zero.
@@ -130,19 +130,20 @@ def backpropagate_step(
                 ref_logprobs = token_logprobs(reference, rows, temperature)  # (G, T)
         logprobs = token_logprobs(policy, rows, temperature)  # (G, T)
         old_logprobs, mask, A = (x.to(policy.device) for x in (rows.old_logprobs, rows.mask, A))
-        w = w.to(logprobs.dtype).to(policy.device)  # In this order: MPS has no float64.
+        # Convert the float64 weights before moving them, because MPS has no float64.
+        w = w.to(logprobs.dtype).to(policy.device)
         inputs = logprobs, old_logprobs, ref_logprobs, A, mask
         loss = grpo_loss(*inputs, weights=w, clip=config.clip, beta=config.beta)
         loss.backward()
         optimizer.accumulate_gradients()
-        measured.append(loss_terms(loss, *inputs, clip=config.clip))
-    return loss_metrics(measured)
+        terms.append(loss_terms(loss, *inputs, clip=config.clip))
+    return loss_metrics(terms)
 
 
 @torch.no_grad()
 def check_outputs(agent: "Agent", groups: list["Group"]) -> None:
-    """Raise ValueError if the model no longer computes finite log-probabilities, so that bad
-    weights are never saved. The last checkpoint still holds good weights."""
+    """Raise ValueError if the updated model's log-probabilities are not finite. This is checked
+    before each checkpoint, so that the last checkpoint always holds good weights."""
     if groups:
         logprobs = token_logprobs(agent.model, pack_group(groups[0]), agent.temperature)
         if not logprobs.isfinite().all():
@@ -172,7 +173,7 @@ def group_advantages(rewards: Tensor, delta: float = 1e-4, scale: bool = True) -
     example then has 0.75 and -0.25.
     """
     A = rewards - rewards.mean(dim=1, keepdim=True)
-    if scale and len(rewards):  # torch warns about the deviation of an empty tensor
+    if scale and len(rewards):  # Without this check, torch warns about an empty tensor.
         A = A / (rewards.std(dim=1, keepdim=True) + delta)
     all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     return A.masked_fill(all_equal, 0.0)  # The mean may be off by a rounding error.
@@ -206,27 +207,26 @@ def grpo_loss(
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log(pi / pi_old) of each token, (G, T). It is zeroed outside the mask, where the logarithms
-    mean nothing: their exponential could overflow, and 0 * inf is nan."""
+    """log(pi / pi_old) of each token, (G, T). Values outside the mask have no meaning. They are set
+    to 0, because their exponential could overflow, and 0 * inf is nan."""
     return torch.where(mask, logprobs - old_logprobs, 0.0)
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(pi || pi_ref) for each token, (G, T): exp(d) - 1 - d, where
-    d = log pi_ref - log pi. It is never negative. When it is differentiated as a
-    loss on samples from the current model, its expected gradient is the gradient of the forward KL
-    divergence, KL(pi_ref || pi)."""
+    d = log pi_ref - log pi. It is never negative. On samples from pi, its expected gradient is the
+    gradient of the forward KL divergence, KL(pi_ref || pi)."""
     d = torch.where(mask, ref_logprobs - logprobs, 0.0)
     return torch.expm1(d) - d
 
 
 def token_weights(lengths: Tensor, loss_type: str, max_length: int) -> Tensor:
-    """The weight of a token in the loss, for each reflection of a step: (P, G) -> (P, G).
+    """The weight of a token in the loss, for each reflection of a step: (P, G) -> (P, G), float64.
 
     lengths: (P, G), how many trained tokens each reflection has; max_length: the most it can have.
 
         dapo      1 / (tokens of the step): the mean over all tokens, as in DAPO
-        grpo      1 / (reflections * tokens of this reflection): the mean of means, the first GRPO
+        grpo      1 / (reflections * tokens of this reflection): reflections count equally (GRPO)
         dr_grpo   1 / (reflections * max_length): a constant, without length bias, as in Dr. GRPO
     """
     lengths, num_reflections = lengths.double(), lengths.numel()
@@ -250,22 +250,24 @@ class TrainConfig:
     beta: Annotated[float, "weight of the KL penalty; 0 needs no reference model"] = 0.001
     clip: Annotated[float, "epsilon: clip the ratio to the range 1 - epsilon to 1 + epsilon"] = 0.2
     loss_type: Annotated[
-        Literal["dapo", "grpo", "dr_grpo"], "how tokens are weighted in the loss: dapo takes the "
-        "mean over all tokens of the step (as in DAPO); for the others see `token_weights`"
-    ] = "dapo"  # fmt: skip
+        Literal["dapo", "grpo", "dr_grpo"],
+        "how tokens are weighted; dapo is the mean over all tokens of a step (see token_weights)",
+    ] = "dapo"
     scale_advantages: Annotated[bool, "divide advantages by the group's standard deviation"] = True
     max_grad_norm: Annotated[float, "clip the gradient norm to this value"] = 1.0
     offload: Annotated[bool, "keep float32 master weights and moments in CPU memory"] = False
-    checkpointing: Annotated[bool, "recompute activations in the backward pass (saves memory)"] = (
-        False
-    )
+    checkpointing: Annotated[bool, "recompute activations to save memory"] = False
     save_every: Annotated[int, "number of steps between two checkpoints"] = 25
+    log_failures: Annotated[
+        int | None, "number of failures per step whose conversations are logged; None: all"
+    ] = 8
 
 
 # -- The mask and the log-probabilities ------------------------------------------------------------
 class PackedGroup(NamedTuple):
     """The G conversations of a group, ready for training. All of them begin with the same context;
-    what follows in each is its branch, up to its last trained token. T is the longest branch."""
+    what follows in each is its branch, up to its last trained token. T is the length of the longest
+    branch. The tensors have a row for each conversation."""
 
     context: list[int]  # C token ids
     branches: list[list[int]]  # G lists of token ids
@@ -275,25 +277,26 @@ class PackedGroup(NamedTuple):
 
 
 def pack_group(group: "Group") -> PackedGroup:
-    """The rows of a group; `Conversation.trained_turns` says which tokens are trained.
+    """Pack a group; `Conversation.trained_turns` says which tokens are trained.
 
-    The context is the longest common prefix of the conversations, each up to its first trained
-    turn. In R3, that is the whole prompt of the reflections. A trained turn includes the
-    end-of-turn token that the model sampled. The mask is computed from positions, never by
-    comparing ids with a padding id, because the padding id can also occur as a real token.
-    Raises ValueError if there is no common prefix, or if a turn was not sampled in this run.
+    The context is the longest common prefix of the prompts of the first trained turns. In R3, these
+    prompts are all equal. A trained turn includes the end-of-turn token that the model sampled. The
+    mask is computed from positions, never by comparing ids with a padding id, because the padding
+    id can also occur as a real token. Raises ValueError if there is no common prefix, or if a turn
+    was not sampled in this run.
     """
-    trained = [conversation.trained_turns() for conversation in group]
-    context = os.path.commonprefix([turns[0].prompt for turns in trained])  # works on lists, too
+    trained_turns = [conversation.trained_turns() for conversation in group]
+    first_prompts = [turns[0].prompt for turns in trained_turns]
+    context = os.path.commonprefix(first_prompts)  # It works on lists of token ids, too.
     C = len(context)
     if C == 0:
         raise ValueError("the conversations of a group must begin with the same context")
-    branches = [(turns[-1].prompt + turns[-1].tokens)[C:] for turns in trained]
-    shape = len(group), max(map(len, branches))
+    branches = [(turns[-1].prompt + turns[-1].tokens)[C:] for turns in trained_turns]
+    shape = len(group), max(map(len, branches))  # (G, T)
     targets = torch.zeros(shape, dtype=torch.long)
     mask = torch.zeros(shape, dtype=torch.bool)
     old_logprobs = torch.zeros(shape)
-    for g, turns in enumerate(trained):
+    for g, turns in enumerate(trained_turns):
         for turn in turns:
             if len(turn.logprobs) != len(turn.tokens):
                 raise ValueError("cannot train on a turn from a file: it has no log-probabilities")
@@ -315,22 +318,19 @@ def token_logprobs(model: Model, rows: PackedGroup, temperature: float = 1.0) ->
         positions  [ 0  1  2 |  3  4 |  3 ]        each branch continues after the context
         predicted by index     2  3     2          token 10 by token 9, 11 by 10, and 12 by 9
     """
-    lengths = [len(rows.context), *map(len, rows.branches)]
+    C, branch_lengths = len(rows.context), [len(branch) for branch in rows.branches]
     ids = torch.tensor([rows.context + sum(rows.branches, [])], device=model.device)  # (1, L)
-    hidden = model.hidden(ids, lengths=lengths)[0]  # (L, E)
-    predictors = predictor_indices(lengths[0], lengths[1:])[rows.mask]  # (N,)
+    hidden = model.hidden(ids, lengths=[C, *branch_lengths])[0]  # (L, E)
+    predictors = predictor_indices(C, branch_lengths)[rows.mask].to(model.device)  # (N,)
     targets = rows.targets[rows.mask].to(model.device)  # (N,)
-    logprobs = target_logprobs(model, hidden[predictors.to(model.device)], targets, temperature)
+    logprobs = target_logprobs(model, hidden[predictors], targets, temperature)  # (N,)
     mask = rows.mask.to(model.device)
-    return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
+    return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)  # (G, T)
 
 
 def predictor_indices(context_length: int, branch_lengths: list[int]) -> Tensor:
-    """The index, in the packed sequence, of the token that predicts token t of branch g: (G, T),
-    and 0 for padding.
-
-    A token is predicted by the one before it, and the first token of each branch by the last token
-    of the context. For the example above:
+    """The index, in the packed sequence, of the token that predicts token t of branch g: (G, T). It
+    is 0 where a branch has no token t. For the example above:
 
     >>> predictor_indices(3, [2, 1])
     tensor([[2, 3],
@@ -340,7 +340,7 @@ def predictor_indices(context_length: int, branch_lengths: list[int]) -> Tensor:
     start = context_length
     for g, length in enumerate(branch_lengths):
         indices[g, :length] = torch.arange(start - 1, start + length - 1)
-        indices[g, 0] = context_length - 1
+        indices[g, 0] = context_length - 1  # the last token of the context
         start += length
     return indices
 
@@ -351,21 +351,18 @@ MAX_LOGITS = 2**25  # the largest number of logits in memory at once
 def target_logprobs(model: Model, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """The log-probabilities of target tokens: hidden (N, E), targets (N,) -> (N,).
 
-    The vocabulary is the widest dimension of the model. If N * V exceeds MAX_LOGITS, the logits
-    are computed in chunks, each by a recursive call. The backward pass computes them again, so that
-    only one chunk of them is in memory at a time.
+    If N * V exceeds MAX_LOGITS, the logits are computed in chunks, each by a recursive call. The
+    backward pass computes them again, so that only one chunk of them is in memory at a time.
     """
     chunk_size = max(1, MAX_LOGITS // model.vocab_size)
     if len(targets) <= chunk_size:
         log_p = F.log_softmax(model.head(hidden) / temperature, dim=-1)  # (N, V)
-        return -F.nll_loss(log_p, targets, reduction="none")
-    chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-    return torch.cat(
-        [
-            recompute_in_backward(target_logprobs, model, *chunk, temperature, use_reentrant=False)
-            for chunk in chunks
-        ]
-    )
+        return -F.nll_loss(log_p, targets, reduction="none")  # log_p[n, targets[n]] for each n
+    logprobs = []
+    for chunk in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
+        inputs = model, *chunk, temperature
+        logprobs.append(recompute_in_backward(target_logprobs, *inputs, use_reentrant=False))
+    return torch.cat(logprobs)
 
 
 # -- The conversation ------------------------------------------------------------------------------
@@ -415,8 +412,7 @@ Group = list[Conversation]  # the G conversations about one failure, with differ
 @dataclass
 class Agent:
     """A model with everything that it needs to work on a task: a tokenizer, the task, and the
-    sampling settings. A `bridge`, below, is the text between two turns of the assistant: the end of
-    the first, the user's instruction, and the beginning of the second."""
+    sampling settings."""
 
     model: Model
     tokenizer: Tokenizer
@@ -431,13 +427,13 @@ class Agent:
         return self.tokenizer.prompt(*self.task.messages(problem))
 
     def reflection_prompt(self, conversation: Conversation) -> list[int]:
-        """The question, the attempt, and the instruction to reflect."""
+        """The question, the attempt, and the instruction to reflect (see `Tokenizer.bridge`)."""
         bridge = self.tokenizer.bridge(self.task.reflection_instruction)
         attempt = conversation.attempt
         return attempt.prompt + self.tokenizer.append_bridge(attempt.tokens, bridge)
 
     def retry_prompt(self, conversation: Conversation) -> list[int]:
-        """All of the above, the reflection, and the instruction to try again."""
+        """The reflection's prompt, the reflection, and the instruction to try again."""
         bridge = self.tokenizer.bridge(self.task.retry_instruction)
         reflection = conversation.reflection
         return reflection.prompt + self.tokenizer.append_bridge(reflection.tokens, bridge)
@@ -450,12 +446,12 @@ class Agent:
         cache: KVCache | None = None,
         cached_lengths: list[int] | None = None,
     ) -> tuple[list[list[Turn]], KVCache]:
-        """Sample `num_samples` turns after each prompt, and return them grouped by prompt, with the
-        cache.
+        """Sample `num_samples` turns after each prompt. Returns a list of turns for each prompt,
+        and the cache, from which the turns that follow can be sampled.
 
-        cache: the one that was returned for the previous turns. Row i holds the first
-        cached_lengths[i] tokens of prompt i, and only the rest goes through the model. num_samples
-        must then be 1.
+        cache: the one that the call for the previous turns returned. It holds the first
+        cached_lengths[i] tokens of prompt i, so that only the rest goes through the model. With a
+        cache, num_samples must be 1.
         """
         cached_lengths = cached_lengths or [0] * len(prompts)
         generation = generate(
@@ -469,15 +465,11 @@ class Agent:
             rng_keys=rng_keys,
             cache=cache,
         )
-        turns = []
+        turns: list[list[Turn]] = [[] for _ in prompts]
         for p, prompt in enumerate(prompts):
-            sampled = zip(generation.tokens[p], generation.logprobs[p], strict=True)
-            turns.append(
-                [
-                    Turn(prompt, tokens, tokens[-1] not in self.tokenizer.stop_ids, logprobs)
-                    for tokens, logprobs in sampled
-                ]
-            )
+            for tokens, logprobs in zip(generation.tokens[p], generation.logprobs[p], strict=True):
+                truncated = tokens[-1] not in self.tokenizer.stop_ids
+                turns[p].append(Turn(prompt, tokens, truncated, logprobs))
         return turns, generation.cache
 
     def verify(self, problem: Any, turn: Turn) -> Verdict:
@@ -486,19 +478,16 @@ class Agent:
 
 
 # -- Sampling conversations ------------------------------------------------------------------------
-# Each turn has a key: (purpose, step, which turn, problem, attempt, reflection). Its random numbers
-# depend on the seed and this key alone, and not on the batch in which it is sampled.
+# The random numbers of a turn depend on the seed and on the turn's key, but not on the other turns
+# in its batch. The key is (purpose, step, which turn, problem, attempt, reflection); an attempt's
+# key has no last entry.
 RngPrefix = tuple[int, int]  # the first two entries of a key: (purpose, step)
 EVALUATE, COLLECT, TRAIN, PLAY = range(4)  # purposes
 ATTEMPT, REFLECTION, RETRY = range(MAX_TURNS)  # turns
 
 
 def sample_attempts(
-    agent: Agent,
-    problems: list,
-    num_samples: int,
-    rng_prefix: RngPrefix,
-    first_index: int = 0,
+    agent: Agent, problems: list, num_samples: int, rng_prefix: RngPrefix, first_index: int = 0
 ) -> list[Conversation]:
     """Attempt each problem `num_samples` times. The attempts are numbered from `first_index`."""
     prompts = [agent.attempt_prompt(problem) for problem in problems]
@@ -515,9 +504,9 @@ def sample_attempts(
 def sample_reflections(
     agent: Agent, failures: list[Conversation], num_samples: int, rng_prefix: RngPrefix
 ) -> tuple[list[Conversation], KVCache]:
-    """Reflect `num_samples` times on each failure. The numbering of the reflections starts at
-    failure.reflection_index, which is 0 for a new failure. Returns the conversations, failure by
-    failure, and the cache from which the retries can be sampled."""
+    """Reflect `num_samples` times on each failure. The reflections are numbered from
+    failure.reflection_index, which is 0 unless a variant reflects again after a retry. Returns the
+    conversations, failure by failure, and the cache from which the retries can be sampled."""
     prompts = [agent.reflection_prompt(failure) for failure in failures]
     rng_keys = [
         (*rng_prefix, REFLECTION, *failure.identity, failure.reflection_index + g)
@@ -541,17 +530,16 @@ def sample_retries(
 ) -> list[Conversation]:
     """Retry once after each reflection.
 
-    cache: the one from `sample_reflections`, which is not changed. With it, only what is new in the
-    prompts goes through the model. Without it (for example, if another model wrote the
-    reflections), the whole prompts do.
+    cache: the one from `sample_reflections`, which is not changed. Without it, for example if
+    another model wrote the reflections, the whole prompts go through the model.
     """
     prompts = [agent.retry_prompt(c) for c in conversations]
     rng_keys = [(*rng_prefix, RETRY, *c.identity, c.reflection_index) for c in conversations]
     cached_lengths = None
-    if cache is not None:  # It lacks the last token of each reflection, sampled but not fed back.
-        cached_lengths = [
-            len(c.reflection.prompt) + len(c.reflection.tokens) - 1 for c in conversations
-        ]
+    if cache is not None:
+        # The last token of a reflection has been sampled, but has not gone through the model.
+        reflections = [c.reflection for c in conversations]
+        cached_lengths = [len(turn.prompt) + len(turn.tokens) - 1 for turn in reflections]
     turns, _ = agent.sample_turns(prompts, 1, rng_keys, cache, cached_lengths)
     retried = []
     for conversation, (turn,) in zip(conversations, turns, strict=True):
@@ -563,8 +551,8 @@ def sample_retries(
 def attempt_all(
     agent: Agent, problems: list, num_samples: int, rng_prefix: RngPrefix, first_index: int = 0
 ) -> list[Conversation]:
-    """`sample_attempts` for any number of problems, in batches that fit in memory. The result is
-    in the order of the problems."""
+    """`sample_attempts` for any number of problems, in batches that fit in memory. The result is in
+    the order of the problems."""
     conversations: list[Conversation] = []
     remaining = longest_first(agent, problems)
     while remaining:
@@ -588,8 +576,9 @@ def rollout(
     failure, in the order of the failures."""
     groups: dict[tuple[int, int], Group] = {failure.identity: [] for failure in failures}
     remaining = longest_first(agent, failures)
+    new_turns = MAX_TURNS - 1  # The attempt has been made already.
     while remaining:
-        batch = next_batch(agent, remaining, group_size, turns=MAX_TURNS - 1)
+        batch = next_batch(agent, remaining, group_size, new_turns)
         cache = None  # Free the cache of the previous batch before allocating the next one.
         try:
             reflected, cache = sample_reflections(agent, batch, group_size, rng_prefix)
@@ -599,12 +588,12 @@ def rollout(
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-            lower_cache_limit(agent, batch, group_size, turns=MAX_TURNS - 1)
+            lower_cache_limit(agent, batch, group_size, new_turns)
     return list(groups.values())
 
 
 def longest_first(agent: Agent, items: list) -> list:
-    """Problems or failures, sorted by the length of their prompts: similar ones share a batch."""
+    """Sort items, which are problems or failures, so that a batch has prompts of similar length."""
     return sorted(items, key=lambda item: prompt_length(agent, item), reverse=True)
 
 
@@ -616,14 +605,14 @@ def next_batch(agent: Agent, remaining: list, num_samples: int, turns: int) -> l
 
 
 def lower_cache_limit(agent: Agent, batch: list, num_samples: int, turns: int) -> None:
-    """After a batch ran out of memory, lower agent.cache_tokens so that only half of it fits."""
+    """After a batch ran out of memory, lower agent.cache_tokens to what half of the batch needs."""
     tokens = cache_tokens_needed(agent, batch[0], num_samples, turns)
     agent.cache_tokens = len(batch) * tokens // 2
 
 
 def cache_tokens_needed(agent: Agent, item: Any, num_samples: int, turns: int) -> int:
-    """How many tokens of the KV cache a problem or a failure takes: its prompt, which is stored
-    once, and `turns` new turns for each sample, plus about 50 chat-template tokens per turn."""
+    """How many tokens of the KV cache an item takes: its prompt, which is stored once, and `turns`
+    new turns for each sample, plus about 50 chat-template tokens per turn."""
     return prompt_length(agent, item) + num_samples * turns * (agent.max_new_tokens + 50)
 
 
@@ -638,9 +627,9 @@ class FailureStream:
     """The order in which failures are drawn for training: epoch after epoch, endlessly.
 
     Each epoch is a new permutation of all failures, which depends on the seed and the number of the
-    epoch alone. `position` counts the failures drawn so far. It is saved with the checkpoint. So a
-    variant of the training loop may draw more or less than one batch per step, or drop some
-    failures after they were drawn: the order of the others stays the same.
+    epoch alone. `position` counts the failures drawn so far; training saves it with the checkpoint.
+    The order does not depend on how many are drawn at a time. So a variant of the training loop may
+    draw more or less than one batch per step, or drop some failures after they were drawn.
     """
 
     def __init__(self, failures: list[Conversation], seed: int, position: int = 0):
@@ -653,7 +642,7 @@ class FailureStream:
         if not self.failures:
             raise ValueError("there are no failures to train on")
         epoch, start = divmod(self.position, len(self.failures))
-        order: list[Conversation] = []
+        order: list[Conversation] = []  # from the beginning of this epoch
         while len(order) < start + size:
             rng = random.Random(f"{self.seed} {epoch}")
             order += rng.sample(self.failures, len(self.failures))
@@ -665,13 +654,16 @@ class FailureStream:
 
 # -- Metrics and samples ---------------------------------------------------------------------------
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """Metrics of what was sampled in a step. reward, reflection_tokens and truncated (of the
-    trained turns) are means; mixed_groups is the fraction of groups with different rewards, which
-    are the ones that teach something; sampled_tokens is a count."""
+    """Metrics of what was sampled in a step.
+
+    reward and reflection_tokens are means over the conversations. truncated is the fraction of the
+    trained turns that were truncated, and mixed_groups the fraction of the groups whose rewards
+    differ: only these have advantages other than zero. The other two are counts.
+    """
     conversations = sum(groups, [])
     rewards = [[reward(c) for c in group] for group in groups]
     reflections = [c.reflection for c in conversations if c.reflection]
-    # A conversation with a reflection reuses an old attempt; without one, the attempt is new.
+    # If there is a reflection, the attempt is an old one. Otherwise it was sampled in this step.
     sampled = [turn for c in conversations for turn in (c.reflection or c.attempt, c.retry) if turn]
     trained = [turn for c in conversations for turn in c.trained_turns()]
     return {
@@ -698,11 +690,11 @@ def loss_terms(
     mask: Tensor,
     clip: float,
 ) -> dict[str, Tensor]:
-    """What `loss_metrics` needs of a group, as scalars on its device. Arguments as in grpo_loss."""
+    """What `loss_metrics` needs of a group, as scalar tensors. The arguments are `grpo_loss`'s."""
     logprobs = logprobs.detach()
     log_ratios = log_ratio(logprobs, old_logprobs, mask)  # (G, T)
-    # The clip stops the gradient of a token if its ratio has already moved further than `clip` in
-    # the direction of its advantage.
+    # A token has no gradient if its ratio has moved further than `clip` from 1 in the direction of
+    # its advantage.
     clipped = mask & ((log_ratios.exp() - 1) * advantages[:, None].sign() > clip)
     terms = {
         "loss": loss.detach(),
@@ -728,8 +720,9 @@ def loss_metrics(terms: list[dict[str, Tensor]]) -> dict[str, float]:
     metrics = {"trained_groups": len(terms), "loss": 0.0, "mismatch": 0.0}
     if terms:
         names = list(terms[0])
-        stacked = torch.stack([torch.stack([t[name].float() for name in names]) for t in terms])
-        columns = dict(zip(names, stacked.T.tolist(), strict=True))  # waits once for the GPU
+        # All values go into one tensor, so that the host waits for the GPU only once.
+        table = torch.stack([torch.stack([t[name].float() for t in terms]) for name in names])
+        columns = dict(zip(names, table.tolist(), strict=True))
         tokens = sum(columns.pop("tokens"))
         metrics["mismatch"] = max(columns.pop("mismatch"))
         metrics["loss"] = sum(columns.pop("loss"))
@@ -746,11 +739,11 @@ def log_samples(
     tokenizer: Tokenizer,
 ) -> None:
     """Append the conversations of a step to a file, with their rewards and advantages, (P, G)."""
-    values = zip(rewards.flatten().tolist(), advantages.flatten().tolist(), strict=True)
-    records = []
-    for conversation, (r, A) in zip(sum(groups, []), values, strict=True):
-        scores = {"step": step, "reward": r, "advantage": A}
-        records.append({**scores, **to_json(conversation, tokenizer)})
+    columns = sum(groups, []), rewards.flatten().tolist(), advantages.flatten().tolist()
+    records = [
+        {"step": step, "reward": r, "advantage": a, **to_json(conversation, tokenizer)}
+        for conversation, r, a in zip(*columns, strict=True)
+    ]
     append_jsonl(path, *records)
 
 
@@ -799,7 +792,8 @@ def from_json(record: dict, agent: Agent) -> Conversation:
     if "retry" in record:
         c.retry = turn("retry", agent.retry_prompt(c))
         c.retry_verdict = agent.verify(problem, c.retry)
-    # Compare after a round trip through JSON, which converts tuples to lists.
+    # Compare after a round trip through JSON, which converts tuples to lists. The record may have
+    # more fields than to_json writes, for example a reward.
     written = json.loads(json.dumps(to_json(c, agent.tokenizer)))
     if written != {name: record[name] for name in written}:
         raise ValueError("the texts or verdicts in the record do not match its token ids")
@@ -830,8 +824,8 @@ class MasterAdamW(torch.optim.AdamW):
     bfloat16 has 8 significant bits. At a learning rate of 5e-7, nearly every update of a bfloat16
     weight would be rounded to zero. So float32 copies of the weights, the masters, accumulate the
     gradients and get the updates. Each step ends by copying the masters, rounded, to the weights.
-    With `offload` the masters are kept in CPU memory. A float32 weight on the same device is its
-    own master.
+    With `offload` the masters are kept in CPU memory. Without it, float32 weights are their own
+    masters.
     """
 
     def __init__(self, model: Model, lr: float, offload: bool = False):
@@ -848,8 +842,9 @@ class MasterAdamW(torch.optim.AdamW):
             return
         for weight, master in zip(self.weights, self.masters, strict=True):
             if weight.grad is not None:
-                gradient, weight.grad = weight.grad.to(master), None
+                gradient = weight.grad.to(master)
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                weight.grad = None
 
     def update(self, lr: float, max_grad_norm: float) -> float:
         """Clip the gradient to max_grad_norm, make one AdamW step, and return the norm that the
@@ -861,7 +856,7 @@ class MasterAdamW(torch.optim.AdamW):
         self.param_groups[0]["lr"] = lr
         self.step()
         self.copy_to_weights()
-        self.zero_grad(set_to_none=True)
+        self.zero_grad()
         return norm
 
     def copy_to_weights(self) -> None:
@@ -882,8 +877,8 @@ def save_checkpoint(folder: Path, step: int, optimizer: MasterAdamW, state: dict
     for i, master in enumerate(optimizer.masters):
         values = {"weight": master.detach(), **optimizer.state.get(master, {})}
         tensors |= {f"{i}.{name}": tensor.cpu() for name, tensor in values.items()}
-    logs = [folder / name for name in LOGS if (folder / name).exists()]
-    lengths = {log.name: log.stat().st_size for log in logs}
+    logs = [folder / name for name in LOGS]
+    lengths = {log.name: log.stat().st_size for log in logs if log.exists()}
     record = json.dumps({"step": step, "logs": lengths, "state": state})
     replace_file(folder / "checkpoint.safetensors", tensors, {"run": record})
 
@@ -897,24 +892,30 @@ def load_checkpoint(folder: Path, optimizer: MasterAdamW) -> tuple[int, dict]:
     step, lengths, state = 0, {}, {}
     if path.exists():
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                record = json.loads(file.metadata()["run"])
-                step, lengths, state = record["step"], record["logs"], record["state"]
-                keys = list(file.keys())  # "0.weight", "0.step", "0.exp_avg", "0.exp_avg_sq", …
-                names = {key.partition(".")[2] for key in keys}
-                # Every master must have the same set of tensors.
-                if len(keys) != len(names) * len(optimizer.masters):
-                    raise ValueError("it has the wrong number of tensors")
-                for i, master in enumerate(optimizer.masters):
-                    values = {name: file.get_tensor(f"{i}.{name}") for name in names}
-                    master.data.copy_(values.pop("weight").view_as(master))
-                    optimizer.state[master] = {  # copied, so that nothing depends on the open file
-                        name: x.to(master.device, copy=True) for name, x in values.items()
-                    }
+            step, lengths, state = read_checkpoint(path, optimizer)
         except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged or belongs to another model: {error}") from None
         optimizer.copy_to_weights()
     for log in (folder / name for name in LOGS):
         if log.exists():
+            # If a log has become shorter, it is not extended with zeros.
             os.truncate(log, min(lengths.get(log.name, 0), log.stat().st_size))
     return step, state
+
+
+def read_checkpoint(path: Path, optimizer: MasterAdamW) -> tuple[int, dict, dict]:
+    """Read masters and moments into the optimizer; return step, lengths of the logs, and state."""
+    with safetensors.safe_open(path, "pt") as file:
+        record = json.loads(file.metadata()["run"])
+        step, lengths, state = record["step"], record["logs"], record["state"]
+        keys = list(file.keys())  # "0.weight", "0.step", "0.exp_avg", "0.exp_avg_sq", "1.weight", …
+        names = {key.partition(".")[2] for key in keys}
+        if len(keys) != len(names) * len(optimizer.masters):
+            raise ValueError("it has the wrong number of tensors")
+        for i, master in enumerate(optimizer.masters):
+            tensors = {name: file.get_tensor(f"{i}.{name}") for name in names}
+            master.data.copy_(tensors.pop("weight").view_as(master))
+            # Copy the moments, too, so that nothing depends on the open file.
+            moments = {name: x.to(master.device, copy=True) for name, x in tensors.items()}
+            optimizer.state[master] = moments
+    return step, lengths, state

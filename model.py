@@ -484,11 +484,12 @@ class Model(nn.Module):
     ) -> "Model":
         """Load config.json and the safetensors files of a Hugging Face folder or hub id.
 
-        On the device "meta", no weights are loaded: the parameters have shapes, but no values.
+        On the device "meta", only config.json is read: the parameters have shapes, but no values.
         Raises OSError if a file is missing, and ValueError for a model that is not supported or a
         file that is damaged or does not match the model.
         """
-        path = local_path(path_or_id, ["config.json", "model*.safetensors*"])
+        files = ["config.json"] if str(device) == "meta" else ["config.json", "model*.safetensors*"]
+        path = local_path(path_or_id, files)
         try:
             with torch.device("meta"):  # do not allocate or initialize memory
                 model = cls(read_json(path / "config.json")).to(dtype)

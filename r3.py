@@ -42,7 +42,7 @@ from tqdm import tqdm
 import grpo
 from grpo import Agent, Conversation, append_jsonl, attempt_all, longest_first, next_batch, rollout
 from model import Model, Tokenizer, local_path, read_json, replace_file, tiny_model
-from tasks import TASKS, TinyCountdown
+from tasks import TASKS, Task, TinyCountdown
 
 RUNS = Path("runs")
 
@@ -71,6 +71,9 @@ class Config(grpo.TrainConfig):
     num_problems: Annotated[int | None, "maximum number of problems in the failure search"] = None
     max_attempts: Annotated[int, "maximum number of attempts at each of these problems"] = 64
     failures: Annotated[str | None, "failures.jsonl to train on, instead of a new search"] = None
+    lora_rank: Annotated[int, "rank of LoRA adapters; 0 trains all weights"] = 0
+    curve: Annotated[int, "number of points of the learning curve after step 0; 0 for none"] = 4
+    keep_checkpoint: Annotated[bool, "keep the checkpoint of a finished run"] = False
 
     def __post_init__(self):
         if self.temperature == 0:
@@ -112,7 +115,7 @@ class Setting(NamedTuple):
 # The lowest and the highest allowed values. Other numbers must be at least 0 and finite.
 LOWEST = {
     "steps": 1, "batch_size": 1, "updates": 1, "save_every": 1, "max_new_tokens": 1,
-    "cache_tokens": 1, "num_samples": 1, "num_problems": 1, "max_attempts": 1,
+    "cache_tokens": 1, "log_failures": 1, "num_samples": 1, "num_problems": 1, "max_attempts": 1,
     "group_size": 2, "limit": 2,  # A standard deviation needs at least two values.
     "max_grad_norm": 1e-9,
 }  # fmt: skip
@@ -140,7 +143,7 @@ SETTINGS = {
 # does not state the group size and the maximum turn length.
 TINY = Config(
     steps=18, batch_size=32, lr=3e-4, save_every=1, num_samples=4, max_attempts=4,
-    max_new_tokens=134, cache_tokens=131_072,
+    max_new_tokens=134, cache_tokens=131_072, log_failures=None,
 )  # fmt: skip
 PAPER = Config(device="cuda", dtype="bfloat16") if torch.cuda.is_available() else Config()
 CURVE_PROBLEMS, CURVE_SAMPLES = 200, 2  # what is evaluated for a point of the learning curves
@@ -434,45 +437,35 @@ def read_jsonl(path: Path, *required_keys: str) -> Iterator[dict]:
         raise error
 
 
-# -- The commands ----------------------------------------------------------------------------------
-def load_agent(config: Config, training: bool = False) -> Agent:
-    """Load the model (the tiny one is made first), its tokenizer and the task, and print how much
-    memory the run will need. On a GPU, the KV cache gets the memory that is left. Raises ValueError
-    if settings do not fit together."""
-    try:
-        torch.zeros(1, device=config.device).item()
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {config.device} is not available here") from None
-    if is_tiny(config.model) and (config.data or config.task != "countdown"):
-        raise ValueError(
-            "the tiny model supports only its own Countdown; for other tasks use --model"
-        )
-    task = TinyCountdown() if is_tiny(config.model) else TASKS[config.task]()
-    path = make_tiny_model(task, config.seed) if config.model == "tiny" else config.model
-    dtype = getattr(torch, config.dtype)
-    meta_model = Model.from_pretrained(path, dtype, "meta")
-    needed, bytes_per_token = memory_needed(config, meta_model, training)
-    cache_tokens = config.cache_tokens or 65_536
-    if config.device.startswith("cuda") and config.cache_tokens is None:
-        free = 0.9 * torch.cuda.mem_get_info(config.device)[0] - sum(needed.values())
-        cache_tokens = max(4_096, int(free / bytes_per_token))
-    needed[f"keys and values of {cache_tokens:,} tokens"] = bytes_per_token * cache_tokens
-    estimate = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in needed.items())
-    parameters = sum(p.numel() for p in meta_model.parameters())
-    print(f"{parameters:,} parameters in {config.dtype} on {config.device}")
-    print(f"Estimated memory in GB: {estimate}")
-    model = Model.from_pretrained(path, dtype, config.device)
-    tokenizer = Tokenizer.from_pretrained(path)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, but its model has "
-            f"embeddings for {model.vocab_size}"
-        )
-    model.vocab_size = tokenizer.vocab_size  # Extra embeddings are padding.
-    return Agent(
-        model, tokenizer, task, max_new_tokens=config.max_new_tokens, seed=config.seed,
-        temperature=config.temperature, cache_tokens=cache_tokens,
-    )  # fmt: skip
+# -- What a run needs, checked before anything expensive -------------------------------------------
+def load_task(config: Config) -> Task:
+    """The task of a run. Raises ValueError if the model does not support it."""
+    if not is_tiny(config.model):
+        return TASKS[config.task]()
+    if config.data or config.task != "countdown":
+        hint = "for other tasks use --model"
+        raise ValueError(f"the tiny model supports only its own Countdown; {hint}")
+    return TinyCountdown()
+
+
+def load_problems(config: Config, task: Task, split: str, limit: int | None) -> list:
+    """The problems of a split: from the file or hub dataset --data, from the task's own dataset on
+    the hub, or drawn by the task."""
+    data = config.data or task.hub_id
+    if data:
+        data = local_path(data, ["*.json", "*.jsonl", "*.parquet"], "dataset")
+    return task.load(data, split, limit, config.seed)
+
+
+def model_path(config: Config, task: Task) -> str | Path:
+    """The folder or hub id of a run's model. The tiny one is made first, if necessary."""
+    return make_tiny_model(task, config.seed) if config.model == "tiny" else config.model
+
+
+def load_shapes(config: Config, task: Task) -> Model:
+    """The run's model without values, on the device "meta": of the files, only config.json is
+    needed. Raises OSError if there is no such model, and ValueError if it is not supported."""
+    return Model.from_pretrained(model_path(config, task), getattr(torch, config.dtype), "meta")
 
 
 def memory_needed(config: Config, model: Model, training: bool) -> tuple[dict[str, float], float]:
@@ -504,13 +497,55 @@ def memory_needed(config: Config, model: Model, training: bool) -> tuple[dict[st
     return needed, 2.5 * model.config.num_hidden_layers * layer_bytes
 
 
-def load_problems(config: Config, agent: Agent, split: str, limit: int | None) -> list:
-    """Load the problems of a split. Those whose conversations might not fit into the model's
-    context are dropped, and counted in a printed line."""
-    data = config.data or agent.task.hub_id
-    if data:
-        data = local_path(data, ["*.json", "*.jsonl", "*.parquet"], "dataset")
-    problems = agent.task.load(data, split, limit, config.seed)
+def check_memory(config: Config, model: Model, training: bool) -> int:
+    """Print how much memory the run will need, and return the size of its KV cache in tokens. On a
+    GPU, the KV cache gets the memory that is left."""
+    needed, bytes_per_token = memory_needed(config, model, training)
+    cache_tokens = config.cache_tokens or 65_536
+    if config.device.startswith("cuda") and config.cache_tokens is None:
+        free = 0.9 * torch.cuda.mem_get_info(config.device)[0] - sum(needed.values())
+        cache_tokens = max(4_096, int(free / bytes_per_token))
+    needed[f"keys and values of {cache_tokens:,} tokens"] = bytes_per_token * cache_tokens
+    estimate = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in needed.items())
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters in {config.dtype} on {config.device}")
+    print(f"Estimated memory in GB: {estimate}")
+    return cache_tokens
+
+
+def check_disk(
+    config: Config, model: Model, folder: Path, num_problems: int, num_searched: int
+) -> None:
+    """Print how much a training run will write at most. Raises ValueError if it is not free."""
+
+
+# -- The commands ----------------------------------------------------------------------------------
+def load_agent(config: Config, task: Task, training: bool = False) -> Agent:
+    """The model with its tokenizer and the task. Raises ValueError if the device is not available
+    or the memory does not suffice."""
+    try:
+        torch.zeros(1, device=config.device).item()
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {config.device} is not available here") from None
+    cache_tokens = check_memory(config, load_shapes(config, task), training)
+    path = model_path(config, task)
+    model = Model.from_pretrained(path, getattr(torch, config.dtype), config.device)
+    tokenizer = Tokenizer.from_pretrained(path)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, but its model has "
+            f"embeddings for {model.vocab_size}"
+        )
+    model.vocab_size = tokenizer.vocab_size  # Extra embeddings are padding.
+    return Agent(
+        model, tokenizer, task, max_new_tokens=config.max_new_tokens, seed=config.seed,
+        temperature=config.temperature, cache_tokens=cache_tokens,
+    )  # fmt: skip
+
+
+def drop_long_problems(agent: Agent, problems: list) -> list:
+    """The problems whose conversations are sure to fit into the model's context. The number of the
+    others is printed. Raises ValueError if none fits."""
     longest = longest_prompt(agent, turns=grpo.MAX_TURNS)
     fitting = [problem for problem in problems if len(agent.attempt_prompt(problem)) <= longest]
     if not fitting:
@@ -545,12 +580,18 @@ def train_command(config: Config, folder: Path) -> None:
     path = folder / "failures.jsonl"
     if config.failures and not path.exists() and not Path(config.failures).is_file():
         raise FileNotFoundError(f"--failures {config.failures}: there is no such file")
-    vanilla = load_agent(config, training=True)
-    problems = load_problems(config, vanilla, config.split, config.limit)
+    task, searched = load_task(config), []
+    problems = load_problems(config, task, config.split, config.limit)
     if not config.failures:
-        problems_to_search = load_problems(config, vanilla, "train", config.num_problems)
+        searched = load_problems(config, task, "train", config.num_problems)
+    check_disk(config, load_shapes(config, task), folder, len(problems), len(searched))
+    vanilla = load_agent(config, task, training=True)
+    problems = drop_long_problems(vanilla, problems)
+
+    if not config.failures:
+        searched = drop_long_problems(vanilla, searched)
         write_config(folder, "train", config)
-        failures = find_failures(vanilla, problems_to_search, config.max_attempts, path)
+        failures = find_failures(vanilla, searched, config.max_attempts, path)
     elif path.exists():  # This run is resumed: it has its own copy.
         failures = load_conversations(path, vanilla)
     else:
@@ -587,8 +628,10 @@ def train_command(config: Config, folder: Path) -> None:
 
 def failures_command(config: Config, folder: Path) -> None:
     """Collect problems that a model gets wrong, each with a wrong attempt, for train --failures."""
-    agent, path = load_agent(config), folder / "failures.jsonl"
-    problems = load_problems(config, agent, "train", config.num_problems)
+    task, path = load_task(config), folder / "failures.jsonl"
+    problems = load_problems(config, task, "train", config.num_problems)
+    agent = load_agent(config, task)
+    problems = drop_long_problems(agent, problems)
     write_config(folder, "failures", config)
     failures = find_failures(agent, problems, config.max_attempts, path)
     print(f"Found failures on {len(failures)} of {plural(len(problems), 'problem')}: see {path}")
@@ -596,8 +639,10 @@ def failures_command(config: Config, folder: Path) -> None:
 
 def eval_command(config: Config, folder: Path) -> None:
     """Evaluate a model: measure its accuracy on the first try and within two tries."""
-    agent = load_agent(config)
-    problems = load_problems(config, agent, config.split, config.limit)
+    task = load_task(config)
+    problems = load_problems(config, task, config.split, config.limit)
+    agent = load_agent(config, task)
+    problems = drop_long_problems(agent, problems)
     write_config(folder, "eval", config)
     path = folder / "conversations.jsonl"
     conversations = evaluate(agent, problems, config.num_samples, "eval", path)
@@ -624,7 +669,8 @@ def report(config: Config, folder: Path, by_model: dict[str, list[Conversation]]
 
 def play_command(config: Config) -> None:
     """Type a problem, and watch a model attempt it, reflect and retry."""
-    agent = load_agent(config)
+    task = load_task(config)
+    agent = load_agent(config, task)
     decode = agent.tokenizer.decode
     problems, count = None, 0
     print(f"The model is {config.model}. Type {agent.task.input_format}.")
@@ -634,7 +680,9 @@ def play_command(config: Config) -> None:
         rng_prefix = (grpo.PLAY, count)  # A repeated problem gets new random numbers.
         try:
             if line.isdecimal():
-                problems = problems or load_problems(config, agent, config.split, None)
+                if problems is None:
+                    problems = load_problems(config, task, config.split, None)
+                    problems = drop_long_problems(agent, problems)
                 if int(line) >= len(problems):
                     raise ValueError(f"the problems are numbered from 0 to {len(problems) - 1}")
                 problem = problems[int(line)]
@@ -875,6 +923,7 @@ COMMANDS = {
     "play": play_command, "show": show_command, "plot": plot_command,
 }  # fmt: skip
 RESUMABLE = ("train", "failures")
+TRAIN_FLAGS = " ".join(field.name for field in fields(grpo.TrainConfig))
 FLAG_GROUPS = {  # title in --help: the commands that have these flags, and their settings
     "model and task": ("train failures eval play", "model task data seed device dtype"),
     "sampling": ("train failures eval play", "temperature max_new_tokens cache_tokens"),
@@ -882,7 +931,7 @@ FLAG_GROUPS = {  # title in --help: the commands that have these flags, and thei
     "problems to play": ("play", "split"),
     "evaluation": ("train eval", "split limit num_samples"),
     "search for failures": ("train failures", "num_problems max_attempts"),
-    "training": ("train", " ".join(["failures", *(f.name for f in fields(grpo.TrainConfig))])),
+    "training": ("train", f"failures lora_rank {TRAIN_FLAGS} curve keep_checkpoint"),
 }
 
 

@@ -454,7 +454,8 @@ def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def tiny(args: argparse.Namespace) -> None:
     """Measure an R3 step of the tiny model, rollout and update, with and without sharing."""
     config = replace(r3.TINY, model=args.tiny_model)
-    agent, G, rng_prefix = r3.load_agent(config), config.group_size, (grpo.TRAIN, 0)
+    agent = r3.load_agent(config, r3.load_task(config))
+    G, rng_prefix = config.group_size, (grpo.TRAIN, 0)
     problems = agent.task.load(split="train")
     attempts = grpo.attempt_all(agent, problems, 1, (grpo.COLLECT, 0))
     failures = [c for c in attempts if not c.attempt_verdict.correct][: config.batch_size]

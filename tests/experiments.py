@@ -63,7 +63,7 @@ def open_run(run: Path) -> tuple[r3.Config, Agent]:
     if not (run / "report.json").exists():
         raise ValueError(f"{run} is not a finished run; make one with: python r3.py train")
     config = r3.load_config(run, "train")
-    return config, r3.load_agent(config, training=True)
+    return config, r3.load_agent(config, r3.load_task(config), training=True)
 
 
 def load_trained(config: r3.Config, vanilla: Agent, folder: Path) -> Agent:
@@ -447,7 +447,8 @@ def heldout(
     sample per problem.
     """
     config, vanilla = open_run(runs[0])
-    problems = r3.load_problems(config, vanilla, split, limit)
+    problems = r3.load_problems(config, vanilla.task, split, limit)
+    problems = r3.drop_long_problems(vanilla, problems)
     vanilla = replace(vanilla, temperature=temperature)
     num_samples = num_samples if temperature else 1
     file = f"heldout/{split}-{limit}-temperature-{temperature:g}.jsonl"

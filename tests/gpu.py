@@ -230,9 +230,9 @@ def save_random(shape: str, folder: Path, device: str) -> dict:
 
 
 def load_agent(config: r3.Config) -> Agent:
-    """`r3.load_agent` without the line that it prints."""
+    """`r3.load_agent` without what it prints."""
     with redirect_stdout(io.StringIO()):
-        return r3.load_agent(config, training=True)
+        return r3.load_agent(config, r3.load_task(config), training=True)
 
 
 def estimate_memory(work: Workload, **mode: bool) -> tuple[dict[str, float], float, int]:

@@ -1313,8 +1313,7 @@ def test_problems_that_might_not_fit_into_the_context_are_dropped_and_counted(
 ):
     problems, attempt_prompt = task.load(split="dev", limit=8), Agent.attempt_prompt
     agent.max_new_tokens = 160
-    config = replace(r3.TINY, max_new_tokens=160)
-    assert r3.load_problems(config, agent, "dev", 8) == problems
+    assert r3.drop_long_problems(agent, problems) == problems
     assert capsys.readouterr().out == ""
     # Make the prompts of later problems longer than those of earlier ones.
     monkeypatch.setattr(
@@ -1327,7 +1326,7 @@ def test_problems_that_might_not_fit_into_the_context_are_dropped_and_counted(
     longest = 512 - 3 * 160 - bridges
     num_fitting = sum(len(agent.attempt_prompt(problem)) <= longest for problem in problems)
     assert 1 < num_fitting < 8
-    fitting = r3.load_problems(config, agent, "dev", 8)
+    fitting = r3.drop_long_problems(agent, problems)
     assert fitting == problems[:num_fitting]
     assert f"Dropped {r3.plural(8 - num_fitting, 'problem')}" in capsys.readouterr().out
     failures = grpo.sample_attempts(agent, fitting[-1:], 1, (0, 0))
@@ -1335,13 +1334,13 @@ def test_problems_that_might_not_fit_into_the_context_are_dropped_and_counted(
     assert len(conversation.retry.prompt) + len(conversation.retry.tokens) < 512
     agent.max_new_tokens = 200
     with pytest.raises(ValueError, match="use a lower --max-new-tokens"):
-        r3.load_problems(replace(config, max_new_tokens=200), agent, "dev", 8)
+        r3.drop_long_problems(agent, problems)
 
 
 def test_the_padded_rows_of_the_head_are_neither_sampled_nor_trained(folder):
     """The model has 300 embeddings, and its tokenizer 258 tokens."""
     config = replace(r3.PAPER, model=str(folder), device="cpu", dtype="float32", max_new_tokens=40)
-    agent = r3.load_agent(config)
+    agent = r3.load_agent(config, r3.load_task(config))
     assert agent.model.vocab_size == 258 < agent.model.config.vocab_size == 300
     with torch.no_grad():
         agent.model.model.embed_tokens.weight[258:] = agent.model.model.embed_tokens.weight[65]
@@ -1420,7 +1419,7 @@ def load_with_free_memory(qwen, tiny, monkeypatch, capsys):
             patch.setattr(torch.cuda, "mem_get_info", mem_get_info)
             patch.setattr(r3.Model, "from_pretrained", from_pretrained)
             patch.setattr(r3.Tokenizer, "from_pretrained", lambda path: tiny[1])
-            agent = r3.load_agent(config, training)
+            agent = r3.load_agent(config, r3.load_task(config), training)
         dtype = getattr(torch, config.dtype)
         assert loaded == [("x", dtype, "meta"), ("x", dtype, config.device)]
         assert agent.model.vocab_size == tiny[1].vocab_size

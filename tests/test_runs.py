@@ -45,6 +45,12 @@ FEW = [
 PLOT = r3.plot_command
 
 
+def load_agent(**changes) -> grpo.Agent:
+    """The agent of a run of a tiny model with these settings."""
+    config = replace(r3.TINY, **changes)
+    return r3.load_agent(config, r3.load_task(config))
+
+
 def verdict_by_chance(self, problem, completion):
     """A verdict that depends on the text alone."""
     return Verdict(sum(completion.encode()) % 3 == 0, "by chance")
@@ -153,7 +159,7 @@ def test_an_evaluation_is_reused_only_for_the_same_steps(train, capsys):
 
 def test_an_evaluation_is_reused_only_for_the_same_problems(base_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(TinyCountdown, "verify", verdict_by_chance)
-    agent = r3.load_agent(replace(r3.TINY, model=str(base_folder), max_new_tokens=12))
+    agent = load_agent(model=str(base_folder), max_new_tokens=12)
     problems, path = agent.task.load(split="dev", limit=4), tmp_path / "evaluated.jsonl"
     first = r3.evaluate(agent, problems, 2, "", path)
     sampled = []
@@ -192,7 +198,7 @@ def test_a_run_resumes_from_its_own_copy_of_the_failures(train, failures):
 def test_failures_on_evaluated_problems_are_dropped_and_counted(
     train, base_folder, failures, capsys
 ):
-    agent = r3.load_agent(replace(r3.TINY, model=str(base_folder), max_new_tokens=12, seed=1))
+    agent = load_agent(model=str(base_folder), max_new_tokens=12, seed=1)
     evaluated = agent.task.load(split="dev", limit=4, seed=1)
     attempts = grpo.attempt_all(agent, evaluated, 2, (grpo.COLLECT, 0))
     wrong = [c for c in attempts if not c.attempt_verdict.correct]
@@ -225,7 +231,7 @@ def test_failures_of_joined_files_are_all_kept(train, failures):
 
 
 def test_failures_that_would_outgrow_the_context_are_dropped(failures, capsys):
-    agent = r3.load_agent(replace(r3.TINY, model="runs/source/model", max_new_tokens=12))
+    agent = load_agent(model="runs/source/model", max_new_tokens=12)
     whole = r3.usable_failures(failures, agent, [])
     lengths = sorted(len(c.attempt.prompt) + len(c.attempt.tokens) for c in whole)
     assert lengths[-1] > lengths[0]
@@ -290,7 +296,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(base_folder, tm
     tokenizer.save_pretrained(tmp_path / "x")
     models.Model.from_pretrained(base_folder).save_pretrained(tmp_path / "x")
     with pytest.raises(ValueError, match="its tokenizer has .* tokens, but its model has"):
-        r3.load_agent(replace(r3.TINY, model=str(tmp_path / "x")))
+        r3.load_agent(replace(r3.TINY, model=str(tmp_path / "x")), TinyCountdown())
 
 
 # -- Settings and messages -------------------------------------------------------------------------
