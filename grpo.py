@@ -26,6 +26,7 @@ import json
 import math
 import os
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
+from tqdm import tqdm
 
 from model import KVCache, Model, Tokenizer, generate, replace_file
 from tasks import Task, Verdict
@@ -56,9 +58,10 @@ def train(
     checkpoint, training resumes from it.
 
     A new run first yields (0, {}), before any update. The caller may add its own entries to the
-    metrics, for example an evaluation: they are logged when it asks for the next pair. The numbered
-    comments match the six steps in the README. Raises ValueError if the gradient, or an output of
-    the updated model, is not finite.
+    metrics, for example an evaluation: they are logged when it asks for the next pair. The entry
+    "seconds" says what took how long. It is logged to a file of its own, so that all other files
+    depend on the seed alone. The numbered comments match the six steps in the README. Raises
+    DivergenceError if the gradient, or an output of the updated model, is not finite.
     """
     policy, G = agent.model, config.group_size
     policy.gradient_checkpointing = config.checkpointing
@@ -73,8 +76,10 @@ def train(
     while step < config.steps:
         # 1-2. Draw P failures. Reflect G times on each, and retry once after each reflection.
         # The prefix gives each step its own random numbers.
+        start_time = time.perf_counter()
         batch = stream.draw(config.batch_size)
         groups = rollout(agent, batch, G, rng_prefix=(TRAIN, step))  # P groups of G conversations
+        rollout_seconds = time.perf_counter() - start_time
 
         # 3. A reflection earns the reward 1 if its retry is correct, else 0.
         rewards = torch.tensor([reward(c) for group in groups for c in group]).view(-1, G)
@@ -90,10 +95,17 @@ def train(
 
         # Log the step, then save: a checkpoint must never be ahead of the logs.
         step += 1
-        metrics = {**rollout_metrics(groups), **metrics, "lr": lr}
+        update_seconds = time.perf_counter() - start_time - rollout_seconds
+        seconds = {"rollout": rollout_seconds, "update": update_seconds}
+        metrics = {**rollout_metrics(groups), **metrics, "lr": lr, "seconds": seconds}
         yield step, metrics
+        append_jsonl(folder / "timings.jsonl", {"step": step, **metrics.pop("seconds")})
         append_jsonl(folder / "metrics.jsonl", {"step": step, **metrics})
-        log_samples(folder / "samples.jsonl", step, groups, rewards, advantages, agent.tokenizer)
+        logged = slice(config.log_failures)  # the first groups of the step, or all of them
+        log_samples(
+            folder / "samples.jsonl", step, groups[logged], rewards[logged], advantages[logged],
+            agent.tokenizer,
+        )  # fmt: skip
         if step % config.save_every == 0 or step == config.steps:
             check_outputs(agent, groups)
             state["position"] = stream.position
@@ -121,7 +133,9 @@ def backpropagate_step(
     max_length = max(num_turns, default=0) * agent.max_new_tokens
     weights = token_weights(lengths, config.loss_type, max_length)  # (P, G)
     terms = []
-    for rows, A, w in zip(packed_groups, advantages, weights, strict=True):  # A and w: (G,)
+    inputs_of_groups = list(zip(packed_groups, advantages, weights, strict=True))
+    # The progress bar appears on a terminal, if this takes more than 5 seconds.
+    for rows, A, w in tqdm(inputs_of_groups, "update", leave=False, disable=None, delay=5):
         if not A.any() and not config.beta:
             continue  # The rewards of this group are all equal: its gradient is zero.
         ref_logprobs = None
@@ -140,14 +154,18 @@ def backpropagate_step(
     return loss_metrics(terms)
 
 
+class DivergenceError(ValueError):
+    """Training has produced numbers that are not finite. A lower learning rate may help."""
+
+
 @torch.no_grad()
 def check_outputs(agent: "Agent", groups: list["Group"]) -> None:
-    """Raise ValueError if the updated model's log-probabilities are not finite. This is checked
-    before each checkpoint, so that the last checkpoint always holds good weights."""
+    """Raise DivergenceError if the log-probabilities of the updated model are not finite. This is
+    checked before each checkpoint, so that the last checkpoint always holds good weights."""
     if groups:
         logprobs = token_logprobs(agent.model, pack_group(groups[0]), agent.temperature)
         if not logprobs.isfinite().all():
-            raise ValueError("the updated model's outputs are not finite; try a lower --lr")
+            raise DivergenceError("the updated model's outputs are not finite")
 
 
 # -- Advantages and loss ---------------------------------------------------------------------------
@@ -818,6 +836,12 @@ def lr_multiplier(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+# How many gradients are added up in bfloat16 before their sum is added to the masters' float32
+# gradients. For SmolLM2-135M, a sum of 64 gradients then has a relative error of 0.37%. It is 0.17%
+# if each gradient is added in float32, and 0.77% if all of them are added in bfloat16.
+MAX_GATHERED = 8
+
+
 class MasterAdamW(torch.optim.AdamW):
     """AdamW on float32 master weights.
 
@@ -834,10 +858,24 @@ class MasterAdamW(torch.optim.AdamW):
         if offload or self.weights[0].dtype != torch.float32:
             device = "cpu" if offload else model.device
             self.masters = [w.detach().to(device, torch.float32, copy=True) for w in self.weights]
+        self.num_gathered = 0  # backward passes since gradients were moved to the masters
         super().__init__(self.masters, lr=lr, weight_decay=0.0, fused=True)
 
     def accumulate_gradients(self) -> None:
-        """After a backward pass, add the gradients of the weights to those of the masters."""
+        """After each backward pass, which has added its gradients to those of the weights: add
+        these to the gradients of the masters.
+
+        With `offload`, this copies all gradients to CPU memory. So bfloat16 gradients are moved
+        after MAX_GATHERED passes only. Float32 gradients, whose sum is as exact as the masters',
+        are moved once, by `update`.
+        """
+        self.num_gathered += 1
+        if self.weights[0].dtype != torch.float32 and self.num_gathered == MAX_GATHERED:
+            self.move_gradients()
+
+    def move_gradients(self) -> None:
+        """Move the gradients of the weights, in float32, to the masters."""
+        self.num_gathered = 0
         if self.masters is self.weights:
             return
         for weight, master in zip(self.weights, self.masters, strict=True):
@@ -849,10 +887,11 @@ class MasterAdamW(torch.optim.AdamW):
     def update(self, lr: float, max_grad_norm: float) -> float:
         """Clip the gradient to max_grad_norm, make one AdamW step, and return the norm that the
         gradient had before it was clipped. Parameters without a gradient stay as they are. Raises
-        ValueError if the norm is not finite; the weights are then unchanged."""
+        DivergenceError if the norm is not finite; the weights are then unchanged."""
+        self.move_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
         if not math.isfinite(norm):
-            raise ValueError("the gradient is not finite; try a lower --lr")
+            raise DivergenceError("the gradient is not finite")
         self.param_groups[0]["lr"] = lr
         self.step()
         self.copy_to_weights()
@@ -866,7 +905,7 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 # -- The checkpoint --------------------------------------------------------------------------------
-LOGS = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")  # r3.py writes the timings
+LOGS = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")
 
 
 def save_checkpoint(folder: Path, step: int, optimizer: MasterAdamW, state: dict) -> None:

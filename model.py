@@ -17,7 +17,8 @@ The letters in shapes, first in the network and then in the sampler:
 
     P  prompts                    S  samples per prompt         R  rows: P * S, one per sample
     C  columns of the prompts, which are padded on the left to the same length
-    L  columns after the prompts: the tokens that each row has read or sampled since
+    L  columns after those of the prompts, for the tokens that a row reads or samples later
+    N  rows that are still being sampled
 """
 
 import copy
@@ -26,7 +27,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ import torch.nn.functional as F
 from huggingface_hub import errors as hub_errors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # PyTorch's kernels for attention and RMSNorm are faster and need less memory than the formulas
 # below. Set this to False to run the formulas instead, for example when debugging. The tests
@@ -51,7 +53,8 @@ from torch.utils.checkpoint import checkpoint
 FUSED_KERNELS = True
 
 # -- The configuration -----------------------------------------------------------------------------
-# What each model_type implies: properties that config.json does not mention, and default values.
+# The supported values of model_type, and how each of them differs from Llama: properties that
+# config.json does not mention, and default values (of head_dim and rms_norm_eps).
 ARCHITECTURES = {
     "llama": {},
     "mistral": {},
@@ -59,7 +62,9 @@ ARCHITECTURES = {
     "qwen3": {"qk_norm": "head", "head_dim": 128},
     "olmo2": {"qk_norm": "projection", "norm_after": True, "rms_norm_eps": 1e-5},
 }
-SUPPORTED = {  # entries of config.json that affect the computation, and the implemented values
+# The entries of config.json that would change the computation, and the values that are implemented.
+# A missing entry is supported, because its default value is. Only model_type has no default value.
+SUPPORTED = {
     "model_type": list(ARCHITECTURES),
     "hidden_act": ["silu"],
     "rope_type": ["default", "llama3"],
@@ -90,7 +95,7 @@ class ModelConfig:
     rope_scaling: dict | None = None  # the parameters of "llama3"
 
     # The following are implied by the model_type. They are not read from config.json.
-    qkv_bias: bool = False  # whether q_proj, k_proj, and v_proj have a bias
+    qkv_bias: bool = False  # whether q_proj, k_proj, and v_proj have a bias, but not o_proj
     qk_norm: str | None = None  # RMSNorm of queries and keys: per "head", or of the "projection"
     norm_after: bool = False  # RMSNorm after attention and MLP, instead of before
 
@@ -101,7 +106,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, config: dict) -> "ModelConfig":
         """The configuration from the contents of a config.json. Raises ValueError for what is not
-        supported, and KeyError for a required entry that is missing."""
+        supported, and KeyError or TypeError for a required entry that is missing."""
         # The parameters of RoPE are nested, in rope_parameters or (in older files) rope_scaling. If
         # a file has both, transformers ignores rope_parameters.
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -110,16 +115,12 @@ class ModelConfig:
                 raise ValueError(f"rope_parameters per layer type ({name}) are not supported")
         entries = {**config, **rope, "rope_scaling": rope}
         entries["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        entries["model_type"] = config.get("model_type") or "none"
+        entries["model_type"] = config.get("model_type") or "none"  # which is not supported
         check_supported(entries)
-        values = dict(ARCHITECTURES[entries["model_type"]])
-        for field in fields(cls):
-            is_implied = field.name in ("qkv_bias", "qk_norm", "norm_after")
-            if entries.get(field.name) is not None and not is_implied:
-                values[field.name] = entries[field.name]
-            elif field.default is MISSING:
-                raise KeyError(field.name)
-        return cls(**values)
+        implied = ("qkv_bias", "qk_norm", "norm_after")
+        names = [field.name for field in fields(cls) if field.name not in implied]
+        given = {name: entries[name] for name in names if entries.get(name) is not None}
+        return cls(**{**ARCHITECTURES[entries["model_type"]], **given})
 
 
 def check_supported(entries: dict) -> None:
@@ -134,8 +135,8 @@ def check_supported(entries: dict) -> None:
         context_length = entries["max_position_embeddings"]
         if window is not None and window < context_length:
             raise ValueError(
-                f"sliding_window {window} is not supported; supported: null, or at least "
-                f"max_position_embeddings, which is {context_length}"
+                f"sliding_window {window} is not supported; supported: null, or at least the "
+                f"context length, {context_length}"
             )
 
 
@@ -145,12 +146,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         if FUSED_KERNELS:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        x_float = x.to(torch.promote_types(x.dtype, torch.float32))
+        x_float = x.to(torch.promote_types(x.dtype, torch.float32))  # float64 stays float64
         mean_square = x_float.square().mean(dim=-1, keepdim=True)
         return (self.weight * x_float * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
 
@@ -161,6 +163,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     The two numbers x[i] and x[i + D/2] of a head form a pair, which is rotated in proportion to the
     token's position. The first pair rotates fastest, by 1 radian per position.
     """
+    # The device is given because `from_pretrained` sets another default, "meta", without values.
     exponents = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float32)
     frequencies = config.rope_theta ** (-exponents / config.head_dim)
     if config.rope_type == "llama3":
@@ -206,8 +209,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         mask = q.new_full((T, num_keys), -math.inf).triu(diagonal=1 + num_keys - T)
     if FUSED_KERNELS:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q @ k.mT * D**-0.5  # (B, H, T, num_keys)
-    scores = scores + mask
+    scores = q @ k.mT * D**-0.5 + mask  # (B, H, T, num_keys)
     weights = scores.softmax(dim=-1)
     return weights @ v
 
@@ -222,13 +224,14 @@ def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
 class Layout:
     """The positions of the tokens in a forward pass, and which tokens each of them sees.
 
-    Training sets `lengths`, for a packed row. The sampler sets `cache`, and a `mask` if needed.
+    Without a cache, `lengths` says how the rows are packed (see `packed_layout`). Ordinary rows
+    have a single length, T, and causal attention. With a cache, `mask` is used, see `attention`.
     """
 
     positions: Tensor  # (B, T), the position of each token in its conversation
-    lengths: list[int] | None = None  # the lengths of the context and the branches
-    cache: "KVCache | None" = None  # the earlier tokens of each row; takes the new ones, too
-    mask: Tensor | None = None  # (B, 1, T, columns of the cache), see `attention`
+    lengths: list[int] | None = None  # of the context and of each branch
+    cache: "KVCache | None" = None  # what each row has read before; the new tokens are added to it
+    mask: Tensor | None = None  # (B, 1, T, columns of the cache)
 
 
 def packed_layout(lengths: list[int], device: torch.device) -> Layout:
@@ -237,9 +240,10 @@ def packed_layout(lengths: list[int], device: torch.device) -> Layout:
     tokens      a b c | d e | f      lengths = [3, 2, 1]: a context and two branches
     positions   0 1 2 | 3 4 | 3      e sees a, b, c, d, and e; f sees a, b, c, and f
     """
-    C, *branch_lengths = lengths
-    positions = [torch.arange(C, device=device)]
-    positions += [torch.arange(C, C + length, device=device) for length in branch_lengths]
+    context_length, *branch_lengths = lengths
+    positions = [torch.arange(context_length, device=device)]
+    for length in branch_lengths:
+        positions.append(torch.arange(context_length, context_length + length, device=device))
     return Layout(torch.cat(positions)[None], lengths=lengths)
 
 
@@ -249,14 +253,14 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Ten
     A token sees the context and its own branch, each up to its own position.
     """
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    (context_q, *branches_q), (context_k, *branches_k), (context_v, *branches_v) = (
-        x.split(lengths, dim=2) for x in (q, k, v)
-    )
-    outputs = [attention(context_q, context_k, context_v)]
-    for branch_q, branch_k, branch_v in zip(branches_q, branches_k, branches_v, strict=True):
-        seen_k = torch.cat([context_k, branch_k], dim=2)
-        seen_v = torch.cat([context_v, branch_v], dim=2)
-        outputs.append(attention(branch_q, seen_k, seen_v))
+    queries = q.split(lengths, dim=2)  # of the context, of branch 1, of branch 2, …
+    keys = k.split(lengths, dim=2)
+    values = v.split(lengths, dim=2)
+    outputs = [attention(queries[0], keys[0], values[0])]
+    for branch in range(1, len(lengths)):
+        seen_keys = torch.cat([keys[0], keys[branch]], dim=2)
+        seen_values = torch.cat([values[0], values[branch]], dim=2)
+        outputs.append(attention(queries[branch], seen_keys, seen_values))
     return torch.cat(outputs, dim=2)
 
 
@@ -309,19 +313,14 @@ class Linear(nn.Linear):
         return (W + self.lora_scale * B @ A).to(self.weight.dtype)
 
 
-# On a CPU, PyTorch computes these functions with MKL in several threads. If two threads make the
-# first call to one of them at the same time, the results may be less exact (PyTorch issue 188792).
-# So the first call is made here, with a single number and therefore in a single thread.
-for function in (torch.sin, torch.cos, torch.exp, torch.expm1, torch.log, torch.sqrt):
-    function(torch.ones(1))
-
-
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share K heads of keys and values."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.qk_norm = layer, config.head_dim, config.qk_norm
+        self.layer = layer  # the index of this layer in the KV cache
+        self.head_dim = config.head_dim
+        self.qk_norm = config.qk_norm
         E = config.hidden_size
         q_size = config.num_attention_heads * config.head_dim  # H * D
         kv_size = config.num_key_value_heads * config.head_dim  # K * D
@@ -340,15 +339,16 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, heads * D)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
+        # (B, T, heads * D) -> (B, heads, T, D)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, heads, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if layout.cache is None:
-            x = packed_attention(q, k, v, layout.lengths)
+            output = packed_attention(q, k, v, layout.lengths)  # (B, H, T, D)
         else:
-            x = layout.cache.attend(self.layer, q, k, v, layout.mask)
-        return self.o_proj(x.transpose(1, 2).flatten(2))
+            output = layout.cache.attend(self.layer, q, k, v, layout.mask)  # (B, H, T, D)
+        return self.o_proj(output.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -371,7 +371,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         E, eps = config.hidden_size, config.rms_norm_eps
-        self.norm_after = config.norm_after  # checkpoints name the norms accordingly
+        self.norm_after = config.norm_after
+        # The names are those of Hugging Face checkpoints. Note that post_attention_layernorm is
+        # the norm before the MLP, except in OLMo 2, where it is the norm after attention.
         if not self.norm_after:
             self.input_layernorm = RMSNorm(E, eps)
         self.self_attn = Attention(config, layer)
@@ -397,6 +399,7 @@ class Model(nn.Module):
         super().__init__()
         self.config_dict = config_dict
         self.config = config = ModelConfig.from_dict(config_dict)
+        # This is not a buffer, because model.to(torch.bfloat16) would round it.
         self.inv_freq = rope_frequencies(config)
         embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
@@ -404,7 +407,7 @@ class Model(nn.Module):
         self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=norm))
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.context_length = config.max_position_embeddings
-        self.vocab_size = config.vocab_size  # may be lowered to the tokenizer's, see `head`
+        self.vocab_size = config.vocab_size  # can be set to the number of real tokens, see `head`
         self.gradient_checkpointing = False  # recompute activations in the backward pass
         self.tie()
 
@@ -426,8 +429,9 @@ class Model(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., E) -> logits (..., V) in float32 (float64 if the model is float64).
 
-        V is `self.vocab_size`. Some checkpoints pad the head with rows that belong to no token. The
-        logits of these rows are dropped here, so that neither sampling nor training sees them.
+        V is `self.vocab_size`. Some checkpoints pad the head with rows that belong to no token. If
+        vocab_size has been set to the tokenizer's, the logits of these rows are dropped here, so
+        that neither sampling nor training sees them.
         """
         logits = self.lm_head(hidden)[..., : self.vocab_size]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -437,9 +441,9 @@ class Model(nn.Module):
     ) -> Tensor:
         """Token ids (B, T) -> the normalized hidden states after the last block, (B, T, E).
 
-        lengths: for a packed row [context | branch_1 | … | branch_G], the lengths of its parts, of
-            which T is the sum (see `packed_layout`). By default, attention is causal.
-        layout: what the sampler gives instead of lengths.
+        lengths: for a packed row [context | branch_1 | … | branch_G], the lengths of its parts (see
+            `packed_layout`). By default, attention is causal.
+        layout: given instead of lengths by the sampler, with its KV cache.
 
         Raises ValueError if the sum of the lengths is not T.
         """
@@ -506,11 +510,8 @@ class Model(nn.Module):
         LoRA adapters are merged into the weights, so the result is an ordinary model.
         """
         path, dtype = Path(path), str(self.lm_head.weight.dtype).removeprefix("torch.")
-        config = {
-            **self.config_dict,
-            "dtype": dtype,
-            "torch_dtype": dtype,
-        }  # the new name and the old one
+        # Older versions of transformers read "torch_dtype".
+        config = {**self.config_dict, "dtype": dtype, "torch_dtype": dtype}
         tensors = {}
         for name, parameter in self.named_parameters():
             if not name.endswith(("lora_A", "lora_B")):
@@ -522,10 +523,17 @@ class Model(nn.Module):
         replace_file(path / "model.safetensors", tensors)
 
 
+# On a CPU, PyTorch computes these functions with MKL in several threads. If two threads make the
+# first call to one of them at the same time, the results may be less exact (PyTorch issue 188792).
+# So the first call is made here, with a single number and therefore in a single thread.
+for function in (torch.sin, torch.cos, torch.exp, torch.expm1, torch.log, torch.sqrt):
+    function(torch.ones(1))
+
+
 # -- The KV cache ----------------------------------------------------------------------------------
 def token_positions(visible: Tensor, num_new: int) -> Tensor:
-    """The positions of the last `num_new` tokens of each row: (B, num_new). They do not count
-    padding, which is where `visible`, (B, columns), is False."""
+    """The positions of the last `num_new` tokens of each row: (B, num_new). The position of a token
+    is the number of earlier tokens that are `visible`, (B, columns)."""
     return (visible.cumsum(dim=1) - 1).clamp(min=0)[:, -num_new:]
 
 
@@ -578,11 +586,11 @@ class KVCache:
             self.suffixes.append(context.new_zeros(2, len(self.visible), K, capacity, D))
 
     def extend(self, visible: Tensor) -> Layout:
-        """Add columns for new tokens, which are padding where `visible`, (R, T), is False. Returns
-        the layout for reading these tokens."""
+        """Add columns for T new tokens, which are padding where `visible`, (R, T), is False.
+        Returns the layout for reading these tokens."""
         self.visible = torch.cat([self.visible, visible], dim=1)
-        T, dtype = visible.shape[1], self.contexts[0].dtype
-        mask = attention_mask(self.visible, T, dtype)
+        T = visible.shape[1]
+        mask = attention_mask(self.visible, T, self.contexts[0].dtype)
         return Layout(token_positions(self.visible, T), cache=self, mask=mask)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -591,12 +599,13 @@ class KVCache:
         q: (R, H, T, D); k and v: (R, K, T, D); mask: (R, 1, T, C + L). Returns (R, H, T, D). In the
         first forward pass, the rows are the P prompts, and each layer adds its context.
         """
-        if layer == len(self.contexts):  # The first pass fills the contexts.
+        if layer == len(self.contexts):  # This layer has no context yet.
             self.contexts.append(torch.stack([k, v]))
             return attention(q, repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1]), mask)
         T, L = q.shape[2], self.suffix_length
         suffix = self.suffixes[layer][:, :, :, :L]  # (2, R, K, L, D)
-        suffix[0, :, :, L - T :], suffix[1, :, :, L - T :] = k, v
+        suffix[0, :, :, L - T :] = k
+        suffix[1, :, :, L - T :] = v
         return shared_context_attention(q, self.contexts[layer], suffix, mask)
 
     def select_rows(self, rows: Tensor, extra_columns: int) -> "KVCache":
@@ -604,17 +613,19 @@ class KVCache:
 
         rows: a matrix (P', S') of row indices, each line of which lists rows of one prompt. With
         P = 3 and S = 2, for example, [[1], [4]] keeps the second row of the first prompt and the
-        first row of the last one.
-        The suffixes are copies. The contexts are shared, unless prompts are dropped.
+        first row of the last one. The suffixes are copied. The contexts are shared with this cache,
+        unless prompts are dropped.
         """
-        samples_per_prompt, contexts = len(self.visible) // self.num_prompts, self.contexts
+        contexts = self.contexts
         if len(rows) < self.num_prompts:
-            prompts = (rows[:, :1] // samples_per_prompt).flatten()  # (P',)
+            samples_per_prompt = len(self.visible) // self.num_prompts
+            prompts = rows[:, :1].flatten() // samples_per_prompt  # (P',), which may be 0
             contexts = [context[:, prompts] for context in contexts]
-        rows, L = rows.flatten(), self.suffix_length
-        padding = (0, 0, 0, extra_columns)  # from the last dimension backward: none in D
-        suffixes = [F.pad(suffix[:, rows, :, :L], padding) for suffix in self.suffixes]
-        return KVCache(contexts, suffixes, self.visible[rows])
+        L = self.suffix_length
+        flat_rows = rows.flatten()  # (R',)
+        padding = (0, 0, 0, extra_columns)  # none in D, and extra columns after the L columns
+        suffixes = [F.pad(suffix[:, flat_rows, :, :L], padding) for suffix in self.suffixes]
+        return KVCache(contexts, suffixes, self.visible[flat_rows])
 
     def copy_back(self, selected: "KVCache", rows: Tensor) -> None:
         """Copy the suffixes of `selected`, a cache that holds only these rows, into this cache."""
@@ -642,7 +653,9 @@ def shared_context_attention(q: Tensor, context: Tensor, suffix: Tensor, mask: T
         suffix_scores     (2, 8, 2, 2, 3)     from 2 * 8 * 2 products of (2, 24) and (24, 3)
         weights           (2, 8, 2, 2, 13)    the softmax over both
     """
-    (R, H, T, D), (_, P, K, C, _), L = q.shape, context.shape, suffix.shape[3]
+    R, H, T, D = q.shape
+    _, P, K, C, _ = context.shape
+    L = suffix.shape[3]
     S, Q = R // P, T * H // K
     context_keys, context_values = context  # (P, K, C, D)
     suffix_keys, suffix_values = suffix.unflatten(1, (P, S))  # (P, S, K, L, D)
@@ -652,6 +665,7 @@ def shared_context_attention(q: Tensor, context: Tensor, suffix: Tensor, mask: T
     context_scores = (prompt_queries @ context_keys.mT).view(P, K, S, Q, C).transpose(1, 2)
     suffix_scores = queries @ suffix_keys.mT  # (P, S, K, Q, L)
     scores = torch.cat([context_scores, suffix_scores], dim=-1)  # (P, S, K, Q, C + L)
+    # K * Q is H * T, and the scores are in the order of H and T, as in q.
     scores.view(P, S, H, T, C + L).add_(mask.view(P, S, 1, T, C + L))
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     context_weights, suffix_weights = weights.split([C, L], dim=-1)
@@ -663,19 +677,17 @@ def shared_context_attention(q: Tensor, context: Tensor, suffix: Tensor, mask: T
 
 
 # -- The sampler -----------------------------------------------------------------------------------
-MAX_ATTENTION_SCORES = (
-    2**26
-)  # the maximum number of attention scores in memory when new tokens are read into a cache
+# The maximum number of attention scores in memory when new prompts are read into a given cache.
+MAX_ATTENTION_SCORES = 2**26
 
 
 @dataclass
 class Generation:
-    """The result of `generate`: tokens[prompt][sample] is a turn, including its stop token;
-    logprobs has the same structure; the cache is for sampling the next turn."""
+    """The result of `generate`."""
 
-    tokens: list[list[list[int]]]
-    logprobs: list[list[list[float]]]
-    cache: KVCache
+    tokens: list[list[list[int]]]  # tokens[prompt][sample] is a turn, including its stop token
+    logprobs: list[list[list[float]]]  # of these tokens
+    cache: KVCache  # for sampling the next turn
 
 
 @torch.no_grad()
@@ -694,8 +706,8 @@ def generate(
 
     Each prompt is read and stored once, however many turns are sampled from it. For the next turn
     of the conversations, pass the returned cache, and one prompt for each of its rows. The last
-    token of each turn was sampled but never fed to the model, so it is not in the cache: the next
-    prompt must begin with that token or with a replacement for it.
+    token of each turn was sampled but never fed to the model, so it is not in the cache. The next
+    prompt must begin with that token, or with another stop token to replace it.
 
     Each row has a random stream of its own, keyed by (seed, *rng_key), and uses one number for each
     token. A sample therefore does not depend on the other rows in the batch, apart from rounding:
@@ -710,10 +722,8 @@ def generate(
     cache: the one that was returned for the previous turn. It is not changed, and requires
         num_samples = 1.
 
-    Raises ValueError for no prompts or an empty one, max_new_tokens < 1, a negative temperature,
-    repeated rng_keys, a conversation that might exceed the context length, a cache whose number of
-    rows is not the number of prompts, and logits that are nan or infinite after the division by
-    the temperature.
+    Raises ValueError for arguments that are not valid (see `check_arguments`), for a conversation
+    that might exceed the context length, and for logits that are nan or infinite.
     """
     if rng_keys is None:
         rng_keys = [(p, s) for p in range(len(prompts)) for s in range(num_samples)]
@@ -723,13 +733,12 @@ def generate(
     hidden, cache = prefill(model, prompts, num_samples, max_new_tokens, cache)  # (R, E)
     visible_before = cache.visible
 
-    tokens = torch.full_like(uniform, -1, dtype=torch.long)  # (R, max_new_tokens)
+    tokens = torch.full_like(uniform, -1, dtype=torch.long)  # (R, max_new_tokens); -1: none yet
     logprobs = torch.zeros_like(uniform)
-    rows = torch.arange(
-        len(uniform), device=model.device
-    )  # the N rows that are still being sampled
-    rows_cache = cache  # what they have read: the cache of all rows, or a copy of a part of it
-    for step in range(max_new_tokens):
+    # The rows that are still being sampled, and their cache: first that of all rows, then copies.
+    rows = torch.arange(len(uniform), device=model.device)  # (N,)
+    rows_cache = cache
+    for step in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None, delay=5):
         logits = model.head(hidden)  # (N, V)
         token, logprob = sample_tokens(logits, uniform[rows, step], temperature)  # (N,) each
         tokens[rows, step], logprobs[rows, step] = token, logprob.float()
@@ -746,14 +755,15 @@ def generate(
         hidden = model.hidden(tokens[rows, step, None], layout=layout)[:, 0]  # (N, E)
     cache.copy_back(rows_cache, rows)
 
-    # The cache has `step` new columns. Hide those that a finished row read before it was dropped.
+    # The cache has `step` new columns. In each row, show the tokens of the turn except the last
+    # one, which has not been read, and hide what was sampled after the end of the turn.
     lengths = turn_lengths(tokens, stop_ids)  # (R,)
     is_read = torch.arange(step, device=model.device) < lengths[:, None] - 1  # (R, step)
     cache.visible = torch.cat([visible_before, is_read], dim=1)
     lengths = lengths.tolist()
     turns = split_turns(tokens, lengths, num_samples)
     turn_logprobs = split_turns(logprobs, lengths, num_samples)
-    # This is checked only here, because a check after every token would force a GPU sync.
+    # This is not checked after every token, which would force as many GPU syncs.
     if not all(math.isfinite(x) for samples in turn_logprobs for turn in samples for x in turn):
         raise ValueError(
             f"the model's logits, divided by the temperature of {temperature}, are nan or too "
@@ -775,10 +785,11 @@ def check_arguments(prompts, num_samples, max_new_tokens, temperature, rng_keys,
         raise ValueError(f"expected {num_rows} rng_keys (one per row), got {len(rng_keys)}")
     if len(set(map(tuple, rng_keys))) < num_rows:
         raise ValueError("rng_keys must differ: rows with the same key get the same random numbers")
-    if cache is not None and num_samples != 1:
-        raise ValueError("num_samples must be 1 if there is a cache")
-    if cache is not None and len(cache.visible) != num_rows:
-        raise ValueError(f"{num_rows} prompts do not match the {len(cache.visible)} cached rows")
+    if cache is not None and (num_samples != 1 or len(cache.visible) != len(prompts)):
+        raise ValueError(
+            f"with a cache, num_samples must be 1, and the number of prompts, {len(prompts)}, must "
+            f"be that of the {len(cache.visible)} cached rows"
+        )
 
 
 def uniform_numbers(seed: int, rng_keys: list[tuple[int, ...]], count: int) -> Tensor:
@@ -795,10 +806,7 @@ def prefill(
     cache: KVCache | None,
 ) -> tuple[Tensor, KVCache]:
     """Read the prompts. Returns the last hidden state of each row, (R, E), and a cache with room
-    for the new tokens. A cache that is given is copied.
-
-    Raises ValueError if a conversation might exceed the model's context length.
-    """
+    for the new tokens. A cache that is given is copied."""
     T, device = max(map(len, prompts)), model.device
     num_padding = [T - len(prompt) for prompt in prompts]  # on the left, so that all end together
     padded = [[0] * n + prompt for n, prompt in zip(num_padding, prompts, strict=True)]
@@ -808,8 +816,9 @@ def prefill(
     if cache is None:
         model.check_context_length(T + max_new_tokens)
         cache = KVCache([], [], visible.repeat_interleave(num_samples, dim=0))
-        dtype = model.lm_head.weight.dtype
-        mask = attention_mask(visible, T, dtype) if any(num_padding) else None  # None: causal
+        mask = None  # causal attention
+        if any(num_padding):
+            mask = attention_mask(visible, T, model.lm_head.weight.dtype)
         layout = Layout(token_positions(visible, T), cache=cache, mask=mask)
         hidden = model.hidden(ids, layout=layout)[:, -1]  # (P, E)
         cache.allocate_suffixes(max_new_tokens)
@@ -817,12 +826,12 @@ def prefill(
 
     lengths = cache.visible.sum(dim=1) + visible.sum(dim=1)  # (R,)
     model.check_context_length(int(lengths.max()) + max_new_tokens)
-    # Selecting every row copies the cache.
     every_row = torch.arange(len(prompts), device=device).view(cache.num_prompts, -1)
-    cache = cache.select_rows(every_row, extra_columns=T + max_new_tokens)
+    cache = cache.select_rows(every_row, extra_columns=T + max_new_tokens)  # a copy
     # Read in pieces, to limit the memory of attention scores, (R, H, columns of a piece, C + L).
-    num_scores = len(prompts) * model.config.num_attention_heads * (cache.visible.shape[1] + T)
-    num_columns = max(1, MAX_ATTENTION_SCORES // num_scores)
+    num_keys = cache.visible.shape[1] + T
+    scores_per_column = len(prompts) * model.config.num_attention_heads * num_keys
+    num_columns = max(1, MAX_ATTENTION_SCORES // scores_per_column)
     for start in range(0, T, num_columns):
         piece = slice(start, start + num_columns)
         layout = cache.extend(visible[:, piece])
@@ -843,9 +852,11 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
         token = logits.argmax(dim=-1, keepdim=True)  # (R, 1)
     else:
         cumulative = log_probs.exp().cumsum(dim=-1)  # (R, V)
-        total = cumulative[:, -1:].contiguous()  # 1, up to rounding
+        # The total is 1, up to rounding. (searchsorted warns if it is not contiguous.)
+        total = cumulative[:, -1:].contiguous()  # (R, 1)
         token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
-        # Rounding must not select a token after the last one with a nonzero probability.
+        # If the product is rounded to the total, the result is past the end. So the limit is the
+        # first token that reaches the total. The tokens after it have a probability of 0.
         token = token.minimum(torch.searchsorted(cumulative, total))
         token = token.clamp(max=logits.shape[1] - 1)  # nan would give an index past the end
     return token.squeeze(-1), log_probs.gather(-1, token).squeeze(-1)
@@ -854,7 +865,8 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
 def drop_finished(
     finished: Tensor, rows: Tensor, rows_cache: KVCache, cache: KVCache, extra_columns: int
 ) -> tuple[Tensor, KVCache]:
-    """Drop the rows where `finished`, (N,) bool, is True. Returns the others, and their cache.
+    """Drop the rows where `finished`, (N,) bool, is True. Returns the others, and a cache of them
+    with room for `extra_columns` more tokens.
 
     rows_cache, which holds `rows`, is first copied back into the cache of all rows. If more than
     three quarters of the rows would be kept, none is dropped, because copying would cost too much.
@@ -877,13 +889,15 @@ def rows_to_keep(finished: Tensor) -> Tensor:
     tensor([[ 0,  1],
             [10,  8]])
     """
-    P, S = finished.shape
-    flags, kept = finished.tolist(), []
+    S = finished.shape[1]
+    flags = finished.tolist()
     num_kept = max(prompt_flags.count(False) for prompt_flags in flags)
-    for p in range(P):
-        if not all(flags[p]):
-            unfinished_first = sorted(range(S), key=lambda s, p=p: flags[p][s])
-            kept.append([p * S + s for s in unfinished_first[:num_kept]])
+    kept = []
+    for p, prompt_flags in enumerate(flags):
+        if not all(prompt_flags):
+            unfinished = [p * S + s for s in range(S) if not prompt_flags[s]]
+            others = [p * S + s for s in range(S) if prompt_flags[s]]
+            kept.append((unfinished + others)[:num_kept])
     return torch.tensor(kept, dtype=torch.long).view(len(kept), num_kept)  # 2-D even if empty
 
 
@@ -908,8 +922,9 @@ def load_weights(model: Model, path: Path) -> None:
     The files are memory-mapped, so a tensor takes no additional memory until it is copied. Raises
     FileNotFoundError for a missing file, and ValueError for one that is damaged or does not match.
     """
-    index, names = path / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file() and not (path / names[0]).is_file():
+    names = ["model.safetensors"]
+    index = path / "model.safetensors.index.json"
+    if index.is_file() and not (path / "model.safetensors").is_file():
         try:
             names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
         except (KeyError, AttributeError) as error:
@@ -924,8 +939,10 @@ def load_weights(model: Model, path: Path) -> None:
             tensors |= safetensors.torch.load_file(path / name)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path / name} is damaged: {error}") from None
-    # Old checkpoints also contain constants of RoPE, and some a copy of a tied output head.
+    # Old checkpoints also contain the frequencies of RoPE.
     tensors = {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    # A tied output head is usually not stored. (If the embeddings are missing, this is None, and
+    # load_state_dict reports it.)
     if model.config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
     try:
@@ -943,32 +960,24 @@ def local_path(path_or_id: str | Path, files: list[str], repo_type: str = "model
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_id)):
         raise FileNotFoundError(f"{path_or_id}: no such file or folder, nor a hub id (org/name)")
     page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{path_or_id}"
+    message = f"{path_or_id}: no such file or folder"
     try:
         folder = huggingface_hub.snapshot_download(
             str(path_or_id), repo_type=repo_type, allow_patterns=files
         )
+        return Path(folder)
     except hub_errors.GatedRepoError:  # a kind of RepositoryNotFoundError
-        raise FileNotFoundError(
-            f"access to {path_or_id} is restricted: accept the terms at {page}, "
-            "then log in with `hf auth login`"
-        ) from None
+        message = f"access to {path_or_id} is restricted: accept the terms at {page}, "
+        message += "then log in with `hf auth login`"
     except hub_errors.RepositoryNotFoundError:
-        raise FileNotFoundError(
-            f"{path_or_id}: no such file or folder, and {page} does not exist "
-            "(if it is private, log in with `hf auth login`)"
-        ) from None
+        message += f", and {page} does not exist (if it is private, log in with `hf auth login`)"
     except hub_errors.LocalEntryNotFoundError as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"{path_or_id}: no such file or folder; it has not been downloaded before, and the "
-            f"hub cannot be reached: {reason}"
-        ) from None
+        message += f"; it has not been downloaded before, and the hub cannot be reached: {reason}"
     except Exception as error:  # there are many, for example a full disk
         reason = " ".join(str(error).split())[:300]  # in a single line
-        raise FileNotFoundError(
-            f"{path_or_id}: no such file or folder, and the download from the hub failed: {reason}"
-        ) from None
-    return Path(folder)
+        message += f", and the download from the hub failed: {reason}"
+    raise FileNotFoundError(message)
 
 
 def read_json(path: Path) -> dict:
@@ -995,8 +1004,9 @@ def replace_file(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, dict):
-            # safetensors first writes a file of its own, named .tmp and six characters, which only
-            # its owner may read. So the file gets the mode of one that is created here.
+            # save_file first writes to a temporary file of its own, named .tmp and six characters,
+            # which only its owner can read, and then renames it. So the permissions are set to
+            # those of an ordinary new file.
             for leftover in [temporary, *path.parent.glob(".tmp??????")]:
                 leftover.unlink(missing_ok=True)
             temporary.touch()
@@ -1040,9 +1050,11 @@ class Tokenizer:
             if token is not None:
                 self.special_tokens[name] = token["content"] if isinstance(token, dict) else token
         eos_ids = generation_config.get("eos_token_id")  # an id, a list of ids, or None
-        candidates = list(eos_ids) if isinstance(eos_ids, list) else [eos_ids]
-        candidates.append(tokenizer.token_to_id(self.special_tokens.get("eos_token", "")))
-        self.stop_ids: list[int] = [i for i in dict.fromkeys(candidates) if i is not None]
+        if not isinstance(eos_ids, list):
+            eos_ids = [eos_ids]
+        eos_id = tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
+        different_ids = dict.fromkeys([*eos_ids, eos_id])
+        self.stop_ids: list[int] = [i for i in different_ids if i is not None]
         if not self.stop_ids:
             raise ValueError(
                 "generation_config.json, config.json, and tokenizer_config.json name no stop token"
@@ -1064,13 +1076,14 @@ class Tokenizer:
                     {"name": "default", "template": settings["chat_template"]},
                     {"name": "tool_use", "template": tool_use},
                 ]
-        # As in transformers, config.json names the special tokens if there is no generation config.
-        generation_path, config_path = path / "generation_config.json", path / "config.json"
+        # As in transformers, config.json has the ids of the special tokens if there is no
+        # generation_config.json.
         generation_config = {}
-        if generation_path.is_file():
-            generation_config = read_json(generation_path)
-        elif config_path.is_file():
-            config, names = read_json(config_path), ("bos_token_id", "eos_token_id", "pad_token_id")
+        if (path / "generation_config.json").is_file():
+            generation_config = read_json(path / "generation_config.json")
+        elif (path / "config.json").is_file():
+            config = read_json(path / "config.json")
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
             generation_config = {name: config[name] for name in names if name in config}
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
@@ -1100,8 +1113,8 @@ class Tokenizer:
     def render(
         self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as text, by the chat template, which transformers would render equally
-        on `TEMPLATE_DATE`. Raises ValueError if this fails."""
+        """A conversation as text, formatted by the chat template. The text is the same as that of
+        `transformers`, if the current date is `TEMPLATE_DATE`. Raises ValueError if this fails."""
         name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         variables = dict(messages=messages, tools=tools, **self.special_tokens)
         variables["add_generation_prompt"] = add_generation_prompt
@@ -1121,9 +1134,11 @@ class Tokenizer:
         return self.encode(text)
 
     def append_bridge(self, turn: list[int], bridge: list[int]) -> list[int]:
-        """A sampled turn, and the bridge to the next one. The bridge begins with a stop token,
-        which replaces the stop token of the turn, or ends a truncated turn."""
-        return (turn[:-1] if turn and turn[-1] in self.stop_ids else turn) + bridge
+        """A sampled turn, followed by the bridge to the next one. The bridge begins with a stop
+        token. So the turn's own stop token, which a truncated turn lacks, is removed."""
+        if turn and turn[-1] in self.stop_ids:
+            turn = turn[:-1]
+        return turn + bridge
 
     def bridge(self, instruction: str) -> list[int]:
         """The tokens between two turns of the assistant: the stop token of the first turn, the
@@ -1144,13 +1159,11 @@ class Tokenizer:
             self.prompt([question, {"role": "assistant", "content": answer}, request])
             for answer in ("2", "3")
         )
-        # The length of the common suffix. (commonprefix works on lists, too.)
-        num_common = len(os.path.commonprefix([ids_2[::-1], ids_3[::-1]]))
-        common = ids_2[len(ids_2) - num_common :]
+        # The common suffix is the common prefix in reverse. (commonprefix works on lists, too.)
+        common = os.path.commonprefix([ids_2[::-1], ids_3[::-1]])[::-1]
         start = next((i for i, token in enumerate(common) if token in self.stop_ids), None)
-        is_answer_shown = ids_2 != ids_3
-        # Only whitespace may stand between the answer and the stop token.
-        if not is_answer_shown or start is None or self.decode(common[:start]).strip():
+        # The template must show the answer, and then a stop token, after whitespace at most.
+        if ids_2 == ids_3 or start is None or self.decode(common[:start]).strip():
             raise ValueError("the chat template does not end an assistant's turn with a stop token")
         return common[start:]
 
@@ -1179,7 +1192,7 @@ class GenerationTag(jinja2.ext.Extension):
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line_number = next(parser.stream).lineno  # skips the name of the tag
+        line_number = next(parser.stream).lineno  # of the token "generation", which is consumed
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body, lineno=line_number)
 
@@ -1262,8 +1275,9 @@ def tiny_model(
     angles = torch.tensor(list(ids_of_numbers))[:, None] * 2 * math.pi / periods  # (numbers, 24)
     features = torch.cat([angles.sin(), angles.cos()], dim=1)  # (numbers, 48)
     projection = torch.randn(features.shape[1], config["hidden_size"], generator=rng)
-    embeddings = features @ projection / features.norm(dim=1, keepdim=True)
+    # The standard deviation is 1 here, and then that of the other embeddings.
+    embeddings = features @ projection / features.norm(dim=1, keepdim=True)  # (numbers, E)
     with torch.no_grad():
-        embeddings *= config["hidden_size"] ** -0.5  # the standard deviation of the others
+        embeddings *= config["hidden_size"] ** -0.5
         model.model.embed_tokens.weight[list(ids_of_numbers.values())] = embeddings
     return model, Tokenizer(tokenizer, settings, {"eos_token_id": [0], "pad_token_id": 0})

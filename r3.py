@@ -20,6 +20,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -176,7 +177,7 @@ def make_tiny_model(task: TinyCountdown, seed: int) -> Path:
     problems = task.load(split="cold", seed=seed)
     steps, betas = COLD_START["steps"], COLD_START["betas"]
     adamw = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=0, fused=True)
-    with tqdm(range(steps), "cold start") as bar:
+    with progress_bar(range(steps), "cold start") as bar:
         for step in bar:
             if step % STEPS_PER_CHUNK == 0:
                 full_search = step < COLD_START["full_search_fraction"] * steps
@@ -243,7 +244,7 @@ def find_failures(
     remaining = longest_first(agent, problems)
     searched = max((i + 1 for i, p in enumerate(remaining) if p.id in found), default=0)
     remaining = remaining[searched:]
-    with tqdm(total=len(problems), initial=searched, desc="failures") as bar:
+    with progress_bar(desc="failures", total=len(problems), initial=searched) as bar:
         while remaining:
             batch = next_batch(agent, remaining, num_samples=1, turns=1)
             remaining = remaining[len(batch) :]
@@ -281,7 +282,7 @@ def evaluate(
             return conversations
     conversations = []
     remaining = longest_first(agent, problems)
-    with tqdm(total=len(problems), desc=title) as bar:
+    with progress_bar(desc=title, total=len(problems)) as bar:
         while remaining:
             batch = next_batch(agent, remaining, num_samples, turns=1)
             remaining = remaining[len(batch) :]
@@ -569,6 +570,21 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+class LogLines(tqdm):
+    """A progress bar for a log file, where a line cannot be overwritten: a new line each minute."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        self.fp.write(f"{self}\n")
+
+
+def progress_bar(*args: Any, **options: Any) -> tqdm:
+    """A tqdm progress bar, or `LogLines` if the output is not a terminal."""
+    if sys.stderr.isatty():
+        return tqdm(*args, **options)
+    line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left{postfix}"
+    return LogLines(*args, **options, bar_format=line, mininterval=60, maxinterval=60)
+
+
 def train_command(config: Config, folder: Path) -> None:
     """Evaluate a model, train it with R3, and evaluate it again. Without any flags, this is the
     whole experiment with a tiny model made from scratch."""
@@ -602,28 +618,99 @@ def train_command(config: Config, folder: Path) -> None:
         raise ValueError("there are no failures to learn from")
     before = evaluate(vanilla, problems, config.num_samples, "vanilla", folder / "vanilla.jsonl")
 
-    policy, reference = vanilla, None  # With --beta 0, the vanilla model is trained in place.
-    if config.beta:
-        policy = replace(vanilla, model=copy.deepcopy(vanilla.model))
-        reference = vanilla.model
-    with tqdm(total=config.steps, desc="R3") as bar:
-        for step, metrics in grpo.train(policy, reference, failures, config, folder):
-            if step % max(1, config.steps // 4) == 0 or step == config.steps:
-                subset = problems[:CURVE_PROBLEMS]
-                current = evaluate(policy, subset, CURVE_SAMPLES, f"step {step}")
-                metrics.update(accuracy({"trained": current})["trained"])  # grpo.train logs them
-            seconds = time.time() - start_time
-            append_jsonl(folder / "timings.jsonl", {"step": step, "seconds": seconds})
-            bar.set_postfix_str(f"reward {metrics.get('reward', 0):.2f}")
-            bar.update(step - bar.n)
+    policy, reference = copy_for_training(vanilla, config)
+    curve_problems = problems[:CURVE_PROBLEMS]
+    curve_steps = {round(config.steps * i / config.curve) for i in range(1, config.curve)}
+    print(f"Training on {plural(len(failures), 'failure')}")
+    durations = []
+    for step, metrics in grpo.train(policy, reference, failures, config, folder):
+        # The vanilla and the trained model are evaluated anyway: they are the ends of the curve.
+        if step == 0:
+            metrics |= curve_point(config, curve_problems, before)
+            continue
+        if step in curve_steps:
+            evaluation_start = time.time()
+            samples = min(CURVE_SAMPLES, config.num_samples)
+            conversations = evaluate(policy, curve_problems, samples, f"step {step}")
+            metrics |= curve_point(config, curve_problems, conversations)
+            metrics["seconds"]["evaluation"] = time.time() - evaluation_start
+        durations.append(sum(metrics["seconds"].values()))
+        remaining = (config.steps - step) * sum(durations) / len(durations)
+        print(step_line(step, metrics, config.steps, remaining), flush=True)
     policy.model.save_pretrained(folder / "model")
     policy.tokenizer.save_pretrained(folder / "model")
 
     path = folder / "trained.jsonl"
     after = evaluate(policy, problems, config.num_samples, "trained", path, config.steps)
+    last_point = curve_point(config, curve_problems, after)
+    append_jsonl(folder / "metrics.jsonl", {"step": config.steps, **last_point})
     report(config, folder, {"vanilla": before, "trained": after})
+    print(what_was_learned(folder, config))
     plot_command([folder])
-    print(f"This took {(time.time() - start_time) / 60:.1f} minutes. The results are in {folder}/")
+    if not config.keep_checkpoint:
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    print(f"This took {duration(time.time() - start_time)}. The results are in {folder}/")
+
+
+def copy_for_training(vanilla: Agent, config: Config) -> tuple[Agent, Model | None]:
+    """The policy to train, and the reference model for the KL term (None with --beta 0)."""
+    reference = vanilla.model if config.beta else None
+    if config.lora_rank:
+        adapted_model = vanilla.model.with_lora(config.lora_rank, config.seed)
+        return replace(vanilla, model=adapted_model), reference
+    if config.beta:
+        return replace(vanilla, model=copy.deepcopy(vanilla.model)), reference
+    return vanilla, None  # The vanilla model is no longer needed.
+
+
+def curve_point(
+    config: Config, problems: list, conversations: list[Conversation]
+) -> dict[str, list[float]]:
+    """The accuracies of a point of the learning curve, from conversations about its problems and
+    perhaps others. Empty if --curve is 0."""
+    if config.curve == 0:
+        return {}
+    ids = {problem.id for problem in problems}
+    chosen = [c for c in conversations if c.problem.id in ids and c.attempt_index < CURVE_SAMPLES]
+    return accuracy({"model": chosen})["model"]
+
+
+def step_line(step: int, metrics: dict[str, Any], steps: int, seconds_left: float) -> str:
+    """What is printed about a training step."""
+    parts = [
+        f"step {step}/{steps}",
+        f"reward {metrics['reward']:.2f}",
+        f"mixed groups {metrics['mixed_groups']:.0%}",
+        f"{metrics['reflection_tokens']:.0f} tokens per reflection",
+        f"truncated {metrics['truncated']:.0%}",
+    ]
+    if "kl" in metrics:
+        parts.append(f"KL {metrics['kl']:.2g}")
+    if "within two" in metrics:
+        parts.append(f"within two {metrics['within two'][0]:.1%}")
+    parts += [f"{name} {seconds:.1f} s" for name, seconds in metrics["seconds"].items()]
+    return ", ".join([*parts, f"{duration(seconds_left)} left"])
+
+
+def duration(seconds: float) -> str:
+    """45 seconds, 6.4 minutes, 3.2 hours"""
+    if seconds < 60:
+        return plural(round(seconds), "second")
+    return f"{seconds / 60:.1f} minutes" if seconds < 3_600 else f"{seconds / 3_600:.1f} hours"
+
+
+def what_was_learned(folder: Path, config: Config) -> str:
+    """A sentence about the training: how many groups taught something, and how many reflections
+    were truncated."""
+    steps = [record for record in read_jsonl(folder / "metrics.jsonl") if "reward" in record]
+    num_groups = sum(record["sampled_groups"] for record in steps)
+    num_mixed = round(sum(r["sampled_groups"] * r["mixed_groups"] for r in steps))
+    text = f"{num_mixed:,} of {num_groups:,} groups had mixed rewards"
+    if num_mixed == 0:
+        text += ", so there was nothing to learn from, and the weights did not change"
+    truncated = grpo.mean([record["truncated"] for record in steps])
+    limit = f"--max-new-tokens {config.max_new_tokens}"
+    return f"{text}; {truncated:.1%} of the reflections were truncated at {limit}."
 
 
 def failures_command(config: Config, folder: Path) -> None:
@@ -659,9 +746,12 @@ def report(config: Config, folder: Path, by_model: dict[str, list[Conversation]]
     title = f"{problems}, {sampling}: % correct [95% interval]"
     reasons: dict[str, Counter] = {}
     for name, conversations in by_model.items():
-        retried = [c for c in conversations if c.retry_verdict]
-        reasons[f"{name}, 1st try"] = Counter(c.attempt_verdict.reason for c in conversations)
-        reasons[f"{name}, retry"] = Counter(c.retry_verdict.reason for c in retried)
+        attempts = [(c.attempt, c.attempt_verdict) for c in conversations]
+        retries = [(c.retry, c.retry_verdict) for c in conversations if c.retry]
+        for label, answers in (("1st try", attempts), ("retry", retries)):
+            counts = reasons[f"{name}, {label}"] = Counter(v.reason for _, v in answers)
+            if any(turn.truncated for turn, _ in answers):  # whatever their verdicts are
+                counts["of these, truncated"] = sum(turn.truncated for turn, _ in answers)
     tables = {title: accuracy(by_model), "The verifier's reasons": reasons}
     replace_file(folder / "report.json", json.dumps({"tables": tables}, indent=2))
     print("\n" + markdown(tables))
@@ -697,13 +787,22 @@ def play_command(config: Config) -> None:
             print_turn("tool", json.dumps(tool["function"], ensure_ascii=False), DIM)
         for message in messages:
             print_turn(message["role"], message["content"], DIM)
-        reason = conversation.attempt_verdict.reason
-        print_turn("attempt", f"{decode(conversation.attempt.tokens)}   <- {reason}")
-        if not conversation.attempt_verdict.correct:
+        attempt, verdict = conversation.attempt, conversation.attempt_verdict
+        print_turn("attempt", decode(attempt.tokens) + ending(attempt.truncated, verdict.reason))
+        if not verdict.correct:
             [[conversation]] = rollout(agent, [conversation], 1, rng_prefix)
+            reflection, retry = conversation.reflection, conversation.retry
             reason = conversation.retry_verdict.reason
-            print_turn("reflection", decode(conversation.reflection.tokens))
-            print_turn("retry", f"{decode(conversation.retry.tokens)}   <- {reason}")
+            print_turn("reflection", decode(reflection.tokens) + ending(reflection.truncated))
+            print_turn("retry", decode(retry.tokens) + ending(retry.truncated, reason))
+
+
+def ending(truncated: bool, reason: str | None = None) -> str:
+    """What is printed after a turn: the verifier's reason, and whether the turn was truncated."""
+    notes = [reason] if reason else []
+    if truncated:
+        notes.append("truncated")
+    return f"   <- {', '.join(notes)}" if notes else ""
 
 
 def show_command(folder: Path | None, step: int | None, limit: int) -> None:
@@ -732,7 +831,11 @@ def show_command(folder: Path | None, step: int | None, limit: int) -> None:
     for group in ordered[:limit]:
         print_turn("context", group[0]["context"], DIM)
         if "reflection" in group[0]:  # The context ends with the attempt.
-            print_turn("", f"<- {group[0]['attempt_verdict']['reason']}", DIM)
+            truncated, reason = (
+                group[0]["attempt"]["truncated"],
+                group[0]["attempt_verdict"]["reason"],
+            )
+            print_turn("", ending(truncated, reason).strip(), DIM)
         for record in group:
             show_record(record)
         print()
@@ -741,17 +844,17 @@ def show_command(folder: Path | None, step: int | None, limit: int) -> None:
 def show_record(record: dict) -> None:
     """Print what follows the context: the attempt, or a reflection and a retry."""
     if "reflection" not in record:
-        reason = record["attempt_verdict"]["reason"]
-        print_turn("attempt", f"{record['attempt']['text']}   <- {reason}")
+        attempt, reason = record["attempt"], record["attempt_verdict"]["reason"]
+        print_turn("attempt", attempt["text"] + ending(attempt["truncated"], reason))
         return
-    label, color = "reflection", ""
-    advantage = record.get("advantage")
+    advantage, label, color = record.get("advantage"), "reflection", ""
     if advantage is not None:
         label = f"{advantage:+.2f} reflection"
         color = GREEN if advantage > 0 else RED if advantage < 0 else ""
-    print_turn(label, record["reflection"]["text"], color)
+    reflection, retry = record["reflection"], record["retry"]
+    print_turn(label, reflection["text"] + ending(reflection["truncated"]), color)
     reason = record["retry_verdict"]["reason"]
-    print_turn("retry", f"{record['retry']['text']}   <- {reason}", DIM)
+    print_turn("retry", retry["text"] + ending(retry["truncated"], reason), DIM)
 
 
 DIM, GREEN, RED = "2", "32", "31"  # ANSI codes
@@ -883,15 +986,42 @@ def load_config(folder: Path, command: str) -> Config:
         raise ValueError(f"{path} has settings of another version of this code: {names}")
     Config(**record)  # Check the values, because default_config opens the model's folder.
     config = replace(default_config(record.get("model", "tiny")), **record)
-    metrics, checkpoint = folder / "metrics.jsonl", folder / "checkpoint.safetensors"
-    if command == "train" and metrics.exists() and not checkpoint.exists():
-        steps = metrics.read_bytes().count(b"\n") - 1  # There is also a line for step 0.
-        if steps > config.save_every:  # There must have been a checkpoint.
-            raise ValueError(
-                f"{checkpoint} is missing, so the run cannot be resumed; to start a new run from "
-                f"its failures: {program()} train --failures {folder / 'failures.jsonl'}"
-            )
     return config
+
+
+def check_resumable(folder: Path, config: Config) -> None:
+    """Raise ValueError if a training run has finished, or has lost its checkpoint."""
+    metrics, checkpoint = folder / "metrics.jsonl", folder / "checkpoint.safetensors"
+    if checkpoint.exists() or not metrics.exists():
+        return
+    if (folder / "report.json").exists():
+        raise ValueError(f"{folder} has finished; its results are in {folder / 'report.json'}")
+    steps = metrics.read_bytes().count(b"\n") - 1  # There is also a line for step 0.
+    if steps > config.save_every:  # There must have been a checkpoint.
+        raise ValueError(
+            f"{checkpoint} is missing, so the run cannot be resumed; to start a new run from its "
+            f"failures: {restart_command(config, folder)}"
+        )
+
+
+def restart_command(config: Config, folder: Path, **changes: Any) -> str:
+    """The command that starts a new run with a run's settings, some changes, and its failures."""
+    changes |= {"failures": str(folder / "failures.jsonl"), "name": None}
+    return f"{program()} train {flags_for(replace(config, **changes))}"
+
+
+def flags_for(config: Config) -> str:
+    """The flags that give these settings on the command line."""
+    defaults, flags = default_config(config.model), []
+    for name, value in asdict(config).items():
+        # --model is always given, because the other defaults depend on it.
+        if value != getattr(defaults, name) or (name == "model" and value != "tiny"):
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                flags.append(flag if value else flag.replace("--", "--no-", 1))
+            elif value is not None:
+                flags.append(f"{flag} {shlex.quote(str(value))}")
+    return " ".join(flags)
 
 
 def is_tiny(model: str) -> bool:
@@ -917,12 +1047,25 @@ def play_config(flags: dict[str, Any]) -> Config:
     return replace(config, **{**flags, "model": model})
 
 
+def new_config(flags: dict[str, Any]) -> Config:
+    """The settings of a new run: the defaults for its model, and the given flags. LoRA adapters
+    are trained with ten times the learning rate, unless --lr is given."""
+    config = replace(default_config(flags.get("model", "tiny")), **flags)
+    if config.lora_rank and "lr" not in flags:
+        config = replace(config, lr=10 * config.lr)
+    return config
+
+
 # -- The command line ------------------------------------------------------------------------------
 COMMANDS = {
     "train": train_command, "failures": failures_command, "eval": eval_command,
     "play": play_command, "show": show_command, "plot": plot_command,
 }  # fmt: skip
 RESUMABLE = ("train", "failures")
+# Settings that cannot change the result, so that they can be given with --resume.
+RESUME_FLAGS = (
+    "device", "offload", "checkpointing", "cache_tokens", "save_every", "keep_checkpoint",
+)  # fmt: skip
 TRAIN_FLAGS = " ".join(field.name for field in fields(grpo.TrainConfig))
 FLAG_GROUPS = {  # title in --help: the commands that have these flags, and their settings
     "model and task": ("train failures eval play", "model task data seed device dtype"),
@@ -964,7 +1107,7 @@ def read_command_line(argv: list[str] | None) -> dict[str, Any]:
         )  # fmt: skip
         add_flags(subparser, command)
         if command in RESUMABLE:
-            help_text = "resume the interrupted run in this folder, with its settings"
+            help_text = "resume the interrupted run in this folder; it keeps its settings"
             subparser.add_argument("--resume", type=Path, metavar="FOLDER", help=help_text)
     show, plot = subparsers.choices["show"], subparsers.choices["plot"]
     help_text = "the run's folder (default: the newest training run)"
@@ -991,15 +1134,13 @@ def main(argv: list[str] | None = None) -> None:
             return COMMANDS[command](**flags)
         if command == "play":
             return play_command(play_config(flags))
-        if resume and flags:
-            raise ValueError("--resume uses the settings of the run; give no other flags")
         if resume and not (resume / "config.json").is_file():
             raise FileNotFoundError(f"--resume {resume}: this is not the folder of a run")
-        config = replace(default_config(flags.get("model", "tiny")), **flags)
+        config = None if resume else new_config(flags)
         folder = resume or new_folder(command, config)
         with locked_folder(folder):
             if resume:
-                config = load_config(folder, command)
+                config = resumed_config(folder, command, flags)
             elif (folder / "config.json").exists():
                 hint = "choose another --name"
                 if command in RESUMABLE:
@@ -1016,10 +1157,44 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # `head`, for example, has closed the pipe
         # Discard the rest, so that Python's flush at exit does not fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except grpo.DivergenceError as error:
+        hint = (
+            f"a lower learning rate may help: {restart_command(config, folder, lr=config.lr / 3)}"
+        )
+        sys.exit(f"{script}: {error}; {hint}")
     except (ValueError, OSError) as error:
         sys.exit(f"{script}: {error}")
     except torch.OutOfMemoryError:
-        sys.exit(f"{script}: out of GPU memory; try a lower --cache-tokens, or --checkpointing")
+        sys.exit(f"{script}: out of GPU memory; {memory_advice(command, config, folder)}")
+
+
+def resumed_config(folder: Path, command: str, flags: dict[str, Any]) -> Config:
+    """The settings of a run that is resumed, with the given flags. Raises ValueError for a flag
+    that could change the result, or if the run cannot be resumed."""
+    for name in flags:
+        if name not in RESUME_FLAGS:
+            allowed = ", ".join(f"--{flag.replace('_', '-')}" for flag in RESUME_FLAGS)
+            raise ValueError(
+                f"--{name.replace('_', '-')} cannot be changed by --resume, which keeps the "
+                f"settings of the run; it allows only {allowed}"
+            )
+    config = replace(load_config(folder, command), **flags)
+    if command == "train":
+        check_resumable(folder, config)
+    return config
+
+
+def memory_advice(command: str, config: Config, folder: Path | None) -> str:
+    """What to do after a command ran out of GPU memory."""
+    if command == "train" and (folder / "failures.jsonl").exists():
+        savings = [name for name in ("checkpointing", "offload") if not getattr(config, name)]
+        if savings:
+            flags = " ".join(f"--{name}" for name in savings)
+            return f"to resume with less: {program()} train --resume {folder} {flags}"
+        if not config.lora_rank:
+            command = restart_command(replace(config, lr=10 * config.lr), folder, lora_rank=32)
+            return f"to train adapters instead of all weights: {command}"
+    return "use a lower --cache-tokens, --max-new-tokens or --group-size"
 
 
 if __name__ == "__main__":
