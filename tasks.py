@@ -40,8 +40,8 @@ MAX_NUMBER_CHARS = 100  # length of a number in JSON
 # Percent of the problems in each split. "cold" is for the cold start, the supervised training that
 # teaches a tiny model the game before RL.
 SPLITS = {"cold": 55, "train": 16, "dev": 13, "test": 16}
-# The splits of a data file, each with those of the splits above that it contains. Data files are
-# for pretrained models, which need no cold start, so "train" includes the "cold" problems.
+# The splits for pretrained models, each with those of the splits above that it contains. Pretrained
+# models need no cold start, so "train" includes the "cold" problems.
 FILE_SPLITS = {"train": {"cold", "train"}, "dev": {"dev"}, "test": {"test"}, "all": set(SPLITS)}
 
 # The paper's prompt, quoted from memory. The braces stand for what the model tried.
@@ -70,6 +70,7 @@ class Task:
 
     Problem: type  # the dataclass of a problem
     shuffle_key = "task"  # mixed into the seed that determines the order of the problems
+    drawn_splits: dict = SPLITS  # the splits that `draw_problems` knows: SPLITS or FILE_SPLITS
     hub_id: str | None = None  # Hugging Face dataset to use if the task draws no problems itself
     reflection_instruction = REFLECTION_TEMPLATE.format("performing the task, but failed")
     retry_instruction = "Now try again."
@@ -80,12 +81,12 @@ class Task:
     ) -> list:
         """Load the problems of a split, or the first `limit` of them, in a random order that is
         determined by `seed`. Without a path, they come from `draw_problems`, and the split is one
-        of `SPLITS`. Otherwise the path is a file (JSON, JSONL or parquet) or a folder of files, and
-        the split is one of `FILE_SPLITS`.
+        of `drawn_splits`. Otherwise the path is a file (JSON, JSONL or parquet) or a folder of
+        files, and the split is one of `FILE_SPLITS`.
 
         Raises ValueError if there is no such split, if a record is invalid, or if the file has no
         problem in the split. Raises OSError if a file cannot be read."""
-        splits = SPLITS if path is None else FILE_SPLITS
+        splits = self.drawn_splits if path is None else FILE_SPLITS
         if split not in splits:
             raise ValueError(f"there is no split {split!r}: choose one of {', '.join(splits)}")
         rng = random.Random(f"{self.shuffle_key} {split} {seed}")
@@ -284,11 +285,12 @@ class CountdownProblem:
 
 
 class Countdown(Task):
-    """Countdown as in the paper and in TinyZero: 3 or 4 numbers from 1 to 99."""
+    """Countdown as in the paper and in TinyZero: 3 or 4 numbers from 1 to 99. By default, the
+    problems are drawn at random. The paper's own are `--data Jiayi-Pan/Countdown-Tasks-3to4`."""
 
     Problem = CountdownProblem
     shuffle_key = "countdown"
-    hub_id = "Jiayi-Pan/Countdown-Tasks-3to4"
+    drawn_splits = FILE_SPLITS  # there is no cold start
     reflection_instruction = REFLECTION_TEMPLATE.format(
         "solving the problem and got the wrong answer"
     )
@@ -301,6 +303,29 @@ class Countdown(Task):
     )
     input_format = "the numbers and then the target, such as 6 10 2 32"
     input_pattern = re.compile(r"[0-9]{1,3}(\s+[0-9]{1,3}){2,}")
+
+    def draw_problems(self, split: str, limit: int | None, rng: random.Random) -> list:
+        """Draw `limit` problems, each of which can be solved: 3 or 4 numbers from 1 to 99, and a
+        target from 10 to 99. By default, 30,000 problems are drawn for "train", and 1,000 for the
+        other splits. No two have the same numbers (in any order) and the same target.
+
+        >>> for problem in Countdown().load(split="train", limit=2):
+        ...     print(problem)
+        CountdownProblem(id=0, numbers=(61, 29, 98, 51), target=59)
+        CountdownProblem(id=1, numbers=(14, 72, 63, 96), target=25)
+        """
+        if limit is None:
+            limit = 30_000 if split == "train" else 1_000
+        problems: dict[tuple[str, int], CountdownProblem] = {}
+        while len(problems) < limit:
+            numbers = tuple(rng.randint(1, 99) for _ in range(rng.choice((3, 4))))
+            results = (random_result(numbers, rng) for _ in range(20))
+            target = next((result for result in results if 10 <= result <= 99), None)
+            problem = CountdownProblem(len(problems), numbers, target)
+            key = self.problem_key(problem)
+            if target is not None and split_of(key) in FILE_SPLITS[split]:
+                problems.setdefault((key, target), problem)
+        return list(problems.values())
 
     def problem_key(self, problem: CountdownProblem) -> str:
         """The sorted numbers. The key leaves out the target, so that training never uses the
@@ -353,6 +378,22 @@ class Countdown(Task):
         if value != problem.target:
             return Verdict(False, "wrong_value")
         return Verdict(True, "correct")
+
+
+def random_result(numbers: tuple[int, ...], rng: random.Random) -> int:
+    """The value of a random expression that uses each number once. Two random values are replaced
+    by the result of a random operator, until one value is left. All results are integers that are
+    at least 0. For example, 3 5 20 becomes 5 60, which becomes 12: the value of (20 * 3) / 5."""
+    values = list(numbers)
+    while len(values) > 1:
+        rng.shuffle(values)
+        a, b = values.pop(), values.pop()
+        results = [a + b, abs(a - b), a * b]
+        large, small = max(a, b), min(a, b)
+        if small > 0 and large % small == 0:
+            results.append(large // small)
+        values.append(rng.choice(results))
+    return values[0]
 
 
 # -- TinyCountdown: problems for a tiny model, and the dialogues that teach it to play -------------
@@ -450,7 +491,7 @@ class TinyCountdown(Countdown):
     """Countdown with 3 numbers from 1 to 10 and targets from 1 to 60, and all that is needed to
     train a tiny model from scratch: short texts, a vocabulary, and dialogues to imitate."""
 
-    hub_id = None  # its problems are generated, not downloaded
+    drawn_splits = SPLITS  # "cold" problems are for the cold start alone
     reflection_instruction = "Wrong. Reflect."
     retry_instruction = "Again."
     question = "Make {target} from {numbers[0]} {numbers[1]} {numbers[2]} ."

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import r3
-from tasks import TASKS, APIGen, Countdown, CountdownProblem, split_of
+from tasks import FILE_SPLITS, TASKS, APIGen, Countdown, CountdownProblem, split_of
 
 
 def chat(*turns: str) -> list[dict]:
@@ -24,7 +24,6 @@ def chat(*turns: str) -> list[dict]:
 class EasyCountdown(Countdown):
     """Two numbers up to 12 and one operator."""
 
-    hub_id = None
     question = "Make {target} from {numbers[0]} and {numbers[1]}. Use +, - or *."
     answer_format = "<answer> {} </answer>"
     reflection_instruction = "That is wrong. Which sign must you use?"
@@ -34,12 +33,11 @@ class EasyCountdown(Countdown):
     input_pattern = re.compile(r"[0-9]{1,3}(\s+[0-9]{1,3}){2}")
 
     def draw_problems(self, split, limit, rng):
-        splits = {"cold", "train"} if split == "train" else {split}  # there is no cold start
         problems = []
         for a, b in itertools.combinations_with_replacement(range(1, 13), 2):
             for target in sorted({a + b, b - a, a * b}):
                 problem = CountdownProblem(0, (a, b), target)
-                if split_of(self.problem_key(problem)) in splits:
+                if split_of(self.problem_key(problem)) in FILE_SPLITS[split]:
                     problems.append(replace(problem, numbers=tuple(rng.sample((a, b), 2))))
         rng.shuffle(problems)
         return [replace(problem, id=i) for i, problem in enumerate(problems[:limit])]

@@ -782,6 +782,8 @@ SETTINGS_OF_COMMANDS = {
 WRONG_VALUES = {  # values that a setting cannot have
     **dict.fromkeys(("steps", "batch_size", "updates", "save_every", "max_new_tokens"), (0, -1)),
     **dict.fromkeys(("num_samples", "num_problems", "max_attempts", "cache_tokens"), (0, -1)),
+    "log_failures": (0, -1),
+    **dict.fromkeys(("lora_rank", "curve"), (-1,)),
     **dict.fromkeys(("group_size", "limit"), (1, 0, -1)),
     "seed": (-1,),
     **dict.fromkeys(
@@ -791,7 +793,7 @@ WRONG_VALUES = {  # values that a setting cannot have
     "max_grad_norm": (0.0, -1.0, math.nan, math.inf),  # With 0, nothing would be trained.
     **dict.fromkeys(("loss_type", "dtype", "split"), ("nonsense", "")),
 }
-OPTIONAL = ("data", "name", "cache_tokens", "limit", "num_problems", "failures")
+OPTIONAL = ("data", "name", "cache_tokens", "limit", "num_problems", "failures", "log_failures")
 
 
 def flag_of(name: str) -> str:
@@ -1007,7 +1009,6 @@ def test_a_settings_file_that_is_not_an_object_is_named(runs_folder, capsys, con
         ("eval --model .", "No such file or directory: 'config.json'"),
         ("eval --model {folder} --data nowhere.json", "nowhere.json: no such file"),
         ("eval --model {folder} --task apigen", "Salesforce/xlam-function-calling-60k"),
-        ("eval --model {folder}", "Jiayi-Pan/Countdown-Tasks-3to4"),
         ("eval --model {folder} --split cold", "--split"),
         ("eval --model tiny --max-new-tokens 300", "use a lower --max-new-tokens"),
         ("eval --task apigen", "for other tasks use --model"),

@@ -8,13 +8,14 @@ import random
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 
 import pytest
 from conftest import countdown_file
 
+import r3
 import tasks
 from tasks import (
     Countdown,
@@ -383,6 +384,122 @@ def test_problems_and_dialogues_never_change(tmp_path):
     ]
     digest = hashlib.sha256(json.dumps(dialogues).encode()).hexdigest()
     assert digest[:16] == "27a8d4354981d4cc"
+
+
+@cache
+def all_values(numbers: tuple[int, ...]) -> dict[Fraction, str]:
+    """All integers that the numbers make, each with an expression. A brute force for comparison: it
+    divides the numbers into two groups in every way, and uses exact fractions. Intermediate results
+    must be integers, but may be negative."""
+    if len(numbers) == 1:
+        return {Fraction(numbers[0]): str(numbers[0])}
+    values = {}
+    for in_left in itertools.product((True, False), repeat=len(numbers)):
+        left = tuple(itertools.compress(numbers, in_left))
+        right = tuple(itertools.compress(numbers, (not flag for flag in in_left)))
+        if left and right:
+            operands = itertools.product(all_values(left).items(), all_values(right).items())
+            for (a, a_text), (b, b_text) in operands:
+                results = {"+": a + b, "-": a - b, "*": a * b, "/": b and a / b}
+                for symbol, result in results.items():
+                    if result.denominator == 1 and (symbol != "/" or b != 0):
+                        values[result] = f"({a_text} {symbol} {b_text})"
+    return values
+
+
+@pytest.mark.parametrize("num_numbers", [3, 4])
+def test_drawn_countdown_problems_can_be_solved(num_numbers):
+    drawn = Countdown().load(split="all", limit=600, seed=1)
+    problems = [problem for problem in drawn if len(problem.numbers) == num_numbers]
+    assert len(problems) > 250
+    for problem in problems:
+        expression = all_values(problem.numbers)[problem.target]
+        assert reason(expression, problem) == "correct"
+
+
+def test_the_splits_of_drawn_countdown_problems_share_no_numbers():
+    """A pretrained model has no cold start, so "train" includes the problems of "cold"."""
+    split_of_numbers: dict[tuple, str] = {}
+    for split in ("train", "dev", "test"):
+        for problem in Countdown().load(split=split, limit=1_000):
+            assert split_of_numbers.setdefault(sorted_numbers(problem), split) == split
+    shares = Counter(
+        tasks.split_of(Countdown().problem_key(problem))
+        for problem in Countdown().load(split="train", limit=2_000)
+    )
+    assert set(shares) == {"cold", "train"}
+    assert shares["cold"] / 2_000 == pytest.approx(55 / 71, abs=0.04)
+    everything = Countdown().load(split="all", limit=1_000)
+    assert {tasks.split_of(Countdown().problem_key(p)) for p in everything} == {*tasks.SPLITS}
+    with pytest.raises(ValueError, match="no split 'cold': choose one of train, dev, test, all"):
+        Countdown().load(split="cold")
+    with pytest.raises(ValueError, match="no split 'all': choose one of cold, train, dev, test"):
+        TinyCountdown().load(split="all")
+
+
+def test_a_draw_of_countdown_problems_is_determined_by_its_seed():
+    load = partial(Countdown().load, split="dev")
+    problems = load(limit=40, seed=3)
+    assert problems == load(limit=40, seed=3)
+    assert load(limit=7, seed=3) == problems[:7] and load(limit=1, seed=3) == problems[:1]
+    problem_keys = [
+        {(sorted_numbers(problem), problem.target) for problem in load(limit=40, seed=seed)}
+        for seed in (3, 4)
+    ]
+    assert len(set.union(*problem_keys)) > 75  # another seed draws other problems
+    assert len(load()) == 1_000
+
+
+def test_drawn_countdown_problems_are_distinct_and_in_range():
+    problems = Countdown().load(split="train")
+    assert [problem.id for problem in problems] == [*range(30_000)]
+    assert len({(sorted_numbers(p), p.target) for p in problems}) == 30_000
+    assert {problem.target for problem in problems} == {*range(10, 100)}
+    assert {number for problem in problems for number in problem.numbers} == {*range(1, 100)}
+    for value in (value for p in problems for value in (*p.numbers, p.target)):
+        assert type(value) is int
+    lengths = Counter(len(problem.numbers) for problem in problems)
+    assert set(lengths) == {3, 4} and lengths[3] / 30_000 == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "task_class, split, digest",
+    [
+        (Countdown, "train", "12f142a7"),
+        (Countdown, "dev", "70eaa724"),
+        (Countdown, "test", "52dab3a0"),
+        (TinyCountdown, "train", "7446ac8f"),
+        (TinyCountdown, "dev", "caea167c"),
+        (TinyCountdown, "test", "56f15ac6"),
+    ],
+)
+def test_drawn_problems_never_change(task_class, split, digest):
+    """A resumed run draws its problems again, and results are compared on the same problems."""
+    problems = task_class().load(split=split, limit=300, seed=0)
+    text = json.dumps([[problem.numbers, problem.target] for problem in problems])
+    assert hashlib.sha256(text.encode()).hexdigest()[:8] == digest
+
+
+def test_countdown_is_downloaded_only_if_it_is_asked_for(tmp_path, folder, monkeypatch):
+    """--data with a hub id uses exactly the problems of that dataset."""
+    config = replace(r3.PAPER, model=str(folder), device="cpu", dtype="float32", max_new_tokens=40)
+    task, requests = r3.load_task(config), []
+
+    def local_path(hub_id, files, repo_type):
+        requests.append((hub_id, repo_type))
+        return tmp_path / "dataset"
+
+    monkeypatch.setattr(r3, "local_path", local_path)
+    drawn = r3.load_problems(config, task, "dev", 20)
+    assert drawn == Countdown().load(split="dev", limit=20) and requests == []
+    (tmp_path / "dataset").mkdir()
+    countdown_file(tmp_path / "dataset" / "train.jsonl")
+    config.data = "Jiayi-Pan/Countdown-Tasks-3to4"
+    problems = r3.load_problems(config, task, "all", None)
+    assert requests == [(config.data, "dataset")]
+    records = map(json.loads, (tmp_path / "dataset" / "train.jsonl").read_text().splitlines())
+    expected = [(i, tuple(r["nums"]), r["target"]) for i, r in enumerate(records)]
+    assert sorted((p.id, p.numbers, p.target) for p in problems) == expected
 
 
 @dataclass(frozen=True)
