@@ -96,8 +96,8 @@ def train(
         # Log the step, then save: a checkpoint must never be ahead of the logs.
         step += 1
         update_seconds = time.perf_counter() - start_time - rollout_seconds
-        seconds = {"rollout": rollout_seconds, "update": update_seconds}
-        metrics = {**rollout_metrics(groups), **metrics, "lr": lr, "seconds": seconds}
+        metrics = {**rollout_metrics(groups), **metrics, "lr": lr}
+        metrics["seconds"] = {"rollout": rollout_seconds, "update": update_seconds}
         yield step, metrics
         append_jsonl(folder / "timings.jsonl", {"step": step, **metrics.pop("seconds")})
         append_jsonl(folder / "metrics.jsonl", {"step": step, **metrics})
@@ -905,7 +905,9 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 # -- The checkpoint --------------------------------------------------------------------------------
-LOGS = ("metrics.jsonl", "samples.jsonl", "timings.jsonl")
+# The logs that are cut back to the checkpoint when a run resumes. In timings.jsonl, a step that was
+# done twice stays there twice.
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 def save_checkpoint(folder: Path, step: int, optimizer: MasterAdamW, state: dict) -> None:

@@ -581,7 +581,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tiny, task, tmp_path, monkey
     broken, found = conversations_of(broken_rows, mixed(2, 3)), []
     prepare(monkeypatch, [good, good, broken])
     config = TrainConfig(steps=4, batch_size=2, group_size=3, beta=0.0, lr=1e-3, save_every=1)
-    with pytest.raises(ValueError, match="the gradient is not finite; try a lower --lr"):
+    with pytest.raises(ValueError, match="the gradient is not finite"):
         for _ in grpo.train(agent_of(tiny, task), None, failures_of(good), config, tmp_path):
             found.append(weights(model))
     assert len(found) == 3 and torch.equal(weights(model), found[2])
@@ -620,31 +620,40 @@ def test_nothing_to_learn_is_no_step(tiny):
 
 
 def test_gradients_add_up_in_float32(tiny):
-    """256 small gradients to a large one: in bfloat16 each would round away."""
+    """256 small gradients and a large one: in bfloat16, each small one would be rounded to zero.
+    Only those that are gathered together with the large one are."""
     model = tiny[0].bfloat16()
     optimizer = MasterAdamW(model, 1e-3)
     for number in range(257):
         for p in model.parameters():
-            p.grad = torch.full_like(p, 2**-9 if number else 1.0)
+            gradient = torch.full_like(p, 2**-9 if number else 1.0)
+            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
         optimizer.accumulate_gradients()
-        assert all(p.grad is None for p in model.parameters())
+        is_gathered = (number + 1) % grpo.MAX_GATHERED > 0
+        assert all((p.grad is not None) == is_gathered for p in model.parameters())
+    optimizer.move_gradients()
+    lost = (grpo.MAX_GATHERED - 1) * 2**-9
     for master in optimizer.masters:
         assert master.dtype == master.grad.dtype == torch.float32
-        assert (master.grad == 1.5).all()
+        assert (master.grad == 1.5 - lost).all()
 
 
 def test_a_steps_gradients_add_up_in_float32(tiny, task, tmp_path, monkeypatch):
-    """What the backward pass of each group of a bfloat16 model gives is summed in float32."""
+    """The gradients of two groups of a bfloat16 model are added up in bfloat16, and their sums in
+    float32."""
+    monkeypatch.setattr(grpo, "MAX_GATHERED", 2)
     model = copy.deepcopy(tiny[0]).bfloat16()
     groups, wanted = conversations_of(draw_groups(tiny[0], GROUPS, 4), mixed(5, 4)), 0.0
     lengths = torch.tensor([[len(c.reflection.tokens) for c in group] for group in groups])
-    for group, w in zip(groups, token_weights(lengths, "dapo", MAX_NEW_TOKENS), strict=True):
-        rows = pack_group(group)
-        A = group_advantages(torch.tensor([[float(c.retry_verdict.correct) for c in group]]))[0]
+    for i, w in enumerate(token_weights(lengths, "dapo", MAX_NEW_TOKENS)):
+        rows = pack_group(groups[i])
+        correct = [[float(c.retry_verdict.correct) for c in groups[i]]]
+        A = group_advantages(torch.tensor(correct))[0]
         new = token_logprobs(model, rows)
         grpo_loss(new, rows.old_logprobs, None, A, rows.mask, w.to(new), beta=0.0).backward()
-        wanted = wanted + torch.cat([p.grad.flatten().float() for p in model.parameters()])
-        model.zero_grad(set_to_none=True)
+        if i in (1, 3, 4):
+            wanted = wanted + torch.cat([p.grad.flatten().float() for p in model.parameters()])
+            model.zero_grad(set_to_none=True)
     gradients = prepare(monkeypatch, [groups])
     config = TrainConfig(steps=1, batch_size=5, group_size=4, beta=0.0)
     agent = agent_of((model, tiny[1]), task)
@@ -1045,6 +1054,7 @@ def test_a_resumed_run_is_one_that_never_stopped(
         assert (folder / "checkpoint.safetensors").exists() == (until >= 3)
         assert torch.equal(run(agent, failures, folder, model, **changes), whole)
         names = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
+        names.remove(Path("timings.jsonl"))  # all other files depend on the seed alone
         assert Path("checkpoint.safetensors") in names
         for name in names:
             same = (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

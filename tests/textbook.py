@@ -126,6 +126,7 @@ def prepare(monkeypatch, steps: list[list[list[Conversation]]]) -> list[Tensor]:
     update = grpo.MasterAdamW.update
 
     def recorded_update(optimizer, lr: float, max_grad_norm: float) -> float:
+        optimizer.move_gradients()
         each = [torch.zeros_like(m) if m.grad is None else m.grad for m in optimizer.masters]
         gradients.append(torch.cat([gradient.flatten() for gradient in each]))
         return update(optimizer, lr, max_grad_norm)
