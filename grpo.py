@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 
-from model import KVCache, Model, Tokenizer, generate, replace_file
+from model import DivergenceError, KVCache, Model, Tokenizer, generate, replace_file
 from tasks import Task, Verdict
 
 
@@ -67,6 +67,8 @@ def train(
     policy.gradient_checkpointing = config.checkpointing
     optimizer = MasterAdamW(policy, config.lr, config.offload)
     step, state = load_checkpoint(folder, optimizer)
+    if step > config.steps:
+        raise ValueError(f"the checkpoint in {folder} is of step {step}, beyond {config.steps}")
     stream = FailureStream(failures, agent.seed, position=state.get("position", 0))
     if step == 0:
         metrics: dict[str, Any] = {}
@@ -152,10 +154,6 @@ def backpropagate_step(
         optimizer.accumulate_gradients()
         terms.append(loss_terms(loss, *inputs, clip=config.clip))
     return loss_metrics(terms)
-
-
-class DivergenceError(ValueError):
-    """Training has produced numbers that are not finite. A lower learning rate may help."""
 
 
 @torch.no_grad()
@@ -659,6 +657,7 @@ class FailureStream:
         no failures."""
         if not self.failures:
             raise ValueError("there are no failures to train on")
+        size = min(size, len(self.failures))
         epoch, start = divmod(self.position, len(self.failures))
         order: list[Conversation] = []  # from the beginning of this epoch
         while len(order) < start + size:
@@ -792,6 +791,8 @@ def from_json(record: dict, agent: Agent) -> Conversation:
     log-probabilities are not restored. Raises KeyError if a field is missing, and ValueError or
     TypeError if the record does not fit the agent's task or tokenizer."""
     problem = agent.task.parse_record(record["problem"])
+    if type(problem.id) is not int or problem.id < 0:
+        raise ValueError(f"the problem's id {problem.id!r} must be a non-negative integer")
     for name in ("attempt_index", "reflection_index"):
         if type(record[name]) is not int or record[name] < 0:
             raise ValueError(f"{name} {record[name]!r} must be a non-negative integer")
@@ -934,7 +935,7 @@ def load_checkpoint(folder: Path, optimizer: MasterAdamW) -> tuple[int, dict]:
     if path.exists():
         try:
             step, lengths, state = read_checkpoint(path, optimizer)
-        except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        except Exception as error:  # A damaged file can raise errors of many types.
             raise ValueError(f"{path} is damaged or belongs to another model: {error}") from None
         optimizer.copy_to_weights()
     for log in (folder / name for name in LOGS):
@@ -948,14 +949,17 @@ def read_checkpoint(path: Path, optimizer: MasterAdamW) -> tuple[int, dict, dict
     """Read masters and moments into the optimizer; return step, lengths of the logs, and state."""
     with safetensors.safe_open(path, "pt") as file:
         record = json.loads(file.metadata()["run"])
-        step, lengths, state = record["step"], record["logs"], record["state"]
+        step, lengths, state = int(record["step"]), dict(record["logs"]), dict(record["state"])
         keys = list(file.keys())  # "0.weight", "0.step", "0.exp_avg", "0.exp_avg_sq", "1.weight", …
         names = {key.partition(".")[2] for key in keys}
         if len(keys) != len(names) * len(optimizer.masters):
             raise ValueError("it has the wrong number of tensors")
         for i, master in enumerate(optimizer.masters):
             tensors = {name: file.get_tensor(f"{i}.{name}") for name in names}
-            master.data.copy_(tensors.pop("weight").view_as(master))
+            for name, tensor in tensors.items():
+                if tensor.shape != (() if name == "step" else master.shape):
+                    raise ValueError(f"{i}.{name} has the shape {tuple(tensor.shape)}")
+            master.data.copy_(tensors.pop("weight"))
             # Copy the moments, too, so that nothing depends on the open file.
             moments = {name: x.to(master.device, copy=True) for name, x in tensors.items()}
             optimizer.state[master] = moments

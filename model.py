@@ -497,7 +497,7 @@ class Model(nn.Module):
         try:
             with torch.device("meta"):  # do not allocate or initialize memory
                 model = cls(read_json(path / "config.json")).to(dtype)
-        except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
             raise ValueError(f"{path / 'config.json'} is incomplete: {error!r}") from None
         if str(device) != "meta":
             model.to_empty(device=device).tie()  # to_empty has separated the shared matrix
@@ -681,6 +681,10 @@ def shared_context_attention(q: Tensor, context: Tensor, suffix: Tensor, mask: T
 MAX_ATTENTION_SCORES = 2**26
 
 
+class DivergenceError(ValueError):
+    """The model, or its training, has produced numbers that are not finite."""
+
+
 @dataclass
 class Generation:
     """The result of `generate`."""
@@ -722,8 +726,8 @@ def generate(
     cache: the one that was returned for the previous turn. It is not changed, and requires
         num_samples = 1.
 
-    Raises ValueError for arguments that are not valid (see `check_arguments`), for a conversation
-    that might exceed the context length, and for logits that are nan or infinite.
+    Raises ValueError for arguments that are not valid (see `check_arguments`) and for a conversation
+    that might exceed the context length, and DivergenceError for logits that are nan or infinite.
     """
     if rng_keys is None:
         rng_keys = [(p, s) for p in range(len(prompts)) for s in range(num_samples)]
@@ -765,7 +769,7 @@ def generate(
     turn_logprobs = split_turns(logprobs, lengths, num_samples)
     # This is not checked after every token, which would force as many GPU syncs.
     if not all(math.isfinite(x) for samples in turn_logprobs for turn in samples for x in turn):
-        raise ValueError(
+        raise DivergenceError(
             f"the model's logits, divided by the temperature of {temperature}, are nan or too "
             "large: the model has diverged, or the temperature is too close to 0"
         )
@@ -971,12 +975,19 @@ def local_path(path_or_id: str | Path, files: list[str], repo_type: str = "model
         message += "then log in with `hf auth login`"
     except hub_errors.RepositoryNotFoundError:
         message += f", and {page} does not exist (if it is private, log in with `hf auth login`)"
-    except hub_errors.LocalEntryNotFoundError as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        message += f"; it has not been downloaded before, and the hub cannot be reached: {reason}"
-    except Exception as error:  # there are many, for example a full disk
-        reason = " ".join(str(error).split())[:300]  # in a single line
-        message += f", and the download from the hub failed: {reason}"
+    except Exception as error:  # There are many, for example a full disk.
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:300]  # in a single line
+        if getattr(getattr(cause, "response", None), "status_code", None) == 401:
+            message += ", and the hub refuses your token: log in again with `hf auth login`, "
+            message += "or unset HF_TOKEN"
+        elif hasattr(error, "snapshot_path"):  # Only a part of the files has been downloaded.
+            message += f"; its download is incomplete, and the hub cannot be reached: {reason}"
+        elif isinstance(error, hub_errors.LocalEntryNotFoundError):
+            message += "; it has not been downloaded before, and the hub cannot be reached: "
+            message += reason
+        else:
+            message += f", and the download from the hub failed: {reason}"
     raise FileNotFoundError(message)
 
 
@@ -985,7 +996,7 @@ def read_json(path: Path) -> dict:
     if it contains something else; the message includes the path."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not contain a JSON object")
@@ -1048,13 +1059,18 @@ class Tokenizer:
         for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
             token = settings.get(name)  # a string, or a dict {"content": string, …}
             if token is not None:
-                self.special_tokens[name] = token["content"] if isinstance(token, dict) else token
+                content = token.get("content") if isinstance(token, dict) else token
+                if not isinstance(content, str):
+                    raise ValueError(f"{name} {token!r} in tokenizer_config.json is not a text")
+                self.special_tokens[name] = content
         eos_ids = generation_config.get("eos_token_id")  # an id, a list of ids, or None
         if not isinstance(eos_ids, list):
             eos_ids = [eos_ids]
         eos_id = tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
-        different_ids = dict.fromkeys([*eos_ids, eos_id])
-        self.stop_ids: list[int] = [i for i in different_ids if i is not None]
+        candidates = [i for i in [*eos_ids, eos_id] if i is not None]
+        if not all(type(i) is int and i >= 0 for i in candidates):
+            raise ValueError(f"eos_token_id {eos_ids} must be a token id or a list of token ids")
+        self.stop_ids: list[int] = list(dict.fromkeys(candidates))
         if not self.stop_ids:
             raise ValueError(
                 "generation_config.json, config.json, and tokenizer_config.json name no stop token"

@@ -42,7 +42,15 @@ from tqdm import tqdm
 
 import grpo
 from grpo import Agent, Conversation, append_jsonl, attempt_all, longest_first, next_batch, rollout
-from model import Model, Tokenizer, local_path, read_json, replace_file, tiny_model
+from model import (
+    DivergenceError,
+    Model,
+    Tokenizer,
+    local_path,
+    read_json,
+    replace_file,
+    tiny_model,
+)
 from tasks import TASKS, Task, TinyCountdown
 
 RUNS = Path("runs")
@@ -80,11 +88,16 @@ class Config(grpo.TrainConfig):
         if self.temperature == 0:
             self.num_samples = self.max_attempts = 1  # Greedy attempts are all the same.
         for name, setting in SETTINGS.items():  # SETTINGS, below, is made from this class.
-            setting.check(f"--{name.replace('_', '-')}", getattr(self, name))
+            setting.check(flag_name(name), getattr(self, name))
         if self.task not in TASKS:
             raise ValueError(f"--task {self.task}: must be one of {', '.join(TASKS)}")
         if self.name is not None and not re.fullmatch(r"\w[\w .+-]*(/\w[\w .+-]*)*", self.name):
             raise ValueError(f"--name {self.name}: must be the name of a folder within {RUNS}/")
+
+
+def flag_name(setting: str) -> str:
+    """num_samples -> --num-samples"""
+    return f"--{setting.replace('_', '-')}"
 
 
 class Setting(NamedTuple):
@@ -120,7 +133,7 @@ LOWEST = {
     "group_size": 2, "limit": 2,  # A standard deviation needs at least two values.
     "max_grad_norm": 1e-9,
 }  # fmt: skip
-HIGHEST = {"warmup": 1}
+HIGHEST = {"warmup": 1, "clip": 1e30, "seed": 2**63 - 1}
 
 
 def read_setting(name: str, annotation: Any) -> Setting:
@@ -526,7 +539,7 @@ def load_agent(config: Config, task: Task, training: bool = False) -> Agent:
     or the memory does not suffice."""
     try:
         torch.zeros(1, device=config.device).item()
-    except (RuntimeError, AssertionError):
+    except Exception:  # of a type that depends on the device
         raise ValueError(f"--device {config.device} is not available here") from None
     cache_tokens = check_memory(config, load_shapes(config, task), training)
     path = model_path(config, task)
@@ -777,7 +790,7 @@ def play_command(config: Config) -> None:
                     raise ValueError(f"the problems are numbered from 0 to {len(problems) - 1}")
                 problem = problems[int(line)]
             else:
-                problem = agent.task.parse_input(line)
+                [problem] = drop_long_problems(agent, [agent.task.parse_input(line)])
             [conversation] = attempt_all(agent, [problem], 1, rng_prefix)
         except (ValueError, OSError) as error:
             print(f"  {error}")
@@ -809,7 +822,7 @@ def show_command(folder: Path | None, step: int | None, limit: int) -> None:
     """Read what was sampled at a step: the reflections, their advantages, and the retries. Groups
     with mixed rewards, the ones that R3 learns from, come first. On a terminal, reflections with a
     positive advantage are green, those with a negative one red, and what is not trained is dim."""
-    folder = folder or newest_file("*/samples.jsonl").parent
+    folder = folder or newest_file("**/samples.jsonl").parent
     path = folder / "samples.jsonl"  # written by train
     if not path.is_file():
         path = folder / "conversations.jsonl"  # written by eval
@@ -887,9 +900,9 @@ def plot_command(folders: list[Path]) -> None:
     """Plot the curves of a training run to curves.png, or those of several runs for comparison."""
     from matplotlib.figure import Figure  # imported here because most commands do not need it
 
-    folders = folders or [newest_file("*/samples.jsonl").parent]
+    folders = folders or [newest_file("**/samples.jsonl").parent]
     path = folders[0] / "curves.png" if len(folders) == 1 else Path("curves.png")
-    runs = {folder.name: list(read_jsonl(folder / "metrics.jsonl", "step")) for folder in folders}
+    runs = {str(folder): list(read_jsonl(folder / "metrics.jsonl", "step")) for folder in folders}
     measured = {name for records in runs.values() for record in records for name in record}
     panels = [name for name in PANELS if name in measured]
     if not panels:
@@ -920,8 +933,8 @@ def plot_command(folders: list[Path]) -> None:
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Make a run's folder, and lock it within a `with` block, so that no other process can use it.
-    The operating system releases the lock even if the process is killed. Temporary files that a
-    killed process left are deleted. Raises ValueError if another process has the lock."""
+    The operating system releases the lock even if the process is killed. Raises ValueError if
+    another process has the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
@@ -930,8 +943,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
         hint = "wait for it, or choose another --name"
         raise ValueError(f"another process is using {folder}; {hint}") from None
     try:
-        for leftover in [*folder.rglob(".tmp*"), *folder.rglob("*.tmp")]:
-            leftover.unlink()
         yield
     finally:
         if [path.name for path in folder.iterdir()] == [".lock"]:  # The command wrote no file.
@@ -942,15 +953,24 @@ def locked_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def delete_temporary_files(folder: Path) -> None:
+    """Delete the temporary files that a killed process left in the folder of its run."""
+    for directory in (folder, folder / "model"):
+        for pattern in ("*.json.tmp", "*.jsonl.tmp", "*.safetensors.tmp", ".tmp??????"):
+            for leftover in directory.glob(pattern):
+                leftover.unlink()
+
+
 def new_folder(command: str, config: Config) -> Path:
     """The folder of a new run: --name, or else a unique name that is made from the time."""
     if config.name:
         return RUNS / config.name
     name = f"{command}-{config.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, number = RUNS / name, 1
+    RUNS.mkdir(parents=True, exist_ok=True)
     while True:
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:  # Another run started in the same second.
             number += 1
@@ -983,7 +1003,7 @@ def load_config(folder: Path, command: str) -> Config:
     unknown = record.keys() - SETTINGS.keys()
     if unknown:
         names = ", ".join(sorted(unknown))
-        raise ValueError(f"{path} has settings of another version of this code: {names}")
+        raise ValueError(f"{path} has settings of another version of this code: {names!r}")
     Config(**record)  # Check the values, because default_config opens the model's folder.
     config = replace(default_config(record.get("model", "tiny")), **record)
     return config
@@ -1004,6 +1024,27 @@ def check_resumable(folder: Path, config: Config) -> None:
         )
 
 
+def resumed_config(folder: Path, command: str, flags: dict[str, Any]) -> Config:
+    """The settings of a run that is resumed, with the given flags. Raises ValueError for a flag
+    that could change the result, and OSError or ValueError if the run cannot be resumed."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"--resume {folder}: this is not the folder of a run")
+    for name in flags:
+        if name not in RESUME_FLAGS:
+            allowed = ", ".join(map(flag_name, RESUME_FLAGS))
+            message = "cannot be given with --resume, which uses the settings of the run"
+            raise ValueError(f"{flag_name(name)} {message}; it allows only {allowed}")
+    config = replace(load_config(folder, command), **flags)
+    if command == "train":
+        check_resumable(folder, config)
+    return config
+
+
+def resume_command(command: str, folder: Path) -> str:
+    """The command that resumes an interrupted run."""
+    return f"{program()} {command} --resume {shlex.quote(str(folder))}"
+
+
 def restart_command(config: Config, folder: Path, **changes: Any) -> str:
     """The command that starts a new run with a run's settings, some changes, and its failures."""
     changes |= {"failures": str(folder / "failures.jsonl"), "name": None}
@@ -1014,14 +1055,27 @@ def flags_for(config: Config) -> str:
     """The flags that give these settings on the command line."""
     defaults, flags = default_config(config.model), []
     for name, value in asdict(config).items():
-        # --model is always given, because the other defaults depend on it.
-        if value != getattr(defaults, name) or (name == "model" and value != "tiny"):
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, bool):
-                flags.append(flag if value else flag.replace("--", "--no-", 1))
-            elif value is not None:
-                flags.append(f"{flag} {shlex.quote(str(value))}")
+        # The other defaults depend on --model, so it is given unless it is "tiny".
+        if value == (TINY.model if name == "model" else getattr(defaults, name)):
+            continue
+        if isinstance(value, bool):
+            flags.append(flag_name(name) if value else flag_name(f"no_{name}"))
+        elif value is not None:
+            flags.append(f"{flag_name(name)} {shlex.quote(str(value))}")
     return " ".join(flags)
+
+
+def memory_advice(command: str, config: Config | None, folder: Path | None) -> str:
+    """What to do after a command ran out of memory."""
+    if command == "train" and (folder / "failures.jsonl").exists():
+        savings = [name for name in ("checkpointing", "offload") if not getattr(config, name)]
+        if savings:
+            flags = " ".join(map(flag_name, savings))
+            return f"to resume with less: {resume_command(command, folder)} {flags}"
+        if not config.lora_rank:
+            again = restart_command(config, folder, lora_rank=32, lr=10 * config.lr)
+            return f"to train adapters instead of all weights: {again}"
+    return "use a lower --cache-tokens, --max-new-tokens or --group-size"
 
 
 def is_tiny(model: str) -> bool:
@@ -1039,10 +1093,11 @@ def default_config(model: str) -> Config:
 
 def play_config(flags: dict[str, Any]) -> Config:
     """The settings of `play`: those of the run whose model it opens, and the given flags."""
-    model = flags.get("model") or str(newest_file("*/model/config.json").parent)
+    model = flags.get("model") or str(newest_file("**/model/config.json").parent)
     run = Path(model).parent
     config = default_config(model)
-    if Path(model).name == "model" and (run / "config.json").is_file():
+    is_run = Path(model).name == "model" and (run / "config.json").is_file()
+    if is_run and read_json(run / "config.json").get("command") == "train":
         config = load_config(run, "train")
     return replace(config, **{**flags, "model": model})
 
@@ -1093,7 +1148,7 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
                 options = {"action": argparse.BooleanOptionalAction}
             elif setting.choices or name == "task":
                 options = {"choices": setting.choices or list(TASKS)}
-            group.add_argument(f"--{name.replace('_', '-')}", help=help_text, **options)
+            group.add_argument(flag_name(name), help=help_text, **options)
 
 
 def read_command_line(argv: list[str] | None) -> dict[str, Any]:
@@ -1120,81 +1175,62 @@ def read_command_line(argv: list[str] | None) -> dict[str, Any]:
 
 def program() -> str:
     """How this program was started, for usage lines and hints that can be copied."""
-    return f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else "python r3.py"
+    script = sys.argv[0] if sys.argv[0].endswith(".py") else "r3.py"
+    return f"python {shlex.quote(script)}"
+
+
+def script_name() -> str:
+    """The name of this program's file, for error messages."""
+    return Path(shlex.split(program())[1]).name
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command. An error that a user can fix is reported in one line."""
     flags = read_command_line(argv)
     command, resume = flags.pop("command"), flags.pop("resume", None)
-    folder = None
-    script = Path(program().removeprefix("python ")).name
+    config, folder = None, None
+    for stream in (sys.stdout, sys.stderr):  # Some terminals cannot show all characters.
+        stream.reconfigure(errors="replace")
     try:
         if command in ("show", "plot"):
             return COMMANDS[command](**flags)
         if command == "play":
             return play_command(play_config(flags))
-        if resume and not (resume / "config.json").is_file():
-            raise FileNotFoundError(f"--resume {resume}: this is not the folder of a run")
-        config = None if resume else new_config(flags)
+        config = resumed_config(resume, command, flags) if resume else new_config(flags)
         folder = resume or new_folder(command, config)
         with locked_folder(folder):
             if resume:
-                config = resumed_config(folder, command, flags)
+                delete_temporary_files(folder)
             elif (folder / "config.json").exists():
-                hint = "choose another --name"
-                if command in RESUMABLE:
-                    hint += f", or resume it: {program()} {command} --resume {folder}"
-                raise ValueError(f"{folder} exists: {hint}")
+                hint = f", or resume it: {resume_command(command, folder)}"
+                hint = hint if command in RESUMABLE else ""
+                raise ValueError(f"{folder} exists: choose another --name{hint}")
             COMMANDS[command](config, folder)
+    except BrokenPipeError:  # `head`, for example, has closed the pipe
+        # Discard the rest, so that Python's flush at exit does not fail, too.
+        for descriptor in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        if command not in ("show", "plot"):
+            sys.exit(1)  # The command was not finished.
     except (KeyboardInterrupt, EOFError):
         if command == "play":
             return print()
+        begun = command in RESUMABLE and folder and (folder / "config.json").exists()
+        hint = f"; to resume: {resume_command(command, folder)}" if begun else ""
+        sys.exit(f"\n{script_name()}: interrupted{hint}")
+    except DivergenceError as error:
         hint = ""
-        if command in RESUMABLE and folder and (folder / "config.json").exists():
-            hint = f"; to resume: {program()} {command} --resume {folder}"
-        sys.exit(f"\n{script}: interrupted{hint}")
-    except BrokenPipeError:  # `head`, for example, has closed the pipe
-        # Discard the rest, so that Python's flush at exit does not fail, too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except grpo.DivergenceError as error:
-        hint = (
-            f"a lower learning rate may help: {restart_command(config, folder, lr=config.lr / 3)}"
-        )
-        sys.exit(f"{script}: {error}; {hint}")
+        if command == "train" and (folder / "metrics.jsonl").exists():
+            again = restart_command(config, folder, lr=float(f"{config.lr / 3:.2g}"))
+            hint = f"; to start again with a lower learning rate: {again}"
+        sys.exit(f"{script_name()}: {error}{hint}")
     except (ValueError, OSError) as error:
-        sys.exit(f"{script}: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit(f"{script}: out of GPU memory; {memory_advice(command, config, folder)}")
-
-
-def resumed_config(folder: Path, command: str, flags: dict[str, Any]) -> Config:
-    """The settings of a run that is resumed, with the given flags. Raises ValueError for a flag
-    that could change the result, or if the run cannot be resumed."""
-    for name in flags:
-        if name not in RESUME_FLAGS:
-            allowed = ", ".join(f"--{flag.replace('_', '-')}" for flag in RESUME_FLAGS)
-            raise ValueError(
-                f"--{name.replace('_', '-')} cannot be changed by --resume, which keeps the "
-                f"settings of the run; it allows only {allowed}"
-            )
-    config = replace(load_config(folder, command), **flags)
-    if command == "train":
-        check_resumable(folder, config)
-    return config
-
-
-def memory_advice(command: str, config: Config, folder: Path | None) -> str:
-    """What to do after a command ran out of GPU memory."""
-    if command == "train" and (folder / "failures.jsonl").exists():
-        savings = [name for name in ("checkpointing", "offload") if not getattr(config, name)]
-        if savings:
-            flags = " ".join(f"--{name}" for name in savings)
-            return f"to resume with less: {program()} train --resume {folder} {flags}"
-        if not config.lora_rank:
-            command = restart_command(replace(config, lr=10 * config.lr), folder, lora_rank=32)
-            return f"to train adapters instead of all weights: {command}"
-    return "use a lower --cache-tokens, --max-new-tokens or --group-size"
+        sys.exit(f"{script_name()}: {error}")
+    except (MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not out_of_memory and "can't allocate memory" not in str(error):  # PyTorch on a CPU
+            raise
+        sys.exit(f"{script_name()}: out of memory; {memory_advice(command, config, folder)}")
 
 
 if __name__ == "__main__":

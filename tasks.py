@@ -112,7 +112,14 @@ class Task:
         files = [path]
         if path.is_dir():
             suffixes = (".json", ".jsonl", ".parquet")
-            files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
+            files = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix in suffixes
+                and file.is_file()
+                and not file.name.startswith(".")
+                and file.name != "dataset_infos.json"  # of the hub: it has no problems
+            )
         problems = []
         for file in files:
             for location, record in read_records(file):
@@ -149,6 +156,12 @@ class Task:
         """Make a problem from a line that was typed in `play`. If the line is the number of a
         problem, `play` looks it up itself. By default, all other lines raise ValueError."""
         raise ValueError(f"type {self.input_format}")
+
+
+def remove_reasoning(text: str) -> str:
+    """What a model says after its reasoning, which ends with </think>. Reasoning that was truncated
+    has no end, and nothing is said after it."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 # -- Data files and strict JSON --------------------------------------------------------------------
@@ -357,14 +370,15 @@ class Countdown(Task):
         return [{"role": "user", "content": text}], None
 
     def verify(self, problem: CountdownProblem, completion: str) -> Verdict:
-        """Judge the last `<answer> … </answer>` in a completion. It is correct if its exact value
-        is the target and it uses each number exactly once. It may end in "= target".
+        """Judge the last `<answer> … </answer>` after the reasoning. It is correct if its exact
+        value is the target and it uses each number exactly once. It may end in "= target".
 
         >>> problem = CountdownProblem(id=0, numbers=(6, 10, 2), target=32)
         >>> Countdown().verify(problem, "<answer> (10 + 6) * 2 = 32 </answer>")
         Verdict(correct=True, reason='correct')
         """
-        before_closing_tag = completion.rpartition("</answer>")[0]  # "" if there is no such tag
+        answer = remove_reasoning(completion)
+        before_closing_tag = answer.rpartition("</answer>")[0]  # "" if there is no such tag
         _, opening_tag, expression = before_closing_tag.rpartition("<answer>")
         if not opening_tag:
             return Verdict(False, "no_answer")
@@ -684,8 +698,7 @@ def extract_calls(text: str) -> list[tuple[str, str]] | None:
     They may have any of the formats above. Prose around them is ignored, but a second list of calls
     is an error, and so is text that starts like a list of calls but is not one. Calls in <think> do
     not count. Raises ValueError or RecursionError if tags, JSON or calls are malformed."""
-    # Remove the reasoning. If it is truncated, it has no closing tag.
-    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    text = remove_reasoning(text)
     if len(text) > MAX_CALLS_CHARS:
         raise ValueError("the text is too long")
     if python_calls := PYTHON_CALLS.fullmatch(text):
@@ -727,8 +740,12 @@ def parse_python_calls(text: str) -> list[tuple[str, str]]:
         for node in nodes:
             if node.args:
                 raise ValueError("an argument has no name")
-            pairs = [(keyword.arg, ast.literal_eval(keyword.value)) for keyword in node.keywords]
-            calls.append({"name": ast.unparse(node.func), "arguments": parse_json_object(pairs)})
+            # Names are taken from the text, because ast replaces letters such as a full-width a.
+            sources = [ast.get_source_segment(text, keyword) for keyword in node.keywords]
+            names = [source.partition("=")[0].strip() for source in sources]
+            values = [ast.literal_eval(keyword.value) for keyword in node.keywords]
+            arguments = parse_json_object(list(zip(names, values, strict=True)))
+            calls.append({"name": ast.get_source_segment(text, node.func), "arguments": arguments})
         json_calls = STRICT_JSON.decode(json.dumps(calls))
     except (SyntaxError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(f"not a Python list of calls: {error}") from None
