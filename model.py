@@ -726,7 +726,7 @@ def generate(
     cache: the one that was returned for the previous turn. It is not changed, and requires
         num_samples = 1.
 
-    Raises ValueError for arguments that are not valid (see `check_arguments`) and for a conversation
+    Raises ValueError for invalid arguments (see `check_arguments`) and for a conversation
     that might exceed the context length, and DivergenceError for logits that are nan or infinite.
     """
     if rng_keys is None:
