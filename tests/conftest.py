@@ -21,22 +21,35 @@ def task():
     return TinyCountdown()
 
 
-@pytest.fixture
-def tiny(task):
-    """An untrained tiny model, with weights that are large enough to make its choices uneven."""
-    model, tokenizer = tiny_model(task.words(), seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-    return model, tokenizer
-
-
 def one_layer_model(words: list[str], seed: int = 0) -> tuple[Model, Tokenizer]:
     """`tiny_model` without its upper layers, which is three times as fast."""
     model, tokenizer = tiny_model(words, seed)
     small = Model({**model.config_dict, "num_hidden_layers": 1})
     small.load_state_dict(model.state_dict(), strict=False)
     return small, tokenizer
+
+
+def enlarge_weights(model: Model) -> None:
+    """Make the choices of an untrained model uneven."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+
+
+@pytest.fixture
+def tiny(task):
+    """An untrained tiny model, whose choices are uneven."""
+    model, tokenizer = tiny_model(task.words(), seed=1)
+    enlarge_weights(model)
+    return model, tokenizer
+
+
+@pytest.fixture
+def one_layer(task):
+    """The same with one layer, for tests that train."""
+    model, tokenizer = one_layer_model(task.words(), seed=1)
+    enlarge_weights(model)
+    return model, tokenizer
 
 
 def shrink_r3(patch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def check_changed_calls(problem):
 
 def test_drawn_problems_can_be_answered_in_all_formats():
     task = DrawnAPIGen()
-    problems = task.load(split="train", limit=60)
+    problems = task.load(split="train", limit=20)
     assert {len(json.loads(problem.answers)) for problem in problems} == {1, 2, 3}
     for problem in problems:
         check_correct_calls(problem)
@@ -127,7 +127,7 @@ def test_drawn_problems_can_be_answered_in_all_formats():
         assert [tool["function"]["name"] for tool in tools] == offered
         prompt = add_tool_descriptions(messages, tools)[0]["content"]
         assert prompt.endswith(problem.query) and all(name in prompt for name in offered)
-    loaded_again = task.load(split="train", limit=60)
+    loaded_again = task.load(split="train", limit=20)
     assert loaded_again == problems != task.load(split="train", limit=60, seed=1)
     queries = [{problem.query for problem in task.load(split=split)} for split in tasks.SPLITS]
     assert sum(map(len, queries)) == len(set.union(*queries))
@@ -403,9 +403,9 @@ def test_no_calls_are_correct_if_none_are_expected():
        f"<tool_call>{ONE}</tool_call>" * 100_000],
 )  # fmt: skip
 def test_hostile_text_is_rejected_quickly(text):
-    start = time.perf_counter()
+    start = time.process_time()
     assert not task.verify(problem_with(call("add", a=1)), text).correct
-    assert time.perf_counter() - start < 2  # takes at most 0.1 s on an idle machine
+    assert time.process_time() - start < 2  # It takes about 0.1 s.
 
 
 def test_random_text_never_raises_and_is_never_correct():
@@ -414,7 +414,7 @@ def test_random_text_never_raises_and_is_never_correct():
               "<tool_call>", "</tool_call>", "<think>", "</think>", '{"name": "add", ',
               '[{"name": "add", "arguments": {"a": 2}}]']  # fmt: skip
     reasons = Counter()
-    for _ in range(20_000):
+    for _ in range(5_000):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 25)))
         reasons[task.verify(problem_with(call("add", a=1)), text).reason] += 1
     assert reasons["correct"] == 0 and len(reasons) >= 4
@@ -533,11 +533,11 @@ def test_the_data_files_of_a_folder_are_read_in_order(tmp_path):
 def test_the_splits_of_a_file_have_their_shares_and_never_change(tmp_path):
     """Results are reproduced from a file, so the same problems must always be in a split."""
     path = tmp_path / "d.jsonl"
-    path.write_text("".join(f'{{"nums": [1, 2, {i}], "target": 3}}\n' for i in range(10_000)))
+    path.write_text("".join(f'{{"nums": [1, 2, {i}], "target": 3}}\n' for i in range(4_000)))
     problems = {split: Countdown().load(str(path), split=split) for split in FILE_SPLITS}
     for split, share in (("train", 0.71), ("dev", 0.13), ("test", 0.16)):
-        assert abs(len(problems[split]) / 10_000 - share) < 0.015
-    assert sum(map(len, problems.values())) == 10_000 == len(set().union(*problems.values()))
+        assert abs(len(problems[split]) / 4_000 - share) < 0.015
+    assert sum(map(len, problems.values())) == 4_000 == len(set().union(*problems.values()))
     first_ids = {split: sorted(p.id for p in problems[split])[:8] for split in problems}
     assert first_ids["dev"] == [4, 16, 33, 48, 58, 63, 67, 70]
     assert first_ids["test"] == [5, 6, 11, 14, 24, 31, 42, 43]

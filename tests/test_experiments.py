@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentence
 import torch
-from conftest import countdown_file
+from conftest import countdown_file, shrink_r3
 
 import grpo
 import r3
@@ -27,9 +27,9 @@ class LenientAgent(grpo.Agent):
         correct = sum(turn.tokens) % 2 == 0
         return Verdict(correct, "correct" if correct else "wrong_value")
 
-    def sample_turns(self, prompts, *arguments):
+    def sample_turns(self, prompts, *arguments, **options):
         self.prompts = [*self.prompts, *prompts]
-        return super().sample_turns(prompts, *arguments)
+        return super().sample_turns(prompts, *arguments, **options)
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_the_gradient_of_other_turns_is_that_of_the_textbook(agent, failures, tr
     reference = copy.deepcopy(agent.model)
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.7)
-    failures = [experiments.TRAINED[train](**vars(failure)) for failure in failures[:4]]
+    failures = [experiments.TRAINED[train](**vars(failure)) for failure in failures[:3]]
     rollout = experiments.REPLACED.get(train, {}).get("rollout", grpo.rollout)
     groups = rollout(agent, failures, config.group_size, (grpo.TRAIN, 0))
     rng = torch.Generator().manual_seed(0)
@@ -193,7 +193,7 @@ def test_the_gradient_of_other_turns_is_that_of_the_textbook(agent, failures, tr
             turn = getattr(conversation, name)
             noise = 0.3 * torch.randn(len(turn.tokens), generator=rng)
             turn.logprobs = (torch.tensor(turn.logprobs) + noise).tolist()
-    rewards = torch.tensor([float(i % 3 == 0 or i > 9) for i in range(sum(map(len, groups)))])
+    rewards = torch.tensor([float(i % 3 == 0 or i > 7) for i in range(sum(map(len, groups)))])
     rewards = rewards.view(-1, config.group_size)
     expected = textbook_gradient(agent, reference, groups, rewards, config, turn_names)
     optimizer = grpo.MasterAdamW(agent.model, config.lr)
@@ -202,7 +202,7 @@ def test_the_gradient_of_other_turns_is_that_of_the_textbook(agent, failures, tr
     grpo.backpropagate_step(agent, reference, groups, advantages, config, optimizer)
     gradient = torch.cat([p.grad.flatten() for p in agent.model.parameters()])
     assert expected.norm() > 0.01
-    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    assert (gradient - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_training_reflections_is_r3_bit_for_bit(agent, failures, tmp_path):
@@ -224,8 +224,8 @@ def test_resumed_training_ends_with_the_same_weights(agent, failures, tmp_path, 
     config, results = make_config(beta=0.0, save_every=1), []
     save_checkpoint = grpo.save_checkpoint
 
-    def save_and_keep(folder, step, *arguments):
-        save_checkpoint(folder, step, *arguments)
+    def save_and_keep(folder, step, *arguments, **options):
+        save_checkpoint(folder, step, *arguments, **options)
         if step == 1:
             shutil.copy(folder / "checkpoint.safetensors", folder / "at step 1")
 
@@ -257,7 +257,7 @@ def test_shuffled_rewards_are_the_same_rewards_in_another_order(
 ):
     recorded, reward = [], grpo.reward
 
-    def record(path, step, groups, rewards, advantages, tokenizer):
+    def record(path, step, groups, rewards, advantages, *_, **__):
         earned = torch.tensor([[reward(c) for c in group] for group in groups])
         recorded.append((earned, rewards, advantages))
 
@@ -275,7 +275,9 @@ def test_a_reward_needs_a_correct_answer_and_trained_turns_that_ended():
     ended, truncated = Turn([1], [2, 0], truncated=False), Turn([1], [2, 2], truncated=True)
 
     def reward(train, retry_verdict):
-        c = Conversation(None, 0, ended, wrong, 0, truncated, ended, retry_verdict)
+        c = Conversation(
+            None, 0, ended, wrong, reflection=truncated, retry=ended, retry_verdict=retry_verdict
+        )
         return grpo.reward(experiments.TRAINED[train](**vars(c)))
 
     turns = ("reflection", "retry", "both")
@@ -302,17 +304,21 @@ def test_the_examples_in_the_prompts_of_other_tasks_are_correct():
 
 # -- Whole experiments -----------------------------------------------------------------------------
 @pytest.mark.parametrize("model", ["tiny", "letters"])
-def test_the_controls_of_a_run_and_its_other_turns(model, folder, monkeypatch, tmp_path, capsys):
+def test_the_controls_of_a_run_and_its_other_turns(
+    model, folder, base_folder, monkeypatch, tmp_path, capsys
+):
     """The whole experiment in seconds, for the tiny model and for a folder. A second call samples
     nothing."""
-    monkeypatch.setitem(r3.COLD_START, "steps", 8)
+    shrink_r3(monkeypatch)
     monkeypatch.setattr(r3, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(r3, "CURVE_PROBLEMS", 2)
     monkeypatch.setattr(r3, "CURVE_SAMPLES", 1)
+    monkeypatch.setattr(r3, "plot_command", lambda folders: None)  # takes a second
+    shutil.copytree(base_folder, tmp_path / "runs" / base_folder.name)
     monkeypatch.setattr(grpo.Agent, "verify", LenientAgent.verify)
     monkeypatch.chdir(tmp_path)
-    flags = "--steps 2 --batch-size 3 --group-size 3 --limit 5 --num-samples 2"
-    flags += " --max-attempts 1 --num-problems 8 --max-new-tokens 12 --name run"
+    flags = "--steps 2 --batch-size 3 --group-size 3 --limit 4 --num-samples 2"
+    flags += " --max-attempts 1 --num-problems 6 --max-new-tokens 12 --name run"
     data = countdown_file(tmp_path / "countdown.jsonl")
     model_flags = ["--model", str(folder), "--data", data] if model == "letters" else []
     r3.main(["train", *flags.split(), *model_flags])

@@ -181,12 +181,11 @@ replace_file(Path({str(path)!r}), {{"weight": torch.zeros(100_000)}})
 def test_what_a_kill_leaves_behind_is_deleted_by_the_next_write(tmp_path):
     path = tmp_path / "model" / "model.safetensors"
     replace_file(path, WEIGHTS)
-    for _ in range(2):
-        write_and_be_killed(path)
-        assert models.safetensors.torch.load_file(path)["weight"].shape == (1000,)
-        leftovers = set(path.parent.iterdir()) - {path}
-        assert any(leftover.name.startswith(".tmp") for leftover in leftovers)
-        assert len(leftovers) <= 2  # what an earlier kill has left is gone
+    (path.parent / ".tmpAb3xYz").touch()  # what an earlier kill has left
+    write_and_be_killed(path)
+    assert models.safetensors.torch.load_file(path)["weight"].shape == (1000,)
+    leftovers = {leftover.name for leftover in path.parent.iterdir()} - {path.name}
+    assert any(name.startswith(".tmp") for name in leftovers) and ".tmpAb3xYz" not in leftovers
     replace_file(path, WEIGHTS)
     assert list(path.parent.iterdir()) == [path]
 
@@ -322,7 +321,7 @@ def test_the_frequencies_of_rope_equal_transformers(folder, model_type, entries)
     theirs = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(folder))
     ours = Model(config).inv_freq
     expected = theirs.rotary_emb.inv_freq
-    assert ours.shape == expected.shape and ((ours - expected).abs() / expected).max() < 1e-6
+    assert ours.shape == expected.shape and ((ours - expected).abs() / expected).max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -461,6 +460,7 @@ print(peak_memory() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_saving_does_not_copy_the_checkpoint(tmp_path):
     """safetensors before 0.8 made a copy of all tensors."""

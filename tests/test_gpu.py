@@ -152,6 +152,7 @@ if PRETENDED:
 
 
 @plain
+@pytest.mark.slow
 def test_counts_on_a_pretended_device():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     environment = {**os.environ, "PRETENDED": "1"}
@@ -308,6 +309,7 @@ def test_a_packed_row_of_an_8b_model_keeps_less_than_2_gb_per_layer(monkeypatch)
 
 # -- The table -------------------------------------------------------------------------------------
 @plain
+@pytest.mark.slow
 def test_the_table_of_the_tiny_shape_passes():
     [rows] = gpu.main(["--shape", "tiny", "--device", "cpu"]).values()
     verdicts = {name: row["verdict"] for name, row in rows.items()}
@@ -324,7 +326,7 @@ def test_lines_of_the_table_can_fail(monkeypatch, tmp_path):
         tmp_path, config, "cpu", failures=1, group_size=2, context_length=64, turn_length=8
     )
     token_logprobs = grpo.token_logprobs
-    monkeypatch.setattr(grpo, "token_logprobs", lambda *args: token_logprobs(*args) - 0.2)
+    monkeypatch.setattr(grpo, "token_logprobs", lambda *a, **k: token_logprobs(*a, **k) - 0.2)
     assert [row["verdict"] for row in gpu.mismatch(work).values()] == ["fail", "fail"]
     assert gpu.check_memory(2.0, 1.0)["verdict"] == "fail"
     assert gpu.check_memory(0.1, 1.0, lower=0.9)["verdict"] == "fail"

@@ -3,6 +3,7 @@ checkpoints. (Invariants 2, 3, 4 and 6.)"""
 
 import copy
 import doctest
+import itertools
 import json
 import math
 import statistics
@@ -14,6 +15,7 @@ import safetensors
 import safetensors.torch
 import textbook
 import torch
+from test_model import assert_close
 from textbook import Row, conversation, prepare
 from torch import Tensor
 
@@ -219,7 +221,7 @@ def test_k3_is_the_formula_also_where_the_models_hardly_differ():
         return grpo.kl_k3(torch.zeros_like(d), d, torch.ones_like(d).bool())
 
     for d in (-3.0, -0.1, 0.0, 0.1, 3.0):
-        assert k3(torch.tensor(d)).item() == pytest.approx(math.exp(d) - 1 - d, abs=1e-6)
+        assert k3(torch.tensor(d)).item() == pytest.approx(math.exp(d) - 1 - d, rel=1e-5)
     small = torch.tensor([-1e-3, 1e-3, 2e-3])  # exp(d) - 1 in float32 would leave four digits
     assert torch.allclose(k3(small), small**2 / 2, rtol=2e-3, atol=0)
 
@@ -361,7 +363,18 @@ def test_conversations_without_a_common_context_are_refused():
 # -- A whole step ----------------------------------------------------------------------------------
 
 GROUPS = [(40, 12), (3, 20), (17, 1), (25, 6), (9, 9)]
-KINDS = [(0.0, 1.0, True), (0.3, 1.0, True), (0.3, 0.7, False)]
+# beta, temperature, whether advantages are scaled, and the type of the loss
+KINDS = [
+    (0.0, 1.0, True, "dapo"),
+    (0.3, 1.0, True, "grpo"),
+    (0.3, 0.7, False, "dapo"),
+    (0.3, 0.7, False, "dr_grpo"),
+]
+OTHER_KINDS = [
+    pytest.param(*kind, marks=pytest.mark.slow)
+    for kind in itertools.product((0.0, 0.3), (1.0, 0.7), (True, False), LOSS_TYPES)
+    if kind not in KINDS
+]
 
 
 def agent_of(tiny, task, temperature: float = 1.0) -> Agent:
@@ -375,10 +388,9 @@ def some_rewards(P: int, G: int, seed: int = 0) -> list[list[float]]:
     return rewards
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("beta, temperature, scale", KINDS)
+@pytest.mark.parametrize("beta, temperature, scale, loss_type", [*KINDS, *OTHER_KINDS])
 def test_a_step_equals_the_textbook(
-    exact, tiny, task, tmp_path, monkeypatch, loss_type, beta, temperature, scale
+    exact, tiny, task, tmp_path, monkeypatch, beta, temperature, scale, loss_type
 ):
     """Two steps of `train`: the gradient over all failures, and the loss, are the textbook's.
 
@@ -404,7 +416,8 @@ def test_a_step_equals_the_textbook(
         done, metrics = next(training)
         assert done == step + 1
         assert relative_error(gradients[step], wanted) < 1e-6
-        assert metrics["loss"] == pytest.approx(value, rel=1e-6, abs=1e-8)
+        # The loss is a sum of float32 terms of about 1, which may nearly cancel.
+        assert metrics["loss"] == pytest.approx(value, rel=1e-6, abs=1e-6)
         assert metrics["grad_norm"] == pytest.approx(wanted.norm().item(), rel=1e-5)
         assert 0.2 < metrics["clipped"] < 0.8
     assert next(training, None) is None
@@ -422,10 +435,10 @@ def test_several_updates_on_the_same_samples(exact, tiny, task, tmp_path, monkey
     config = TrainConfig(steps=1, batch_size=5, group_size=4, updates=3, beta=beta, lr=1e-2)
     update, wanted = grpo.MasterAdamW.update, []
 
-    def update_after_the_textbook(optimizer, lr, max_grad_norm):
+    def update_after_the_textbook(optimizer, lr, *arguments, **options):
         assert lr == 1e-2
         wanted.append(textbook.textbook(exact, flat(groups), config, MAX_NEW_TOKENS)[1])
-        return update(optimizer, lr, max_grad_norm)
+        return update(optimizer, lr, *arguments, **options)
 
     monkeypatch.setattr(grpo.MasterAdamW, "update", update_after_the_textbook)
     agent = agent_of((exact, tiny[1]), task)
@@ -439,9 +452,14 @@ def test_groups_of_equal_rewards_cost_nothing_without_kl(tiny, task, tmp_path, m
     model, computed = tiny[0], []
     groups = conversations_of(draw_groups(model, GROUPS, 4, reference=model), some_rewards(5, 4))
     packed = grpo.token_logprobs
-    monkeypatch.setattr(grpo, "token_logprobs", lambda *a: computed.append(a[0]) or packed(*a))
+
+    def recorded(model, *arguments, **options):
+        computed.append(model)
+        return packed(model, *arguments, **options)
+
+    monkeypatch.setattr(grpo, "token_logprobs", recorded)
     prepare(monkeypatch, [groups])
-    monkeypatch.setattr(grpo, "check_outputs", lambda *_: None)
+    monkeypatch.setattr(grpo, "check_outputs", lambda *_, **__: None)
     reference = copy.deepcopy(model)
     for beta, times in ((0.0, {model: 3}), (0.3, {model: 5, reference: 5})):
         computed.clear()
@@ -514,6 +532,7 @@ def test_metrics_are_means_over_the_trained_tokens(tiny, task, tmp_path, monkeyp
     assert metrics["mixed_groups"] == sum(0 < sum(values) < 4 for values in rewards) / 5
 
 
+@pytest.mark.slow
 def test_a_step_is_the_same_bits_each_time(tiny, task, tmp_path, monkeypatch):
     """Invariant 6: no sum depends on the order in which threads finish."""
     torch.set_num_threads(2)
@@ -555,7 +574,8 @@ def test_the_update_is_adamw_clipped_and_scheduled(tiny, task, tmp_path, monkeyp
                 p.grad = part.view_as(p) * (0.01 / norm)
             plain.param_groups[0]["lr"] = metrics["lr"]
             plain.step()
-        assert (weights(model) - weights(expected)).abs().max() < 1e-6
+        # A wrong update is wrong by about the learning rate.
+        assert (weights(model) - weights(expected)).abs().max() < 1e-3 * config.lr
 
 
 def test_learning_rate_rises_then_falls_to_nearly_nothing():
@@ -678,8 +698,8 @@ def test_bfloat16_moves_with_masters_and_hardly_without(task, tmp_path, monkeypa
         optimizers = []
         made = MasterAdamW.__init__
 
-        def keep(optimizer, *args):
-            made(optimizer, *args)
+        def keep(optimizer, *arguments, **options):
+            made(optimizer, *arguments, **options)
             optimizers.append((optimizer, [m.detach().clone() for m in optimizer.masters]))
 
         monkeypatch.setattr(MasterAdamW, "__init__", keep)
@@ -783,7 +803,7 @@ def test_what_the_sampler_recorded_the_trainer_computes(agent, failures, tmp_pat
             rows = pack_group([kind(**vars(c)) for c in group])
             with torch.no_grad():
                 new = token_logprobs(agent.model, rows, temperature)
-            assert (new - rows.old_logprobs).abs().max() < 1e-4
+            assert_close(new, rows.old_logprobs)
             assert (rows.old_logprobs[rows.mask] < -0.1).any()
     tokenizer, task = agent.tokenizer, agent.task
     for c in flat(groups):
@@ -799,11 +819,12 @@ def test_what_the_sampler_recorded_the_trainer_computes(agent, failures, tmp_pat
             prompt = prompt + kept + tokenizer.bridge(instruction)
         assert c.retry.prompt == prompt
     config = TrainConfig(steps=2, batch_size=5, group_size=4, lr=1e-3, beta=0.01)
-    reference = copy.deepcopy(agent.model)
+    reference, kl = copy.deepcopy(agent.model), []
     for step, metrics in grpo.train(agent, reference, failures, config, tmp_path):
         if step:
-            assert 0 < metrics["mismatch"] < 1e-4 and metrics["clipped"] == 0
-            assert (metrics["kl"] > 1e-6) == (step == 2)  # policy and reference begin as one
+            assert metrics["mismatch"] < 1e-4 * metrics["nll"] and metrics["clipped"] == 0
+            kl.append(metrics["kl"])
+    assert kl[0] < 1e-3 * kl[1]  # policy and reference begin as one
 
 
 def test_the_reward_is_for_a_correct_retry_after_a_reflection_that_ended(agent, failures, tmp_path):

@@ -112,7 +112,7 @@ def test_the_fused_kernels_compute_the_formulas(monkeypatch, dtype):
     norm = models.RMSNorm(8, eps=1e-5).to(dtype)
     with torch.no_grad():
         norm.weight += torch.randn(8, generator=rng).to(dtype)
-    tolerance = 4 * torch.finfo(dtype).eps
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
     results = []
     for fused in (True, False):
         monkeypatch.setattr(models, "FUSED_KERNELS", fused)
@@ -281,8 +281,7 @@ def test_the_trainer_computes_what_the_sampler_records(tiny, task, temperature):
                 logits = model(torch.tensor([ids + tokens]))[0, len(ids) - 1 : -1]
             log_p = (logits / (temperature or 1.0)).log_softmax(-1)
             expected = log_p[torch.arange(len(tokens)), tokens]
-            tolerance = 1e-5 * log_p.abs().max()
-            assert (expected - torch.tensor(logprobs)).abs().max() < tolerance
+            assert (expected - torch.tensor(logprobs)).abs().max() < 1e-5 * log_p.abs().max()
             if temperature == 0:
                 assert tokens == logits.argmax(-1).tolist()
             assert all(token >= 40 for token in tokens[:-1])  # it stopped at the first stop token
@@ -324,7 +323,7 @@ def test_the_append_bridge_on_a_cache_equals_reading_the_conversation_again(tiny
     whole = generate(model, [prompts[i // 2] + continued[i] for i in range(8)], **options)
     assert cached.tokens == whole.tokens
     for [logprobs], [expected] in zip(cached.logprobs, whole.logprobs, strict=True):
-        assert logprobs == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert_close(torch.tensor(logprobs), torch.tensor(expected))
     # The cache of the first turn is unchanged: another second turn can be sampled from it.
     assert generate(model, new, cache=first.cache, **options).tokens == cached.tokens
 
@@ -354,8 +353,8 @@ def test_a_long_turn_is_read_in_pieces(tiny, task, monkeypatch, max_scores):
 
 def test_prompts_of_one_length_are_read_without_a_mask(tiny):
     model, masks = tiny[0], []
-    model.hidden = lambda ids, layout: (
-        masks.append(layout.mask) or Model.hidden(model, ids, layout=layout)
+    model.hidden = lambda ids, layout, **options: (
+        masks.append(layout.mask) or Model.hidden(model, ids, layout=layout, **options)
     )
     generate(model, [[5, 6], [7, 8]], max_new_tokens=1)
     generate(model, [[5, 6], [7, 8, 9]], max_new_tokens=1)
@@ -410,9 +409,9 @@ def test_padding_is_on_the_left(tiny):
     """The positions of two prompts in a batch, and which columns their tokens see."""
     model, calls = tiny[0], []
 
-    def recorded(ids, layout):
+    def recorded(ids, layout, **options):
         calls.append((ids.tolist(), layout.positions.tolist()))
-        return Model.hidden(model, ids, layout=layout)
+        return Model.hidden(model, ids, layout=layout, **options)
 
     model.hidden = recorded
     generation = generate(model, [[5, 6], [7, 8, 9]], max_new_tokens=2)
@@ -463,7 +462,7 @@ def test_samples_follow_the_distribution(temperature):
     spread = np.sqrt(p * (1 - p) / n)
     assert (np.abs(count / n - p) <= 4.5 * spread).all()
     full = (logits / temperature).log_softmax(-1)
-    assert torch.allclose(logprobs, full[tokens])
+    assert_close(logprobs, full[tokens], 1e-5)
 
 
 def test_sampled_tokens_have_a_probability():

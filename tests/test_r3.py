@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +24,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import countdown_file, one_layer_model, one_thread, shrink_r3, verdict_by_chance
+from conftest import (
+    countdown_file,
+    enlarge_weights,
+    one_layer_model,
+    one_thread,
+    shrink_r3,
+    verdict_by_chance,
+)
 from drawn_apigen import DrawnAPIGen
+from test_model import assert_close
 
 import grpo
 import r3
@@ -88,9 +97,7 @@ def agent(task):
 
 def make_agent(task) -> Agent:
     model, tokenizer = one_layer_model(task.words(), seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)  # makes the choices of the model uneven
+    enlarge_weights(model)
     return Agent(model, tokenizer, task, max_new_tokens=12, seed=5)
 
 
@@ -516,6 +523,7 @@ def test_another_recipe_makes_another_tiny_model(runs_folder, task, base_folder,
 
 def test_the_cold_start_learns(task, monkeypatch, tmp_path):
     """The loss falls well below that of random words, which is log 150 = 5."""
+    monkeypatch.setattr(r3, "tiny_model", one_layer_model)
     monkeypatch.setitem(r3.COLD_START, "steps", 16)
     monkeypatch.setattr(r3, "RUNS", tmp_path)
     path, problems = r3.make_tiny_model(task, 0), task.load(split="cold")
@@ -563,10 +571,11 @@ def test_the_logs_of_a_run_fit_together(finished_run):
     assert [line["step"] for line in metrics] == [0, 1, 2, 3, 4]
     assert [line["step"] for line in read_lines(run / "timings.jsonl")] == [0, 1, 2, 3, 4]
     assert all("within two" in line and "1st try" in line for line in metrics)
-    assert max(line.get("mismatch", 0) for line in metrics) < 1e-4  # invariant 2, over a whole run
+    for line in metrics[1:]:  # invariant 2, over a whole run
+        assert line["mismatch"] < 1e-4 * line["nll"]
     # The reference model is the model before training: the KL divergence is zero at first.
     kl = [line["kl"] for line in metrics[1:]]
-    assert abs(kl[0]) < 1e-6 < kl[1] < kl[2] < kl[3]
+    assert kl[0] < 1e-3 * min(kl[1:])
     tokenizer, samples = Tokenizer.from_pretrained(run / "model"), read_lines(run / "samples.jsonl")
     assert len(samples) == 4 * 4 * 3
     for i in range(0, len(samples), 3):
@@ -631,10 +640,11 @@ def test_ctrl_c_prints_how_to_resume(runs_folder, finished_run, chance_verifier,
     assert_same_files(run, finished_run[0])
 
 
-INTERRUPTED_CALLS = {  # functions of grpo.py, and which of their calls belongs to step 2
-    "append_jsonl": 4,  # after the metrics of step 0, and the metrics and the samples of step 1
-    "log_samples": 2,
-    "save_checkpoint": 2,
+# Functions of grpo.py, and the step to which a call with some arguments belongs.
+STEP_OF_CALL = {
+    "append_jsonl": lambda path, *records: records[0]["step"],
+    "log_samples": lambda path, step, *_: step,
+    "save_checkpoint": lambda folder, step, *_: step,
 }
 
 
@@ -664,18 +674,17 @@ def test_the_callers_metrics_are_logged_before_the_checkpoint_is_saved(
         train(tmp_path / "undisturbed")
     assert logged_steps == [1, 2, 3]
 
-    for name, moment in itertools.product(INTERRUPTED_CALLS, ("before", "after")):
-        function, calls = getattr(grpo, name), itertools.count(1)
+    def kill_in_step_2(name, moment, *arguments):
+        function, in_step_2 = functions[name], STEP_OF_CALL[name](*arguments) == 2
+        if not in_step_2 or moment == "after":
+            function(*arguments)
+        if in_step_2:
+            raise KeyboardInterrupt
 
-        def kill_in_step_2(*arguments, name=name, moment=moment, function=function, calls=calls):
-            in_step_2 = next(calls) == INTERRUPTED_CALLS[name]
-            if not in_step_2 or moment == "after":
-                function(*arguments)
-            if in_step_2:
-                raise KeyboardInterrupt
-
+    functions = {name: getattr(grpo, name) for name in STEP_OF_CALL}
+    for name, moment in itertools.product(STEP_OF_CALL, ("before", "after")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(grpo, name, kill_in_step_2)
+            patch.setattr(grpo, name, partial(kill_in_step_2, name, moment))
             train(tmp_path / f"{moment} {name}")
         train(tmp_path / f"{moment} {name}")
         for log in ("metrics.jsonl", "samples.jsonl"):
@@ -802,10 +811,9 @@ def flag_of(name: str) -> str:
 
 def values_of_wrong_types(name: str) -> list:
     default = getattr(r3.Config(), name)
-    is_number = name in WRONG_VALUES and not isinstance(default, str)
     if isinstance(default, bool):
         values = [0, 1, "yes", None]
-    elif is_number:
+    elif r3.SETTINGS[name].type in (int, float):
         values = ["3", True, [1]] + ([] if isinstance(default, float) else [3.0])
     else:
         values = [3, True, ["x"]]
@@ -1275,9 +1283,10 @@ def test_a_pretrained_model_is_trained(runs_folder, folder, chance_verifier, tmp
     ids = torch.randint(0, 257, (1, 9))
     before = transformers.AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     after = transformers.AutoModelForCausalLM.from_pretrained(run / "model")(ids).logits
-    assert not torch.allclose(after, before, atol=1e-4)
-    assert torch.allclose(Model.from_pretrained(run / "model")(ids), after, atol=1e-4)
-    assert max(line.get("mismatch", 0) for line in read_lines(run / "metrics.jsonl")) < 1e-4
+    assert not torch.allclose(after, before, rtol=1e-2)
+    assert_close(Model.from_pretrained(run / "model")(ids), after)
+    for line in read_lines(run / "metrics.jsonl")[1:]:
+        assert line["mismatch"] < 1e-4 * line["nll"]
 
 
 def test_the_papers_experiment_loads_its_splits_from_the_hub(
@@ -1352,7 +1361,7 @@ def test_the_padded_rows_of_the_head_are_neither_sampled_nor_trained(folder):
     assert len(tokens) > 100 and max(tokens) < 258
     rows = grpo.pack_group(groups[0])
     logprobs = grpo.token_logprobs(agent.model, rows)
-    assert torch.allclose(logprobs.detach(), rows.old_logprobs, atol=1e-4)
+    assert_close(logprobs, rows.old_logprobs)
 
 
 # -- Memory ----------------------------------------------------------------------------------------

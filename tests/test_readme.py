@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import bench
 import experiments
 import pytest
 import sentence
-from conftest import countdown_file
+from conftest import countdown_file, shrink_r3
 from drawn_apigen import DrawnAPIGen
 
 import grpo
@@ -98,18 +99,19 @@ def verdict_by_chance(self, problem, completion):
 
 
 @pytest.fixture
-def short_experiment(monkeypatch, tmp_path):
+def short_experiment(monkeypatch, tmp_path, base_folder):
     """Let an experiment take seconds."""
-    monkeypatch.setitem(r3.COLD_START, "steps", 8)
+    shrink_r3(monkeypatch)
     monkeypatch.setattr(r3, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(r3, "CURVE_PROBLEMS", 5)
+    shutil.copytree(base_folder, tmp_path / "runs" / base_folder.name)
+    monkeypatch.setattr(r3, "plot_command", lambda folders: None)  # `train` draws no curves
     for task in (tasks.Countdown, tasks.APIGen):
         monkeypatch.setattr(task, "verify", verdict_by_chance)
     monkeypatch.chdir(tmp_path)
 
 
-FEW = "--steps 2 --batch-size 6 --group-size 4 --limit 4 --num-samples 2 --max-attempts 2"
-FEW = [*FEW.split(), "--max-new-tokens", "12", "--num-problems", "12"]
+FEW = "--steps 1 --batch-size 2 --group-size 2 --limit 2 --num-samples 1 --max-attempts 2"
+FEW = [*FEW.split(), "--max-new-tokens", "12", "--num-problems", "6"]
 
 
 def test_the_commands_for_a_laptop_run(short_experiment, capsys):
@@ -148,8 +150,8 @@ def two_steps(where: Path, title: str | None, model: Path, monkeypatch) -> bytes
     """The weights after two steps of the code, with the diff of this title if there is one."""
     experiments.code(where, title)
     flags = "--no-scale-advantages" if title and "--no-scale-advantages" in title else ""
-    few = f"train --model {model} --steps 2 --batch-size 6 --group-size 4 --limit 2 --name r"
-    few += " --num-problems 12"
+    few = f"train --model {model} --steps 2 --batch-size 4 --group-size 4 --limit 2 --name r"
+    few += " --num-problems 8"
     few += f" --max-attempts 3 --max-new-tokens 12 --lr 1e-3 --num-samples 1 {flags}"
     few += f" --data {countdown_file(where / 'countdown.jsonl')}"
     with monkeypatch.context() as patch:
@@ -160,6 +162,7 @@ def two_steps(where: Path, title: str | None, model: Path, monkeypatch) -> bytes
         code = importlib.import_module("r3")
         assert code.__file__ == str(where / "r3.py")
         patch.setattr(code, "CURVE_PROBLEMS", 2)
+        patch.setattr(code, "plot_command", lambda folders: None)  # takes a second
         patch.setattr(sys.modules["tasks"].Countdown, "verify", verdict_by_chance)
         code.main(few.split())
         for name in MODULES:

@@ -1,6 +1,7 @@
 """Runs and their folders: one owner, nothing lost, nothing left behind, and messages that help."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from conftest import one_thread
+from matplotlib.figure import Figure
 
 import grpo
 import model as models
@@ -17,29 +20,10 @@ import r3
 from tasks import TinyCountdown, Verdict
 
 FEW = [
-    "--steps",
-    "3",
-    "--batch-size",
-    "3",
-    "--group-size",
-    "3",
-    "--limit",
-    "4",
-    "--num-samples",
-    "2",
-    "--max-attempts",
-    "2",
-    "--num-problems",
-    "16",
-    "--max-new-tokens",
-    "12",
-    "--lr",
-    "1e-4",
-    "--cache-tokens",
-    "4000",
-    "--seed",
-    "1",
-]
+    "--steps=2", "--batch-size=3", "--group-size=3", "--limit=4", "--num-samples=2",
+    "--max-attempts=2", "--num-problems=16", "--max-new-tokens=12", "--lr=1e-4",
+    "--cache-tokens=4000", "--seed=1",
+]  # fmt: skip
 
 
 PLOT = r3.plot_command
@@ -56,22 +40,42 @@ def verdict_by_chance(self, problem, completion):
     return Verdict(sum(completion.encode()) % 3 == 0, "by chance")
 
 
+def prepare_short_runs(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Make runs quick, and make the folder the working directory."""
+    patch.chdir(folder)
+    patch.setattr(sys, "argv", ["r3.py"])
+    patch.setattr(r3, "CURVE_PROBLEMS", 2)
+    patch.setattr(TinyCountdown, "verify", verdict_by_chance)
+    patch.setattr(r3, "plot_command", lambda folders: None)  # takes a second
+
+
 @pytest.fixture
 def train(base_folder, tmp_path, monkeypatch):
     """A function that runs a short `train` with the given flags, in a new working directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["r3.py"])
-    monkeypatch.setattr(r3, "CURVE_PROBLEMS", 2)
-    monkeypatch.setattr(TinyCountdown, "verify", verdict_by_chance)
-    monkeypatch.setattr(r3, "plot_command", lambda folders: None)  # takes a second
+    prepare_short_runs(monkeypatch, tmp_path)
 
-    def run(*flags: str, few=FEW) -> None:
+    def run(*flags: str) -> None:
         resumed = "--resume" in flags
-        r3.main(
-            ["train", *flags] if resumed else ["train", "--model", str(base_folder), *few, *flags]
-        )
+        r3.main(["train", *([] if resumed else ["--model", str(base_folder), *FEW]), *flags])
 
     return run
+
+
+@pytest.fixture(scope="module")
+def shared_run(base_folder, tmp_path_factory) -> Path:
+    """The folder of a finished run of two steps, which no test may change."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        prepare_short_runs(patch, folder)
+        r3.main(["train", "--model", str(base_folder), *FEW, "--name", "x"])
+    return folder / "runs" / "x"
+
+
+@pytest.fixture
+def finished(train, shared_run) -> Path:
+    """A copy of the finished run: runs/x in the working directory."""
+    shutil.copytree(shared_run, "runs/x")
+    return Path("runs/x")
 
 
 def error_of(call, *arguments) -> str:
@@ -93,12 +97,16 @@ def read_lines(path: Path) -> list[dict]:
 def test_two_runs_never_share_a_folder(train, base_folder):
     """A second process is told so, whatever the first one is doing at the moment."""
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); import r3\n"
-        "with r3.locked_folder(r3.RUNS / 'x'): print('owned', flush=True); time.sleep(600)"
+        "import filelock, os, time; os.makedirs('runs/x', exist_ok=True)\n"
+        "lock = filelock.FileLock('runs/x/.lock')\n"
+        "lock.acquire(blocking=False)\n"
+        "print('owned', flush=True); time.sleep(600)"
     )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", code, str(Path(r3.__file__).parent)], stdout=subprocess.PIPE
-    )
+    command = [sys.executable, "-c", code]
+    with r3.locked_folder(Path("runs/x")):
+        refused = subprocess.run(command, capture_output=True, text=True)
+        assert refused.returncode and "Timeout: The file lock" in refused.stderr
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
         assert owner.stdout.readline() == b"owned\n"
         assert "another process is using runs/x" in error_of(train, "--name", "x")
@@ -108,7 +116,7 @@ def test_two_runs_never_share_a_folder(train, base_folder):
         owner.kill()
         owner.wait()
     Path("runs/x/config.json").unlink()
-    train("--name", "x")  # The lock has ended with its process.
+    train("--name", "x", "--steps", "1")  # The lock has ended with its process.
     with r3.locked_folder(Path("runs/x")):  # And it can be locked again.
         pass
 
@@ -131,26 +139,24 @@ def test_a_run_that_could_not_start_leaves_no_folder(train):
     assert not Path("runs/x").exists()
 
 
-def test_what_a_killed_process_was_writing_is_deleted(train):
-    train("--name", "x", "--steps", "1")
+def test_what_a_killed_process_was_writing_is_deleted(train, finished):
     for leftover in (".tmpAb3xYz", "checkpoint.safetensors.tmp", "model/.tmp123456"):
-        (Path("runs/x") / leftover).write_bytes(b"half a file")
+        (finished / leftover).write_bytes(b"half a file")
     train("--resume", "runs/x")
-    names = {path.name for path in Path("runs/x").rglob("*")}
+    names = {path.name for path in finished.rglob("*")}
     assert not any("tmp" in name for name in names)
 
 
 # -- Results belong to their model and their problems ----------------------------------------------
 
 
-def test_an_evaluation_is_reused_only_for_the_same_steps(train, capsys):
-    train("--name", "x", "--steps", "1")
+def test_an_evaluation_is_reused_only_for_the_same_steps(train, finished):
     before = read_lines(Path("runs/x/trained.jsonl"))
     config = json.loads(Path("runs/x/config.json").read_text())
-    Path("runs/x/config.json").write_text(json.dumps({**config, "steps": 2, "lr": 0.1}))
+    Path("runs/x/config.json").write_text(json.dumps({**config, "steps": 3, "lr": 0.1}))
     train("--resume", "runs/x")
     after = read_lines(Path("runs/x/trained.jsonl"))
-    assert [r["trained_steps"] for r in before + after] == [1] * 8 + [2] * 8
+    assert [r["trained_steps"] for r in before + after] == [2] * 8 + [3] * 8
     assert [r["attempt"] for r in before] != [r["attempt"] for r in after]
     text = Path("runs/x/trained.jsonl").read_text()
     train("--resume", "runs/x")  # There is nothing left to do.
@@ -163,7 +169,12 @@ def test_an_evaluation_is_reused_only_for_the_same_problems(base_folder, tmp_pat
     problems, path = agent.task.load(split="dev", limit=4), tmp_path / "evaluated.jsonl"
     first = r3.evaluate(agent, problems, 2, "", path)
     sampled = []
-    monkeypatch.setattr(r3, "attempt_all", lambda *a: sampled.append(a) or grpo.attempt_all(*a))
+
+    def recorded(*arguments, **options):
+        sampled.append(arguments)
+        return grpo.attempt_all(*arguments, **options)
+
+    monkeypatch.setattr(r3, "attempt_all", recorded)
     assert r3.evaluate(agent, problems, 2, "", path) == first and not sampled
     swapped = [replace(p, id=q.id) for p, q in zip(problems, reversed(problems), strict=True)]
     other = r3.evaluate(agent, swapped, 2, "", path)
@@ -175,12 +186,9 @@ def test_an_evaluation_is_reused_only_for_the_same_problems(base_folder, tmp_pat
 
 
 @pytest.fixture
-def failures(train):
-    """The file of a run's failures, elsewhere."""
-    train("--name", "source", "--steps", "1")
-    path = Path("failures.jsonl").resolve()
-    path.write_bytes(Path("runs/source/failures.jsonl").read_bytes())
-    return path
+def failures(train, shared_run) -> Path:
+    """A file with the failures of another run."""
+    return Path(shutil.copy(shared_run / "failures.jsonl", "failures.jsonl")).resolve()
 
 
 def test_a_run_resumes_from_its_own_copy_of_the_failures(train, failures):
@@ -206,7 +214,7 @@ def test_failures_on_evaluated_problems_are_dropped_and_counted(
     more = "".join(json.dumps(grpo.to_json(c, agent.tokenizer)) + "\n" for c in wrong)
     count = len(read_lines(failures))
     failures.write_text(failures.read_text() + more)
-    train("--name", "x", "--failures", str(failures))
+    train("--name", "x", "--failures", str(failures), "--steps", "1")
     assert f"{len(wrong)} failure" in capsys.readouterr().out
     kept = read_lines(Path("runs/x/failures.jsonl"))
     keys = {agent.task.problem_key(problem) for problem in evaluated}
@@ -221,7 +229,7 @@ def test_failures_of_joined_files_are_all_kept(train, failures):
     text = failures.read_text()
     count = len(text.splitlines())
     failures.write_text((text + text).rstrip("\n"))
-    train("--name", "x", "--failures", str(failures))
+    train("--name", "x", "--failures", str(failures), "--steps", "1")
     kept = read_lines(Path("runs/x/failures.jsonl"))
     assert len(kept) == 2 * count
     assert len({(r["problem"]["id"], r["attempt_index"]) for r in kept}) == 2 * count
@@ -230,8 +238,8 @@ def test_failures_of_joined_files_are_all_kept(train, failures):
     assert f"line {count + 1}: it is not valid JSON" in message
 
 
-def test_failures_that_would_outgrow_the_context_are_dropped(failures, capsys):
-    agent = load_agent(model="runs/source/model", max_new_tokens=12)
+def test_failures_that_would_outgrow_the_context_are_dropped(failures, base_folder, capsys):
+    agent = load_agent(model=str(base_folder), max_new_tokens=12)
     whole = r3.usable_failures(failures, agent, [])
     lengths = sorted(len(c.attempt.prompt) + len(c.attempt.tokens) for c in whole)
     assert lengths[-1] > lengths[0]
@@ -249,8 +257,7 @@ def test_failures_that_would_outgrow_the_context_are_dropped(failures, capsys):
 # -- Checkpoints and weights -----------------------------------------------------------------------
 
 
-def test_a_run_without_its_checkpoint_is_not_started_over(train):
-    train("--name", "x", "--save-every", "1")
+def test_a_run_without_its_checkpoint_is_not_started_over(train, finished):
     text = Path("runs/x/metrics.jsonl").read_text()
     Path("runs/x/checkpoint.safetensors").unlink()
     message = error_of(train, "--resume", "runs/x")
@@ -285,9 +292,9 @@ def test_without_kl_the_vanilla_model_is_not_kept(train, monkeypatch):
     copies = []
     deepcopy = r3.copy.deepcopy
     monkeypatch.setattr(r3.copy, "deepcopy", lambda *a: copies.append(a[0]) or deepcopy(*a))
-    train("--name", "x", "--beta", "0")
+    train("--name", "x", "--steps", "1", "--beta", "0")
     assert not any(isinstance(x, models.Model) for x in copies)
-    train("--name", "y")
+    train("--name", "y", "--steps", "1")
     assert any(isinstance(x, models.Model) for x in copies)
 
 
@@ -302,28 +309,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(base_folder, tm
 # -- Settings and messages -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"warmup": 50.0}, "--warmup 50.0: must be at most 1"),
-        ({"max_grad_norm": 0.0}, "--max-grad-norm 0.0: must be at least"),
-        ({"steps": "many"}, "--steps 'many': must be of type int"),
-        ({"steps": 1.5}, "--steps 1.5: must be of type int"),
-        ({"beta": True}, "--beta True: must be of type float"),
-        ({"offload": 1}, "--offload 1: must be of type bool"),
-        ({"loss_type": "ppo"}, "--loss-type ppo: must be one of dapo, grpo, dr_grpo"),
-        ({"model": None}, "--model None: must be of type str"),
-    ],
-)
-def test_an_edited_config_is_checked(train, changes, message):
-    train("--name", "x", "--steps", "1")
-    path = Path("runs/x/config.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    assert message in error_of(train, "--resume", "runs/x")
-
-
-def test_hints_name_the_program_that_was_started(train, monkeypatch):
-    train("--name", "x", "--steps", "1")
+def test_hints_name_the_program_that_was_started(train, finished, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tests/sentence.py"])
     message = error_of(train, "--name", "x")
     assert message.startswith("sentence.py: runs/x exists")
@@ -334,20 +320,16 @@ def test_hints_name_the_program_that_was_started(train, monkeypatch):
     assert "interrupted; to resume: python tests/sentence.py train --resume runs/x" in message
 
 
-def test_eval_does_not_speak_of_resuming(train, base_folder):
-    flags = [
-        "eval",
-        "--model",
-        str(base_folder),
-        "--limit",
-        "2",
-        "--num-samples",
-        "1",
-        "--name",
-        "x",
-    ]
-    r3.main([*flags, "--max-new-tokens", "12"])
-    message = error_of(r3.main, [*flags, "--max-new-tokens", "12"])
+def test_an_evaluation_is_shown_without_advantages_and_not_resumed(train, base_folder, capsys):
+    flags = ["eval", "--limit=6", "--num-samples=1", "--max-new-tokens=12", "--name=x"]
+    flags += ["--model", str(base_folder)]
+    r3.main(flags)
+    assert "6 problems, 1 sample each" in capsys.readouterr().out  # A count of one is singular.
+    assert r3.plural(1, "problem") == "1 problem" and r3.plural(1_000, "x") == "1,000 xs"
+    r3.main(["show", "runs/x", "--limit", "50"])
+    printed = capsys.readouterr().out
+    assert "reflection  " in printed and "+0.00" not in printed
+    message = error_of(r3.main, flags)
     assert message.endswith("runs/x exists: choose another --name")
 
 
@@ -357,8 +339,7 @@ def play(monkeypatch, *lines: str, flags=()) -> None:
     r3.main(["play", *flags])
 
 
-def test_play_knows_the_run_of_its_model(train, monkeypatch, capsys):
-    train("--name", "x", "--steps", "1")
+def test_play_knows_the_run_of_its_model(finished, monkeypatch):
     configs = []
     monkeypatch.setattr(r3, "play_command", configs.append)
     play(monkeypatch)
@@ -368,8 +349,7 @@ def test_play_knows_the_run_of_its_model(train, monkeypatch, capsys):
     assert (configs[1].max_new_tokens, configs[1].temperature) == (12, 0.5)
 
 
-def test_any_problem_can_be_played_by_its_number(train, monkeypatch, capsys):
-    train("--name", "x", "--steps", "1")
+def test_any_problem_can_be_played_by_its_number(finished, monkeypatch, capsys):
     problems = TinyCountdown().load(split="dev", seed=1)
     play(monkeypatch, "7", "100000", "seven")
     printed = capsys.readouterr().out
@@ -379,9 +359,7 @@ def test_any_problem_can_be_played_by_its_number(train, monkeypatch, capsys):
     assert "type 3 numbers from 1 to 10" in printed
 
 
-def test_show_says_what_it_shows(train, monkeypatch, capsys):
-    train("--name", "x", "--steps", "2")
-    capsys.readouterr()
+def test_show_says_what_it_shows(finished, monkeypatch, capsys):
     r3.main(["show", "--step", "1", "--limit", "1"])
     printed = capsys.readouterr().out
     assert printed.startswith("runs/x/samples.jsonl, step 1: 3 groups")
@@ -400,36 +378,13 @@ def test_show_says_what_it_shows(train, monkeypatch, capsys):
     assert 50 < max(map(len, plain.splitlines()[1:])) <= 60
 
 
-def test_show_of_an_evaluation_has_no_advantages(train, base_folder, capsys):
-    flags = [
-        "eval",
-        "--model",
-        str(base_folder),
-        "--limit",
-        "6",
-        "--num-samples",
-        "1",
-        "--name",
-        "x",
-    ]
-    r3.main([*flags, "--max-new-tokens", "12"])
-    capsys.readouterr()
-    r3.main(["show", "runs/x", "--limit", "50"])
-    printed = capsys.readouterr().out
-    assert "reflection  " in printed and "+0.00" not in printed
-
-
-def test_a_count_of_one_is_singular(train, capsys):
-    train("--name", "x", "--steps", "1", "--num-samples", "1")
-    assert "4 problems, 1 sample each" in capsys.readouterr().out
-    assert r3.plural(1, "problem") == "1 problem" and r3.plural(1_000, "x") == "1,000 xs"
-
-
-def test_curves_have_no_holes_and_neat_ticks(train):
-    train("--name", "x", "--steps", "1", "--beta", "0")
+def test_curves_have_no_holes_and_neat_ticks(finished):
+    """The metrics of a run without a KL term have no KL divergence."""
+    records = read_lines(finished / "metrics.jsonl")
+    assert "kl" in records[1]
+    lines = [json.dumps({name: x for name, x in r.items() if name != "kl"}) for r in records]
+    (finished / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     figures = []
-    from matplotlib.figure import Figure
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
         PLOT([Path("runs/x")])

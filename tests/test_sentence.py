@@ -163,10 +163,11 @@ def test_divergence_and_perplexity_follow_their_definitions(run):
     problems = sentence.Sentence().load(limit=8)
     attempts = grpo.attempt_all(other, problems, 1, (0, 0))
     conversations = sum(grpo.rollout(other, attempts, 4, (0, 0)), [])
-    assert experiments.divergence(vanilla, vanilla, conversations) == 0
-    assert experiments.divergence(other, vanilla, conversations) > 0
+    divergence = experiments.divergence(other, vanilla, conversations)
+    assert divergence > 1e-3
+    assert abs(experiments.divergence(vanilla, vanilla, conversations)) < 1e-4 * divergence
 
     ids = vanilla.tokenizer.encode("The waves.")
     logprobs = vanilla.model(torch.tensor([ids]))[0].log_softmax(-1)  # (T, V)
     nll = -sum(logprobs[i, ids[i + 1]].item() for i in range(len(ids) - 1)) / (len(ids) - 1)
-    assert experiments.perplexity(vanilla, "The waves.") == pytest.approx(math.exp(nll), rel=1e-5)
+    assert experiments.perplexity(vanilla, "The waves.") == pytest.approx(math.exp(nll), rel=1e-4)

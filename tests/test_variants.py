@@ -44,7 +44,7 @@ def load_variant(title: str, folder: Path):
     return module
 
 
-def make_agent(module, tiny, task, divisor: int = 3):
+def make_agent(module, one_layer, task, divisor: int = 3):
     """An agent whose verifier an untrained model satisfies now and then."""
 
     class LenientAgent(module.Agent):
@@ -52,7 +52,7 @@ def make_agent(module, tiny, task, divisor: int = 3):
             correct = sum(turn.tokens) % divisor == 0
             return Verdict(correct, "correct" if correct else "wrong_value")
 
-    model, tokenizer = tiny
+    model, tokenizer = one_layer
     tokenizer.stop_ids = list(range(40))  # so that turns end at different times
     return LenientAgent(model, tokenizer, task, max_new_tokens=10, seed=3)
 
@@ -120,10 +120,10 @@ def test_every_variant_is_short():
     ],
 )
 def test_a_killed_run_of_a_variant_resumes_to_the_same_weights(
-    title, changes, tiny, task, tmp_path
+    title, changes, one_layer, task, tmp_path
 ):
     module = load_variant(title, tmp_path)
-    agent = make_agent(module, tiny, task, divisor=2)
+    agent = make_agent(module, one_layer, task, divisor=2)
     failures = find_failures(module, agent, 6)
     changes = {**changes, "updates": 2}
     whole = run(module, agent, failures, tmp_path / "whole", **changes)
@@ -133,15 +133,15 @@ def test_a_killed_run_of_a_variant_resumes_to_the_same_weights(
         one, other = (tmp_path / run / name for run in ("whole", "killed"))
         assert one.read_bytes() == other.read_bytes()
     if title != "solved failures leave":  # in which this run leaves nothing to train
-        plain = make_agent(grpo, tiny, task, divisor=2)
+        plain = make_agent(grpo, one_layer, task, divisor=2)
         failures = find_failures(grpo, plain, 6)
         assert not torch.equal(run(grpo, plain, failures, tmp_path / "plain", updates=2), whole)
 
 
 @pytest.mark.parametrize("title", ["train the retry, too", "two rounds of reflection"])
-def test_its_gradient_is_that_of_plain_rows(title, tiny, task, tmp_path):
+def test_its_gradient_is_that_of_plain_rows(title, one_layer, task, tmp_path):
     module = load_variant(title, tmp_path)
-    agent = make_agent(module, tiny, task)
+    agent = make_agent(module, one_layer, task)
     failures = find_failures(module, agent, 5)
     groups = module.rollout(agent, failures, 4, (module.TRAIN, 0))
     assert [[c.identity for c in group] for group in groups] == [[f.identity] * 4 for f in failures]
@@ -150,7 +150,7 @@ def test_its_gradient_is_that_of_plain_rows(title, tiny, task, tmp_path):
         def turns_of(c):
             return [c.reflection, c.retry]
     else:
-        plain_agent = make_agent(grpo, tiny, task)
+        plain_agent = make_agent(grpo, one_layer, task)
         plain_failures = find_failures(grpo, plain_agent, 5)
         plain = grpo.rollout(plain_agent, plain_failures, 4, (grpo.TRAIN, 0))
         rounds = set()
@@ -188,9 +188,9 @@ def test_its_gradient_is_that_of_plain_rows(title, tiny, task, tmp_path):
     assert ((found - wanted).norm() / wanted.norm()).item() < 1e-4
 
 
-def test_dynamic_sampling_trains_on_mixed_groups_alone(tiny, task, tmp_path):
+def test_dynamic_sampling_trains_on_mixed_groups_alone(one_layer, task, tmp_path):
     module = load_variant("dynamic sampling", tmp_path)
-    agent = make_agent(module, tiny, task)
+    agent = make_agent(module, one_layer, task)
     failures = find_failures(module, agent, 7)
     run(module, agent, failures, tmp_path / "run", steps=4, batch_size=3, group_size=3)
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")[1:]
@@ -226,12 +226,12 @@ def test_the_sequence_ratio_is_gspos_formula(tmp_path):
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
     loss.backward()
     wanted.backward()
-    assert torch.allclose(one.grad, other.grad, rtol=1e-10, atol=1e-14)
+    assert torch.allclose(one.grad, other.grad, rtol=1e-10, atol=0)
 
 
-def test_solved_failures_leave_and_the_others_keep_their_order(tiny, task, tmp_path):
+def test_solved_failures_leave_and_the_others_keep_their_order(one_layer, task, tmp_path):
     module = load_variant("solved failures leave", tmp_path)
-    agent = make_agent(module, tiny, task)
+    agent = make_agent(module, one_layer, task)
     failures = find_failures(module, agent, 6)
     easy = {failures[1].problem.id, failures[4].problem.id}
     type(agent).verify = lambda _, problem, turn: Verdict(

@@ -105,7 +105,10 @@ def clipped(rows: list[Row], now: list[Tensor], clip: float) -> float:
 def conversation(
     problem_id: int, row: Row, correct: bool, index: int = 0, truncated: bool = False
 ) -> Conversation:
-    """A failure with the reflection of a row, and a retry that is correct or wrong."""
+    """A failure with the reflection of a row, and a retry that is correct or wrong.
+
+    Every sampled turn has log-probabilities, so that a variant of the method can train the retry.
+    """
     wrong = Verdict(False, "wrong_value")
     return Conversation(
         problem=CountdownProblem(problem_id, (1, 2, 3), 7),
@@ -125,14 +128,14 @@ def prepare(monkeypatch, steps: list[list[list[Conversation]]]) -> list[Tensor]:
     gradients: list[Tensor] = []
     update = grpo.MasterAdamW.update
 
-    def recorded_update(optimizer, lr: float, max_grad_norm: float) -> float:
+    def recorded_update(optimizer, *arguments, **options) -> float:
         optimizer.move_gradients()
         each = [torch.zeros_like(m) if m.grad is None else m.grad for m in optimizer.masters]
         gradients.append(torch.cat([gradient.flatten() for gradient in each]))
-        return update(optimizer, lr, max_grad_norm)
+        return update(optimizer, *arguments, **options)
 
-    def prepared_rollout(agent, failures, group_size, rng_prefix):
-        purpose, step = rng_prefix
+    def prepared_rollout(agent, failures, group_size, rng_prefix, **options):
+        purpose, step, *_ = rng_prefix
         assert purpose == grpo.TRAIN
         assert [len(group) for group in steps[step]] == [group_size] * len(failures)
         return steps[step]
