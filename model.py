@@ -979,10 +979,10 @@ def local_path(path_or_id: str | Path, files: list[str], repo_type: str = "model
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300]  # in a single line
         if getattr(getattr(cause, "response", None), "status_code", None) == 401:
-            message += ", and the hub refuses your token: log in again with `hf auth login`, "
+            message += ", and the hub refuses your token (401): log in again with `hf auth login`, "
             message += "or unset HF_TOKEN"
         elif hasattr(error, "snapshot_path"):  # Only a part of the files has been downloaded.
-            message += f"; its download is incomplete, and the hub cannot be reached: {reason}"
+            message += f"; its download is incomplete: {' '.join(str(error).split())}"
         elif isinstance(error, hub_errors.LocalEntryNotFoundError):
             message += "; it has not been downloaded before, and the hub cannot be reached: "
             message += reason

@@ -15,6 +15,7 @@ folder of a run, and the command line.
 import argparse
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -465,10 +466,12 @@ def load_task(config: Config) -> Task:
 def load_problems(config: Config, task: Task, split: str, limit: int | None) -> list:
     """The problems of a split: from the file or hub dataset --data, from the task's own dataset on
     the hub, or drawn by the task."""
-    data = config.data or task.hub_id
+    data, path = config.data or task.hub_id, None
     if data:
-        data = local_path(data, ["*.json", "*.jsonl", "*.parquet"], "dataset")
-    return task.load(data, split, limit, config.seed)
+        path = local_path(data, ["*.json", "*.jsonl", "*.parquet"], "dataset")
+        if not path.exists():
+            raise ValueError(f"{data} has no JSON, JSONL or parquet file")
+    return task.load(path, split, limit, config.seed)
 
 
 def model_path(config: Config, task: Task) -> str | Path:
@@ -550,6 +553,8 @@ def load_agent(config: Config, task: Task, training: bool = False) -> Agent:
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, but its model has "
             f"embeddings for {model.vocab_size}"
         )
+    if "tiny" in tokenizer.settings and not isinstance(task, TinyCountdown):
+        raise ValueError(f"{path}: this is a tiny model; download it, and pass its folder")
     model.vocab_size = tokenizer.vocab_size  # Extra embeddings are padding.
     return Agent(
         model, tokenizer, task, max_new_tokens=config.max_new_tokens, seed=config.seed,
@@ -902,7 +907,12 @@ def plot_command(folders: list[Path]) -> None:
 
     folders = folders or [newest_file("**/samples.jsonl").parent]
     path = folders[0] / "curves.png" if len(folders) == 1 else Path("curves.png")
-    runs = {str(folder): list(read_jsonl(folder / "metrics.jsonl", "step")) for folder in folders}
+    names = [folder.name for folder in folders]
+    labels = names if len(set(names)) == len(names) else map(str, folders)
+    runs = {
+        label: list(read_jsonl(folder / "metrics.jsonl", "step"))
+        for label, folder in zip(labels, folders, strict=True)
+    }
     measured = {name for records in runs.values() for record in records for name in record}
     panels = [name for name in PANELS if name in measured]
     if not panels:
@@ -1189,8 +1199,9 @@ def main(argv: list[str] | None = None) -> None:
     flags = read_command_line(argv)
     command, resume = flags.pop("command"), flags.pop("resume", None)
     config, folder = None, None
-    for stream in (sys.stdout, sys.stderr):  # Some terminals cannot show all characters.
-        stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # Some terminals cannot show all characters.
     try:
         if command in ("show", "plot"):
             return COMMANDS[command](**flags)

@@ -733,19 +733,24 @@ def parse_python_calls(text: str) -> list[tuple[str, str]]:
     [('add', '{"a": 1}'), ('find', '{"type": "x"}')]
     """
     calls = []
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as ast counts lines
+    lines = text.encode().split(b"\n")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # for example about "\d" in a string
             nodes = ast.parse(text, mode="eval").body.elts
         for node in nodes:
-            if node.args:
+            if node.args or any(keyword.arg is None for keyword in node.keywords):
                 raise ValueError("an argument has no name")
-            # Names are taken from the text, because ast replaces letters such as a full-width a.
-            sources = [ast.get_source_segment(text, keyword) for keyword in node.keywords]
-            names = [source.partition("=")[0].strip() for source in sources]
-            values = [ast.literal_eval(keyword.value) for keyword in node.keywords]
-            arguments = parse_json_object(list(zip(names, values, strict=True)))
-            calls.append({"name": ast.get_source_segment(text, node.func), "arguments": arguments})
+            # Names are taken from the text: in the syntax tree, letters such as a full-width "a"
+            # are replaced.
+            pairs = []
+            for keyword in node.keywords:
+                name = lines[keyword.lineno - 1][keyword.col_offset :].partition(b"=")[0]
+                pairs.append((name.decode().strip(), ast.literal_eval(keyword.value)))
+            start, end = node.func.col_offset, node.func.end_col_offset
+            name = lines[node.func.lineno - 1][start:end].decode()
+            calls.append({"name": name, "arguments": parse_json_object(pairs)})
         json_calls = STRICT_JSON.decode(json.dumps(calls))
     except (SyntaxError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(f"not a Python list of calls: {error}") from None

@@ -352,6 +352,20 @@ def test_python_calls(arguments, reason):
     assert task.verify(problem_with(call("add", a=1)), "Sure: [add(a=1)]").reason == "malformed"
 
 
+def test_names_in_python_calls_are_compared_as_they_are_written():
+    """Python itself takes letters of other alphabets and styles for the ordinary ones."""
+    add = call("add", a=1)
+    degrees = {"name": "temperature", "arguments": {"\u00b5": 1}}  # the sign for micro
+    for text in ("[ａｄｄ(a=1)]", "[𝐚𝐝𝐝(a=1)]"):
+        assert task.verify(problem_with(add), text).reason == "wrong_tool", text
+    assert task.verify(problem_with(add), "[add(ａ=1)]").reason == "wrong_arguments"
+    assert task.verify(problem_with(degrees), "[temperature(µ=1)]").correct
+    assert not task.verify(problem_with(degrees), "[temperature(μ=1)]").correct  # the letter mu
+    assert task.verify(problem_with(add, degrees), "[add(\r\n a=1),\n temperature(µ=1)]").correct
+    for text in ("[f(x=2).add(a=1)]", "[add(b=2).add(a=1)]", "[add[0](a=1)]"):
+        assert not task.verify(problem_with(add), text).correct, text
+
+
 def test_python_calls_have_all_types_of_json():
     value = {"a": [1, -2.5, True, None, "ü\n'\""], "b": {"c": {}}}
     for correct_call in (call("math.add", a=value), call("find")):

@@ -1186,6 +1186,29 @@ def test_a_record_with_an_entry_missing_is_damaged(tiny, tmp_path, missing):
         grpo.load_checkpoint(tmp_path, optimizer)
 
 
+@pytest.mark.parametrize("name", ["0.weight", "0.exp_avg", "3.exp_avg_sq", "1.step"])
+def test_a_tensor_of_another_shape_is_refused(tiny, tmp_path, name):
+    """A moment of another shape would be read beyond its end."""
+    saved(tiny[0], tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load_file(path)
+    tensors[name] = tensors[name].T.contiguous() if tensors[name].dim() == 2 else torch.zeros(3)
+    safetensors.torch.save_file(tensors, path, metadata)
+    before = weights(tiny[0])
+    with pytest.raises(ValueError, match=f"belongs to another model: {name} has the shape"):
+        grpo.load_checkpoint(tmp_path, MasterAdamW(tiny[0], 1e-3))
+    assert torch.equal(weights(tiny[0]), before)
+
+
+def test_a_batch_is_never_larger_than_the_failures(failures):
+    stream = FailureStream(failures, seed=0)
+    for number in range(1, 4):
+        assert len(stream.draw(10**12)) == len(failures)
+        assert stream.position == number * len(failures)
+
+
 def test_another_models_checkpoint_is_refused(tiny, folder, tmp_path):
     """Of another vocabulary or architecture; or the same with more layers, or fewer."""
     saved(tiny[0], tmp_path / "a")

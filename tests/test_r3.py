@@ -384,7 +384,7 @@ def test_files_of_older_versions_are_refused_in_one_line(runs_folder, capsys):
     message = "samples.jsonl was not written by this version of r3.py"
     assert message in error_line(["show", str(older_run)], capsys)
     (older_run / "config.json").write_text(json.dumps(OLDER_SETTINGS))
-    message = "config.json has settings of another version of this code: batch, group"
+    message = "config.json has settings of another version of this code: 'batch, group'"
     assert message in error_line(["train", "--resume", str(older_run)], capsys)
 
 
@@ -414,11 +414,19 @@ def test_the_tables_count_the_conversations(agent, task, chance_verifier, tmp_pa
     assert rows["gain"]["1st try"] == pytest.approx([0, -0.1, 0.1])
     r3.report(r3.TINY, tmp_path, {"model": conversations})
     tables = json.loads((tmp_path / "report.json").read_text())["tables"]
+    first_truncated = sum(c.attempt.truncated for c in conversations)
+    retry_truncated = sum(c.retry.truncated for c in conversations if c.retry)
+    assert first_truncated > 0 < retry_truncated
     assert tables["The verifier's reasons"] == {
-        "model, 1st try": {"correct": sum(first), "wrong_value": 60 - sum(first)},
+        "model, 1st try": {
+            "correct": sum(first),
+            "wrong_value": 60 - sum(first),
+            "of these, truncated": first_truncated,
+        },
         "model, retry": {
             "correct": sum(within_two) - sum(first),
             "wrong_value": 60 - sum(within_two),
+            "of these, truncated": retry_truncated,
         },
     }
 
@@ -539,8 +547,7 @@ def test_a_run_leaves_its_files(finished_run, base_folder):
     run, printed = finished_run
     assert {path.name for path in run.iterdir()} == {
         "config.json", "failures.jsonl", "metrics.jsonl", "timings.jsonl", "samples.jsonl",
-        "checkpoint.safetensors", "model", "report.json", "curves.png", "vanilla.jsonl",
-        "trained.jsonl", ".lock",
+        "model", "report.json", "curves.png", "vanilla.jsonl", "trained.jsonl", ".lock",
     }  # fmt: skip
     assert len(read_lines(run / "vanilla.jsonl")) == len(read_lines(run / "trained.jsonl")) == 2 * 4
     tables = json.loads((run / "report.json").read_text())["tables"]
@@ -567,10 +574,11 @@ def test_a_run_leaves_its_files(finished_run, base_folder):
 
 def test_the_logs_of_a_run_fit_together(finished_run):
     run, _ = finished_run
-    metrics = read_lines(run / "metrics.jsonl")
+    *metrics, end_of_curve = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [0, 1, 2, 3, 4]
-    assert [line["step"] for line in read_lines(run / "timings.jsonl")] == [0, 1, 2, 3, 4]
-    assert all("within two" in line and "1st try" in line for line in metrics)
+    assert [line["step"] for line in read_lines(run / "timings.jsonl")] == [1, 2, 3, 4]
+    assert all("within two" in line and "1st try" in line for line in metrics[:4])
+    assert end_of_curve.keys() == {"step", "1st try", "within two"} and end_of_curve["step"] == 4
     for line in metrics[1:]:  # invariant 2, over a whole run
         assert line["mismatch"] < 1e-4 * line["nll"]
     # The reference model is the model before training: the KL divergence is zero at first.
@@ -614,11 +622,11 @@ def test_a_run_depends_on_its_seed_alone(runs_folder, base_folder, finished_run,
 
 
 def test_ctrl_c_prints_how_to_resume(runs_folder, finished_run, chance_verifier, monkeypatch):
-    """An evaluation after step 4 is interrupted, and the steps before it are not repeated."""
+    """The evaluation after the training is interrupted, and the training is not repeated."""
     evaluate, run = r3.evaluate, runs_folder / "x" / "y"
 
     def interrupt(agent, problems, num_samples, title, *rest, **options):
-        if title == "step 4":
+        if title == "trained":
             raise KeyboardInterrupt
         return evaluate(agent, problems, num_samples, title, *rest, **options)
 
@@ -627,7 +635,7 @@ def test_ctrl_c_prints_how_to_resume(runs_folder, finished_run, chance_verifier,
         message = "interrupted; to resume: .*r3.py train --resume .*/x/y"
         with pytest.raises(SystemExit, match=message):
             r3.main(["train", *SMALL_RUN, "--name", "x/y"])
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     steps, rollout = [], grpo.rollout
 
     def record(agent, failures, group_size, rng_prefix, **options):
@@ -636,7 +644,7 @@ def test_ctrl_c_prints_how_to_resume(runs_folder, finished_run, chance_verifier,
 
     monkeypatch.setattr(grpo, "rollout", record)
     r3.main(["train", "--resume", str(run)])
-    assert steps == [3]  # the first three steps are in the checkpoint
+    assert steps == []
     assert_same_files(run, finished_run[0])
 
 
@@ -751,7 +759,10 @@ def test_an_interrupted_search_for_failures_resumes(
     for flags, message in (
         (["train", "--resume", str(killed)], "is not a run of"),
         (["failures", "--resume", str(runs_folder / "nothing")], "nothing"),
-        (["failures", "--resume", str(killed), "--seed", "1"], "give no other flags"),
+        (
+            ["failures", "--resume", str(killed), "--seed", "1"],
+            "--seed cannot be given with --resume",
+        ),
         ([*command, "killed"], "choose another --name"),
     ):
         assert message in error_line(flags, capsys)
@@ -978,7 +989,7 @@ def test_a_setting_that_an_older_run_lacks_has_its_default(settings_of, runs_fol
 @pytest.mark.parametrize(
     "changes, without, message",
     [
-        ({"batch": 4, "group": 3}, (), "settings of another version of this code: batch, group"),
+        ({"batch": 4, "group": 3}, (), "settings of another version of this code: 'batch, group'"),
         ({"steps": [1]}, (), "--steps [1]: must be of type int"),
         ({"steps": None}, (), "--steps None: must be of type int"),
         ({"steps": 0}, (), "--steps 0: must be at least 1"),
@@ -1029,7 +1040,7 @@ def test_a_settings_file_that_is_not_an_object_is_named(runs_folder, capsys, con
         ("train --device cuda:99", "--device cuda:99 is not available here"),
         ("train --device meta", "--device meta is not available here"),
         ("train --resume nowhere", "nowhere"),
-        ("train --resume . --steps 3", "--resume uses the settings of the run"),
+        ("train --resume . --steps 3", "this is not the folder of a run"),
         ("show nowhere", "No such file or directory: 'nowhere/conversations.jsonl'"),
         ("show --limit x", "--limit"),
         ("show", "there is no run in"),
@@ -1082,7 +1093,7 @@ def test_out_of_memory_ends_in_one_line(runs_folder, capsys, monkeypatch):
 
     monkeypatch.setattr(Agent, "sample_turns", out_of_memory)
     message = error_line(["eval", "--limit", "2", "--name", "x"], capsys)
-    assert "out of GPU memory; try a lower --cache-tokens" in message
+    assert "out of memory; use a lower --cache-tokens" in message
 
 
 # -- Looking at a run ------------------------------------------------------------------------------
@@ -1285,7 +1296,7 @@ def test_a_pretrained_model_is_trained(runs_folder, folder, chance_verifier, tmp
     after = transformers.AutoModelForCausalLM.from_pretrained(run / "model")(ids).logits
     assert not torch.allclose(after, before, rtol=1e-2)
     assert_close(Model.from_pretrained(run / "model")(ids), after)
-    for line in read_lines(run / "metrics.jsonl")[1:]:
+    for line in read_lines(run / "metrics.jsonl")[1:3]:
         assert line["mismatch"] < 1e-4 * line["nll"]
 
 

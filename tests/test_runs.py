@@ -1,6 +1,8 @@
 """Runs and their folders: one owner, nothing lost, nothing left behind, and messages that help."""
 
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from tasks import TinyCountdown, Verdict
 FEW = [
     "--steps=2", "--batch-size=3", "--group-size=3", "--limit=4", "--num-samples=2",
     "--max-attempts=2", "--num-problems=16", "--max-new-tokens=12", "--lr=1e-4",
-    "--cache-tokens=4000", "--seed=1",
+    "--cache-tokens=4000", "--seed=1", "--keep-checkpoint",
 ]  # fmt: skip
 
 
@@ -110,7 +112,7 @@ def test_two_runs_never_share_a_folder(train, base_folder):
     try:
         assert owner.stdout.readline() == b"owned\n"
         assert "another process is using runs/x" in error_of(train, "--name", "x")
-        Path("runs/x/config.json").write_text("{}")
+        Path("runs/x/config.json").write_text('{"command": "train"}')
         assert "another process is using runs/x" in error_of(train, "--resume", "runs/x")
     finally:
         owner.kill()
@@ -257,13 +259,56 @@ def test_failures_that_would_outgrow_the_context_are_dropped(failures, base_fold
 # -- Checkpoints and weights -----------------------------------------------------------------------
 
 
-def test_a_run_without_its_checkpoint_is_not_started_over(train, finished):
+def test_a_run_without_its_checkpoint_is_not_started_over(train, finished, base_folder):
     text = Path("runs/x/metrics.jsonl").read_text()
     Path("runs/x/checkpoint.safetensors").unlink()
     message = error_of(train, "--resume", "runs/x")
+    assert message == "r3.py: runs/x has finished; its results are in runs/x/report.json"
+    Path("runs/x/report.json").unlink()
+    message = error_of(train, "--resume", "runs/x")
     assert "checkpoint.safetensors is missing" in message
-    assert "train --failures runs/x/failures.jsonl" in message
+    command = message.partition("from its failures: python r3.py train ")[2]
+    assert "--failures runs/x/failures.jsonl" in command
     assert Path("runs/x/metrics.jsonl").read_text() == text
+    # The command that is suggested works, and has the settings of the run.
+    r3.main(["train", *shlex.split(command), "--name", "again"])
+    configs = [r3.load_config(Path("runs") / name, "train") for name in ("x", "again")]
+    expected = replace(configs[0], name="again", failures="runs/x/failures.jsonl")
+    assert configs[1] == expected and configs[1].model == str(base_folder)
+
+
+def test_a_finished_run_has_no_checkpoint(train, finished):
+    assert Path("runs/x/checkpoint.safetensors").exists()  # because of --keep-checkpoint
+    train("--resume", "runs/x", "--no-keep-checkpoint")
+    assert not Path("runs/x/checkpoint.safetensors").exists()
+
+
+def test_a_resumed_run_takes_only_what_cannot_change_its_result(train, finished):
+    message = error_of(train, "--resume", "runs/x", "--lr", "1")
+    assert "--lr cannot be given with --resume" in message and "--cache-tokens" in message
+    text = Path("runs/x/trained.jsonl").read_text()
+    flags = ["--offload", "--checkpointing", "--cache-tokens", "3000", "--save-every", "2"]
+    train("--resume", "runs/x", *flags)
+    assert Path("runs/x/trained.jsonl").read_text() == text
+    config = r3.load_config(Path("runs/x"), "train")
+    assert config.offload and config.checkpointing and config.cache_tokens == 3_000
+
+
+@pytest.mark.parametrize("name", ["model", "runs/x/model"])
+def test_resuming_what_is_not_a_run_leaves_its_files_alone(train, finished, base_folder, name):
+    """Folders of models have a config.json, too."""
+    if name == "model":
+        shutil.copytree(base_folder, name)
+    Path(name, "thesis.tmp").write_text("x")
+    Path(name, ".tmp_backup").write_text("x")
+    before = sorted(Path(name).iterdir())
+    assert "is not a run of the command train" in error_of(train, "--resume", name)
+    assert sorted(Path(name).iterdir()) == before
+
+
+def test_a_folder_of_runs_that_is_not_there_ends_in_one_line(train):
+    Path("runs").symlink_to("nowhere/at/all")
+    assert "runs" in error_of(train)
 
 
 def test_a_resumed_optimizer_does_not_hold_the_file(tiny, tmp_path):
@@ -394,3 +439,21 @@ def test_curves_have_no_holes_and_neat_ticks(finished):
     for axis in axes:
         ticks = [tick for tick in axis.get_xticks() if axis.get_xlim()[0] <= tick]
         assert all(float(tick).is_integer() for tick in ticks)
+
+
+@pytest.mark.parametrize("output", ["both", "stdout"])
+def test_a_closed_pipe_does_not_look_like_success(base_folder, tmp_path, output):
+    """As in `python r3.py train 2>&1 | head -1`."""
+    script = Path(r3.__file__)
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, str(script), "eval", "--model", str(base_folder), "--limit=2"],
+        cwd=tmp_path,
+        stdout=writer,
+        stderr=writer if output == "both" else subprocess.PIPE,
+    )
+    os.close(writer)
+    assert process.returncode == 1
+    if output == "stdout":
+        assert process.stderr == b""

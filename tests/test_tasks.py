@@ -386,6 +386,28 @@ def test_problems_and_dialogues_never_change(tmp_path):
     assert digest[:16] == "27a8d4354981d4cc"
 
 
+def test_an_answer_in_the_reasoning_does_not_count():
+    problem = CountdownProblem(0, (6, 10, 2), 32)
+    right, wrong = "<answer>(10+6)*2</answer>", "<answer>10+6</answer>"
+    for completion, expected in (
+        (f"<think> try {right} </think> I give up", "no_answer"),
+        (f"<think> try {right}", "no_answer"),  # truncated
+        (f"<think> try {right} </think> {wrong}", "wrong_numbers"),
+        (f"<think> try {wrong} </think> {right}", "correct"),
+        (f"try {wrong} </think> {right}", "correct"),  # The template has opened the reasoning.
+    ):
+        assert Countdown().verify(problem, completion).reason == expected, completion
+
+
+def test_files_that_hold_no_problems_do_not_block_a_folder(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"nums": [1, 2, 3], "target": 6}\n')
+    (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
+    (tmp_path / "._train.jsonl").write_bytes(b"\xff\x00")  # macOS writes such files
+    (tmp_path / "folder.json").mkdir()
+    [problem] = Countdown().load(str(tmp_path), split="all")
+    assert problem.numbers == (1, 2, 3)
+
+
 @cache
 def all_values(numbers: tuple[int, ...]) -> dict[Fraction, str]:
     """All integers that the numbers make, each with an expression. A brute force for comparison: it
