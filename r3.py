@@ -45,6 +45,7 @@ import grpo
 from grpo import Agent, Conversation, append_jsonl, attempt_all, longest_first, next_batch, rollout
 from model import (
     DivergenceError,
+    Linear,
     Model,
     Tokenizer,
     local_path,
@@ -485,55 +486,337 @@ def load_shapes(config: Config, task: Task) -> Model:
     return Model.from_pretrained(model_path(config, task), getattr(torch, config.dtype), "meta")
 
 
-def memory_needed(config: Config, model: Model, training: bool) -> tuple[dict[str, float], float]:
-    """Estimate the memory on the device, in bytes: what is needed for each purpose, and how much
-    each token in the KV cache takes. The model may be on the "meta" device."""
-    weight_bytes = getattr(torch, config.dtype).itemsize
-    parameters = sum(p.numel() for p in model.parameters())
-    needed: dict[str, float] = {"weights": parameters * weight_bytes}
-    if training:
-        if config.beta:
-            needed["reference model"] = parameters * weight_bytes
-        gradient, moments = weight_bytes, 4 + 4
-        master_weight_and_gradient = 4 + 4 if config.dtype == "bfloat16" else 0
-        bytes_each = gradient + moments + master_weight_and_gradient
-        if config.offload:  # The rest is in CPU memory.
-            bytes_each = gradient
-        needed["gradients, master weights, moments"] = parameters * bytes_each
-        # A group is one packed sequence: G reflections, and a context of about two turns. For each
-        # token, a layer keeps about 13 vectors of the hidden size and 4 of the MLP's size. With
-        # --checkpointing, only one layer at a time keeps them, and the saved inputs of all layers
-        # are counted as one extra layer.
-        tokens = (config.group_size + 2) * config.max_new_tokens
-        layers = 2 if config.checkpointing else model.config.num_hidden_layers
-        vectors = 13 * model.config.hidden_size + 4 * model.config.intermediate_size
-        needed["activations"] = tokens * layers * vectors * weight_bytes
-    # Each layer has a key and a value. The sampled part of the cache is copied when retries are
-    # sampled: the peak was measured at 2.5 times the keys and values themselves.
-    layer_bytes = 2 * model.config.num_key_value_heads * model.config.head_dim * weight_bytes
-    return needed, 2.5 * model.config.num_hidden_layers * layer_bytes
+class Memory(NamedTuple):
+    """An estimate of the memory that a run needs, in bytes by purpose."""
+
+    always: dict[str, float]  # on the device, during the whole run
+    rollout: dict[str, float]  # on the device, while sampling, for each token of the KV cache
+    update: dict[str, float]  # on the device, while gradients are computed
+    cpu: dict[str, float]  # in main memory, if the device has a memory of its own
+    least_cache: int  # the smallest KV cache, in tokens: one failure with all its reflections
+
+    @property
+    def per_cache_token(self) -> float:
+        return sum(self.rollout.values())
+
+    def peak(self, cache_tokens: int) -> float:
+        """Bytes on the device. Rollouts and updates alternate, so the larger of them counts."""
+        largest = max(self.per_cache_token * cache_tokens, sum(self.update.values()))
+        return sum(self.always.values()) + largest
+
+
+def memory_needed(config: Config, model: Model, training: bool) -> Memory:
+    """Estimate the memory that a run needs. The model may be on the "meta" device.
+
+    The lengths of the conversations are not known yet. Every turn is counted as if it had
+    max_new_tokens tokens, and a question as if it were as long as a turn.
+    """
+    size = getattr(torch, config.dtype).itemsize  # bytes of a number: 4 or 2
+    num_parameters = sum(p.numel() for p in model.parameters())
+    num_trained = count_trained(config, model)
+    always, cpu = {"weights": size * num_parameters}, {}
+    T, G = config.max_new_tokens, config.group_size
+    turn_in_cache = T + 50  # as in grpo.cache_tokens_needed
+    least_cache = T + max(1, config.num_samples) * turn_in_cache  # a question with its attempts
+    least_cache = max(least_cache, 2 * T + (G if training else 1) * 2 * turn_in_cache)
+    if not training:
+        return Memory(always, rollout_memory(config, model), {}, cpu, least_cache)
+
+    # The reference model is a copy of the weights. LoRA needs none: without the adapters, the
+    # policy is the vanilla model.
+    if config.lora_rank:
+        always["adapters"] = size * num_trained
+    elif config.beta:
+        always["reference model"] = size * num_parameters
+    update = update_memory(config, model)
+    # AdamW updates float32 master weights and keeps two float32 moments of each. The gradients of
+    # the masters are the sum over the groups of a step. Float32 weights on the same device are
+    # their own masters, so their gradients are counted in update_memory.
+    has_masters = config.offload or config.dtype != "float32"
+    optimizer = {"master weights": 4 * num_trained * has_masters, "moments": 8 * num_trained}
+    gradients = {"gradients of the master weights": 4 * num_trained * has_masters}
+    if config.device == "cpu" or not config.offload:
+        always, update = always | optimizer, gradients | update
+    else:
+        cpu = optimizer | gradients
+    # What is saved is first copied from the device to main memory: the checkpoint, unless it is
+    # there already, and the trained model at the end, when the optimizer is gone.
+    if config.device != "cpu":
+        checkpoint = 0 if config.offload else 12 * num_trained
+        trained_model = size * num_parameters - sum(cpu.values())
+        cpu["copies to be saved"] = max(checkpoint, trained_model)
+    parts = (always, rollout_memory(config, model), update, cpu)
+    # Leave out what does not exist in this mode.
+    existing = [{name: size for name, size in part.items() if size} for part in parts]
+    return Memory(*existing, least_cache)
+
+
+def count_trained(config: Config, model: Model) -> int:
+    """The number of parameters that are trained: all of them, or those of the adapters. The model
+    has no adapters yet."""
+    if not config.lora_rank:
+        return sum(p.numel() for p in model.parameters())
+    linears = [x for x in model.model.layers.modules() if isinstance(x, Linear)]
+    return sum(config.lora_rank * (x.in_features + x.out_features) for x in linears)
+
+
+def rollout_memory(config: Config, model: Model) -> dict[str, float]:
+    """The bytes that sampling needs for each token of the KV cache, by purpose."""
+    shape, size = model.config, getattr(torch, config.dtype).itemsize
+    E, width, V = shape.hidden_size, shape.intermediate_size, model.vocab_size
+    # Each layer has a key and a value of each token.
+    kv = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
+    # When rows have finished, the others are copied to a smaller cache, once no more than 3/4 are
+    # left (see drop_finished in model.py). The cache of all rows is kept, and at the next copy both
+    # smaller ones exist for a moment, with 3/4 and 9/16 of the rows. During the second turn, the
+    # cache of the first turn is kept as well, which is half as long.
+    copies = 1 + 3 / 4 + 9 / 16
+    # A decode step computes float32 logits for each row, their logarithms, the probabilities and
+    # the cumulative probabilities. A row has at least one turn in the cache.
+    logits = 4 * 4 * V / (config.max_new_tokens + 50)
+    # Reading prompts needs the block's input, the sum after attention, its normalization, and three
+    # vectors of the MLP. If prompts are padded, there is also a row of the attention mask. The
+    # prompts are at most about half of the tokens for which there is a cache, and the other half is
+    # allocated later.
+    prompt = size * (3 * E + 3 * width + 2 * config.max_new_tokens)
+    phases = [
+        {"keys and values": copies * kv, "logits of a decode step": logits},
+        {"keys and values": (copies + 0.5) * kv, "logits of a decode step": logits / 2},
+        {"keys and values": kv / 2, "reading of prompts": prompt / 2},
+    ]
+    return max(phases, key=lambda phase: sum(phase.values()))
+
+
+def update_memory(config: Config, model: Model) -> dict[str, float]:
+    """The bytes that the backward pass of a packed group needs at its peak, by purpose."""
+    shape, size = model.config, getattr(torch, config.dtype).itemsize
+    E, width, V = shape.hidden_size, shape.intermediate_size, model.vocab_size
+    heads = shape.num_attention_heads * shape.head_dim
+    T, G = config.max_new_tokens, config.group_size
+    context = 2 * T  # a question and an attempt
+    tokens = context + G * T
+    # A block keeps, for each token: its input and the sum after attention, both normalized as well
+    # (4 E); the queries, the repeated keys and values, and the output of attention, before and
+    # after it is transposed (5 heads); the gate before and after silu, the other projection, and
+    # their product (4 width). For each branch, it keeps the keys and values of the context and the
+    # branch, and a mask.
+    block = tokens * (4 * E + 5 * heads + 4 * width)
+    block += G * (context + T) * 2 * heads + G * T * (context + T)
+    # After the blocks: the input and the output of the last norm, and what predicts each token.
+    kept = tokens * 2 * E + G * T * E
+    if config.device == "cpu":
+        # RMSNorm is several operators there, which also keep the input divided by its root mean
+        # square; in bfloat16, they keep both in float32.
+        norm = tokens * E * (1 if size == 4 else 3)
+        block, kept = block + 2 * norm, kept + norm
+    block += tokens * 7 * config.lora_rank  # the inputs of the matrices B of the adapters
+    if shape.qk_norm:  # queries and keys before their normalization
+        block += tokens * (heads + shape.num_key_value_heads * shape.head_dim)
+    block_backward = tokens * (2 * width + 2 * E)  # gradients, while they pass through a block
+    if config.checkpointing:
+        # Only the inputs of the blocks are kept. The backward pass computes one block again.
+        kept += shape.num_hidden_layers * tokens * E
+        block_backward += block - tokens * E
+    else:
+        kept += shape.num_hidden_layers * block
+    # The logits of a chunk exist three times, in float32: as log-probabilities, and as gradients
+    # before and after log_softmax. If there are several chunks, the gradient of the head exists
+    # three times: that of a chunk, and the sum before and after it is added.
+    num_logits = min(G * T * V, grpo.MAX_LOGITS)
+    head = 0 if config.lora_rank else size * shape.vocab_size * E
+    head_gradients = head * (3 if num_logits < G * T * V else 1)
+    # The backward pass begins with the head, and continues with the last block.
+    phases: list[dict[str, float]] = [
+        {
+            "activations": size * kept,
+            "logits": 3 * 4 * num_logits,
+            "gradient of the head": head_gradients,
+        },
+        {"activations": size * (kept + block_backward), "gradient of the head": head},
+    ]
+    largest = max(phases, key=lambda phase: sum(phase.values()))
+    # The gradients of several groups are added up, so they exist from the first group on.
+    return {"gradients of the weights": size * count_trained(config, model), **largest}
+
+
+# The fraction of a GPU's free memory that a run uses. The rest is for the workspaces of kernels and
+# for fragmentation.
+USABLE_GPU_MEMORY = 0.9
+
+
+def free_memory(device: str) -> float | None:
+    """The bytes that can be used on a device, or None if this is not known."""
+    if device.startswith("cuda"):
+        return USABLE_GPU_MEMORY * torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")  # Linux has it
+    if device == "cpu" and meminfo.is_file():
+        kilobytes = re.search(r"^MemAvailable: +(\d+) kB", meminfo.read_text(), re.MULTILINE)
+        return 1024 * int(kilobytes[1]) if kilobytes else None
+    return None
 
 
 def check_memory(config: Config, model: Model, training: bool) -> int:
     """Print how much memory the run will need, and return the size of its KV cache in tokens. On a
-    GPU, the KV cache gets the memory that is left."""
-    needed, bytes_per_token = memory_needed(config, model, training)
-    cache_tokens = config.cache_tokens or 65_536
-    if config.device.startswith("cuda") and config.cache_tokens is None:
-        free = 0.9 * torch.cuda.mem_get_info(config.device)[0] - sum(needed.values())
-        cache_tokens = max(4_096, int(free / bytes_per_token))
-    needed[f"keys and values of {cache_tokens:,} tokens"] = bytes_per_token * cache_tokens
-    estimate = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in needed.items())
+    GPU, the KV cache gets the memory that is left. Raises ValueError if the run does not fit; the
+    message names the smallest change that would fit."""
+    memory = memory_needed(config, model, training)
+    free, main_free = free_memory(config.device), free_memory("cpu")
+    cache_tokens = choose_cache_tokens(config, memory, free)
+    device_bytes, cpu_bytes = memory.peak(cache_tokens), sum(memory.cpu.values())
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters in {config.dtype} on {config.device}")
-    print(f"Estimated memory in GB: {estimate}")
+    print(f"Estimated memory in GB: at most {gigabytes(device_bytes)} on {config.device}")
+    rollout = {name: size * cache_tokens for name, size in memory.rollout.items()}
+    parts = {
+        "always": memory.always,
+        f"while sampling, with a KV cache of {cache_tokens:,} tokens": rollout,
+        "while updating": memory.update,
+        "in main memory": memory.cpu,
+    }
+    for title, sizes in parts.items():
+        if sizes:
+            print(f"  {title}: {list_gigabytes(sizes)}")
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    in_float32 = config.device == "cpu" and config.dtype == "float32"
+    if has_amx and in_float32 and not is_tiny(config.model):
+        print("This processor multiplies bfloat16 matrices: --dtype bfloat16 may be faster")
+
+    lacking = []
+    if free is not None and device_bytes > free:
+        name = "main memory" if config.device == "cpu" else f"memory on {config.device}"
+        lacking.append((name, device_bytes, free))
+    if main_free is not None and cpu_bytes > main_free:
+        lacking.append(("main memory", cpu_bytes, main_free))
+    if lacking:
+        needs = " and ".join(
+            f"{gigabytes(needed)} GB of {name}, where {gigabytes(there)} GB can be used"
+            for name, needed, there in lacking
+        )
+        hint = what_would_fit(config, model, training, free, main_free)
+        raise ValueError(f"the run needs {needs}; {hint}")
     return cache_tokens
+
+
+def choose_cache_tokens(config: Config, memory: Memory, free: float | None) -> int:
+    """The size of the KV cache in tokens: --cache-tokens, or else, on a GPU, what fits there."""
+    if config.cache_tokens or free is None or not config.device.startswith("cuda"):
+        return config.cache_tokens or 65_536
+    left = free - sum(memory.always.values())
+    return max(memory.least_cache, int(left / memory.per_cache_token))
+
+
+def smaller_configs(config: Config, training: bool) -> Iterator[Config]:
+    """Variants of the settings that may need less memory, beginning with the settings themselves.
+    Those come first that do not change the result of the run, apart from rounding."""
+    result_changes: list[dict[str, Any]] = [{}]
+    if training and config.beta and not config.lora_rank:
+        result_changes.append({"beta": 0.0})
+    if training and not config.lora_rank:
+        result_changes.append({"lora_rank": 32})
+    if config.dtype == "float32":
+        result_changes += [{**changes, "dtype": "bfloat16"} for changes in result_changes]
+    for changes in result_changes:
+        yield replace(config, **changes)
+        if training:
+            yield replace(config, **changes, checkpointing=True)
+            yield replace(config, **changes, offload=not config.offload)
+            yield replace(config, **changes, checkpointing=True, offload=not config.offload)
+
+
+def fit_memory(
+    config: Config, model: Model, training: bool, free: float | None, main_free: float | None
+) -> Config | None:
+    """The first of the `smaller_configs` that fits into the free memory of the device and the main
+    memory, in bytes (None: unknown), perhaps with a lower cache_tokens; None if none fits."""
+    for smaller in smaller_configs(config, training):
+        memory = memory_needed(smaller, model, training)
+        if main_free is not None and sum(memory.cpu.values()) > main_free:
+            continue
+        cache_tokens = choose_cache_tokens(smaller, memory, free)
+        if free is None or memory.peak(cache_tokens) <= free:
+            return smaller
+        left = free - sum(memory.always.values())
+        lower = int(left / memory.per_cache_token) // 1000 * 1000
+        lower = min(cache_tokens, max(lower, memory.least_cache))
+        if memory.peak(lower) <= free:
+            return replace(smaller, cache_tokens=lower)
+    return None
+
+
+def what_would_fit(
+    config: Config, model: Model, training: bool, free: float | None, main_free: float | None
+) -> str:
+    """A hint for a run that does not fit: flags with which it fits or, if there are none, the least
+    that it needs."""
+    smaller = fit_memory(config, model, training, free, main_free)
+    if smaller:
+        return f"it fits with {flags_for(smaller, config)}"
+    variants = [memory_needed(c, model, training) for c in smaller_configs(config, training)]
+    least = min(variants, key=lambda memory: memory.peak(memory.least_cache))
+    needs = f"{gigabytes(least.peak(least.least_cache))} GB"
+    if least.cpu:
+        needs += f" and {gigabytes(sum(least.cpu.values()))} GB of main memory"
+    return f"no flag makes it fit: it needs at least {needs}; use a smaller model"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as a number of gigabytes (10**9 bytes), with up to three digits."""
+    return f"{size / 1e9:.3g}" if size < 1e12 else f"{size / 1e9:,.0f}"
+
+
+def list_gigabytes(sizes: dict[str, float]) -> str:
+    """The sizes of several things in gigabytes, for example "weights 3.09, moments 12.3"."""
+    return ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items())
+
+
+# Upper bounds for what conversations take on the disk. (Those of SmolLM2, on both tasks, took about
+# 4.5 bytes of JSON text per token, and 400 bytes for names of fields and verdicts.)
+TEXT_BYTES = 5  # per token
+FIELD_BYTES = 500  # per conversation
+QUESTION_TOKENS = 512  # if a question is longer than a turn
 
 
 def check_disk(
     config: Config, model: Model, folder: Path, num_problems: int, num_searched: int
 ) -> None:
-    """Print how much a training run will write at most. Raises ValueError if it is not free."""
+    """Print how much a training run will write at most. Raises ValueError if it is not free. What
+    the folder of a resumed run holds already is counted as free."""
+    T = config.max_new_tokens
+    # A turn is written as text and as token ids. A conversation has the fields of the problem, a
+    # context (the question again, and the attempt), and three turns. A failure has only the first
+    # of them. A question has to leave room for three turns in the model's context.
+    turn = T * (TEXT_BYTES + len(f"{model.vocab_size}, "))
+    question = min(max(T, QUESTION_TOKENS), max(T, model.context_length - 3 * T)) * TEXT_BYTES
+    conversation = FIELD_BYTES + 2 * question + T * TEXT_BYTES + 3 * turn
+    failure = FIELD_BYTES + 2 * question + turn
+    logged = min(config.batch_size, config.log_failures or config.batch_size) * config.group_size
+    # A parameter that is trained has a master weight and two moments of 4 bytes each. While a
+    # checkpoint is replaced, there are two.
+    trained = count_trained(config, model)
+    weights = sum(p.numel() for p in model.parameters()) * getattr(torch, config.dtype).itemsize
+    failures = num_searched * failure
+    if config.failures and Path(config.failures).is_file():
+        failures = Path(config.failures).stat().st_size
+    sizes = {
+        "two checkpoints": 2 * 12 * trained,
+        "the trained model": weights,
+        "samples.jsonl": config.steps * logged * conversation,
+        "failures.jsonl": failures,
+        "vanilla.jsonl and trained.jsonl": 2 * num_problems * config.num_samples * conversation,
+    }
+    total = sum(sizes.values())
+    print(f"Disk: at most {gigabytes(total)} GB: {list_gigabytes(sizes)}")
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(existing).free + written
+    if total > free:
+        hints = ["use another disk"]
+        if sizes["samples.jsonl"] > 0.1 * total:
+            hints.append("a lower --log-failures")
+        if sizes["two checkpoints"] > 0.1 * total and not config.lora_rank:
+            hints.append("--lora-rank 32")
+        needs = f"up to {gigabytes(total)} GB, but only {gigabytes(free)} GB are free for {folder}"
+        raise ValueError(f"the run writes {needs}; {' or '.join(hints)}")
 
 
 # -- The commands ----------------------------------------------------------------------------------
@@ -553,7 +836,7 @@ def load_agent(config: Config, task: Task, training: bool = False) -> Agent:
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, but its model has "
             f"embeddings for {model.vocab_size}"
         )
-    if "tiny" in tokenizer.settings and not isinstance(task, TinyCountdown):
+    if tokenizer.settings.get("tiny") and not isinstance(task, TinyCountdown):
         raise ValueError(f"{path}: this is a tiny model; download it, and pass its folder")
     model.vocab_size = tokenizer.vocab_size  # Extra embeddings are padding.
     return Agent(
@@ -778,7 +1061,7 @@ def report(config: Config, folder: Path, by_model: dict[str, list[Conversation]]
 def play_command(config: Config) -> None:
     """Type a problem, and watch a model attempt it, reflect and retry."""
     task = load_task(config)
-    agent = load_agent(config, task)
+    agent = load_agent(replace(config, cache_tokens=8_192), task)  # for one conversation
     decode = agent.tokenizer.decode
     problems, count = None, 0
     print(f"The model is {config.model}. Type {agent.task.input_format}.")
@@ -1058,20 +1341,21 @@ def resume_command(command: str, folder: Path) -> str:
 def restart_command(config: Config, folder: Path, **changes: Any) -> str:
     """The command that starts a new run with a run's settings, some changes, and its failures."""
     changes |= {"failures": str(folder / "failures.jsonl"), "name": None}
-    return f"{program()} train {flags_for(replace(config, **changes))}"
+    config = replace(config, **changes)
+    return f"{program()} train {flags_for(config, default_config(config.model))}"
 
 
-def flags_for(config: Config) -> str:
-    """The flags that give these settings on the command line."""
-    defaults, flags = default_config(config.model), []
+def flags_for(config: Config, defaults: Config) -> str:
+    """The flags that turn some defaults into these settings."""
+    flags = []
     for name, value in asdict(config).items():
-        # The other defaults depend on --model, so it is given unless it is "tiny".
-        if value == (TINY.model if name == "model" else getattr(defaults, name)):
+        if value == getattr(defaults, name) or value is None:
             continue
         if isinstance(value, bool):
             flags.append(flag_name(name) if value else flag_name(f"no_{name}"))
-        elif value is not None:
-            flags.append(f"{flag_name(name)} {shlex.quote(str(value))}")
+        else:
+            number = f"{value:g}" if isinstance(value, float) else str(value)
+            flags.append(f"{flag_name(name)} {shlex.quote(number)}")
     return " ".join(flags)
 
 

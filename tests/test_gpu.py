@@ -15,18 +15,22 @@ import os
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import gpu
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import grpo
-from model import Model, generate
+import r3
+from model import Linear, Model, generate
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETENDED = "PRETENDED" in os.environ
@@ -307,11 +311,74 @@ def test_a_packed_row_of_an_8b_model_keeps_less_than_2_gb_per_layer(monkeypatch)
     assert 0.5e9 < sum(sizes.values()) < 2e9
 
 
+class FusedRMSNorm(torch.autograd.Function):
+    """What PyTorch's RMSNorm allocates and keeps on CUDA, without values."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def attention_on_cuda(q, k, v, attn_mask=None, is_causal=False):
+    """The attention kernels of CUDA: flash attention, or efficient attention with a mask."""
+    if attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    bias = attn_mask.expand(1, q.shape[1], -1, -1)
+    return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)[0]
+
+
+@plain
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mode", [{}, {"checkpointing": True}, {"lora_rank": 32}])
+def test_the_estimate_of_an_update_is_its_peak_on_cuda(monkeypatch, mode, tied):
+    """The backward pass of a group of 8 reflections with 512 tokens each, on the meta device, with
+    Qwen2.5-1.5B's shape and four layers. In r3.memory_needed, the gradients of the masters come on
+    top."""
+    shape = {**gpu.read_shape("qwen2.5-1.5b"), "num_hidden_layers": 4, "tie_word_embeddings": tied}
+    with torch.device("meta"):
+        model = Model(shape).to(torch.bfloat16)
+    config = replace(r3.Config(), model="x", device="cuda", dtype="bfloat16", **mode)
+    update = r3.memory_needed(config, model, training=True).update
+    expected = sum(x for name, x in update.items() if name != "gradients of the master weights")
+    if config.lora_rank:
+        for weight in model.parameters():
+            weight.requires_grad_(False)
+        for module in model.model.layers.modules():
+            if isinstance(module, Linear):
+                module.lora_A = nn.Parameter(module.weight.new_empty(32, module.in_features))
+                module.lora_B = nn.Parameter(module.weight.new_empty(module.out_features, 32))
+    model.gradient_checkpointing = config.checkpointing
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention_on_cuda)
+    monkeypatch.setattr(F, "rms_norm", lambda x, _, weight, eps: FusedRMSNorm.apply(x, weight))
+    T, G = config.max_new_tokens, config.group_size
+    lengths = [2 * T] + G * [T]
+    ids = torch.zeros(1, sum(lengths), dtype=torch.long, device="meta")
+    with gpu.Allocated("meta") as allocated:
+        for weight in model.parameters():  # the gradients of earlier groups
+            if weight.requires_grad:
+                weight.grad = torch.zeros_like(weight)
+        hidden = model.hidden(ids, lengths=lengths)[0]
+        targets = ids[0, : G * T]
+        logprobs = grpo.target_logprobs(model, hidden[targets], targets, temperature=1.0)
+        del hidden
+        logprobs.sum().backward()
+        head = model.lm_head.weight
+        if head.grad is not None:  # as in MasterAdamW.move_gradients
+            head.grad.to(torch.float32)
+    assert 0.85 * expected < allocated.peak < 1.05 * expected
+
+
 # -- The table -------------------------------------------------------------------------------------
 @plain
 @pytest.mark.slow
 def test_the_table_of_the_tiny_shape_passes():
-    [rows] = gpu.main(["--shape", "tiny", "--device", "cpu"]).values()
+    [rows] = gpu.main(["--shape", "tiny", "--device", "cpu", "--failures", "1"]).values()
     verdicts = {name: row["verdict"] for name, row in rows.items()}
     assert set(verdicts.values()) <= {"pass", "figure", "skipped"}, verdicts
     assert list(verdicts.values()).count("pass") >= 25
@@ -322,14 +389,12 @@ def test_the_table_of_the_tiny_shape_passes():
 @plain
 def test_lines_of_the_table_can_fail(monkeypatch, tmp_path):
     config = gpu.save_random("tiny", tmp_path, "cpu")
-    work = gpu.Workload(
-        tmp_path, config, "cpu", failures=1, group_size=2, context_length=64, turn_length=8
-    )
+    work = gpu.Workload(tmp_path, config, "cpu", failures=1, group_size=2, turn_length=16)
     token_logprobs = grpo.token_logprobs
     monkeypatch.setattr(grpo, "token_logprobs", lambda *a, **k: token_logprobs(*a, **k) - 0.2)
     assert [row["verdict"] for row in gpu.mismatch(work).values()] == ["fail", "fail"]
     assert gpu.check_memory(2.0, 1.0)["verdict"] == "fail"
-    assert gpu.check_memory(0.1, 1.0, lower=0.9)["verdict"] == "fail"
-    assert gpu.check_memory(1.0, 1.0, lower=0.9)["verdict"] == "pass"
-    monkeypatch.setattr(gpu, "free_memory", lambda device: 0)
+    assert gpu.check_memory(0.8, 1.0)["verdict"] == gpu.check_memory(1.2, 1.0)["verdict"] == "fail"
+    assert gpu.check_memory(0.9, 1.0)["verdict"] == gpu.check_memory(1.1, 1.0)["verdict"] == "pass"
+    monkeypatch.setattr(r3, "free_memory", lambda device: 0)
     assert "are free" in gpu.reason_not_to_train(work, {})
