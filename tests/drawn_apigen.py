@@ -1,11 +1,18 @@
-"""APIGen with randomly drawn problems, for tests and experiments without a data file."""
+"""APIGen with randomly drawn problems, so that function calling can be tried without any dataset.
+
+python tests/drawn_apigen.py calls.jsonl
+python r3.py eval --model … --task apigen --data calls.jsonl
+"""
 
 import json
 import random
 import re
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
-from tasks import APIGen, APIGenProblem, split_of
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tasks import SPLITS, APIGen, APIGenProblem, split_of
 
 # TOOLS maps the name of a tool to a request whose slots, such as {city}, are the tool's parameters.
 # SLOTS maps the name of a slot to its type and its possible values.
@@ -89,3 +96,11 @@ class DrawnAPIGen(APIGen):
             description = f"Answers requests like: {TOOLS[name]}"
             tools.append({"name": name, "description": description, "parameters": parameters})
         return APIGenProblem(0, " ".join(requests), json.dumps(calls), json.dumps(tools))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tests/drawn_apigen.py FILE.jsonl")
+    drawn = [p for split in SPLITS for p in DrawnAPIGen().load(split=split)]
+    Path(sys.argv[1]).write_text("".join(json.dumps(asdict(p)) + "\n" for p in drawn))
+    print(f"Wrote {len(drawn):,} problems to {sys.argv[1]}")

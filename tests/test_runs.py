@@ -1,5 +1,6 @@
 """Runs and their folders: one owner, nothing lost, nothing left behind, and messages that help."""
 
+import io
 import json
 import os
 import shlex
@@ -457,3 +458,107 @@ def test_a_closed_pipe_does_not_look_like_success(base_folder, tmp_path, output)
     assert process.returncode == 1
     if output == "stdout":
         assert process.stderr == b""
+
+
+# -- What a run says and keeps ---------------------------------------------------------------------
+def test_whole_groups_of_some_failures_are_logged(train):
+    train("--name", "x", "--log-failures", "2")
+    samples = read_lines(Path("runs/x/samples.jsonl"))
+    for step in (1, 2):
+        groups = [r["problem"]["id"] for r in samples if r["step"] == step]
+        assert len(groups) == 2 * 3 and len(set(groups)) == 2  # of three failures in a step
+
+
+def test_the_curve_begins_and_ends_with_the_evaluations(train, monkeypatch):
+    """They are not made twice. `--curve` is the number of points after step 0."""
+    titles, evaluate = [], r3.evaluate
+
+    def record(agent, problems, num_samples, title, *rest, **options):
+        titles.append(title)
+        return evaluate(agent, problems, num_samples, title, *rest, **options)
+
+    monkeypatch.setattr(r3, "evaluate", record)
+    for curve, points in ((0, []), (1, [0, 4]), (2, [0, 2, 4]), (4, [0, 1, 2, 3, 4])):
+        titles.clear()
+        train("--name", f"curve{curve}", "--curve", f"{curve}", "--steps", "4")
+        assert titles == ["vanilla", *(f"step {step}" for step in points[1:-1]), "trained"]
+        folder = Path(f"runs/curve{curve}")
+        lines = [line for line in read_lines(folder / "metrics.jsonl") if "within two" in line]
+        assert [line["step"] for line in lines] == points
+    agent = load_agent(model=str(folder / "model"), max_new_tokens=12)
+    for line, name in ((lines[0], "vanilla"), (lines[-1], "trained")):
+        conversations = r3.load_conversations(folder / f"{name}.jsonl", agent)
+        of_two_problems = [c for c in conversations if c.problem.id < 2]  # CURVE_PROBLEMS
+        assert len(of_two_problems) == 4
+        expected = r3.accuracy({"model": of_two_problems})["model"]
+        assert {key: line[key] for key in expected} == expected
+
+
+def test_each_step_prints_a_line_and_the_end_a_sentence(train, capsys):
+    train("--name", "x", "--steps", "3")
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("step ")]
+    assert len(lines) == 3
+    metrics = [line for line in read_lines(Path("runs/x/metrics.jsonl")) if "reward" in line]
+    for step, (line, values) in enumerate(zip(lines, metrics, strict=True), 1):
+        assert line.startswith(f"step {step}/3, reward {values['reward']:.2f}, mixed groups ")
+        for part in (" tokens per reflection", "truncated", "KL", "rollout", "update", " left"):
+            assert part in line
+    mixed = round(sum(line["mixed_groups"] * line["sampled_groups"] for line in metrics))
+    assert f"{mixed} of 9 groups had mixed rewards; " in printed
+    assert "% of the reflections were truncated at --max-new-tokens 12." in printed
+
+
+def test_a_run_that_learns_nothing_says_so(train, base_folder, monkeypatch, capsys):
+    wrong = Verdict(False, "wrong")
+    monkeypatch.setattr(TinyCountdown, "verify", lambda self, problem, completion: wrong)
+    train("--name", "x")
+    text = "0 of 6 groups had mixed rewards, so there was nothing to learn from, and the weights"
+    assert text in capsys.readouterr().out
+    weights = [path / "model.safetensors" for path in (base_folder, Path("runs/x/model"))]
+    before, after = (safetensors.torch.load_file(path) for path in weights)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_adapters_are_trained_with_ten_times_the_learning_rate(train, base_folder):
+    """And the model that is saved is an ordinary one, which differs from the vanilla model."""
+    few = [flag for flag in FEW if not flag.startswith("--lr")]
+    r3.main(["train", "--model", str(base_folder), *few, "--lora-rank", "4", "--name", "x"])
+    config = r3.load_config(Path("runs/x"), "train")
+    assert config.lora_rank == 4 and config.lr == 10 * r3.TINY.lr
+    assert r3.new_config({"lora_rank": 4, "lr": 1e-4}).lr == 1e-4
+    assert r3.new_config({"model": "org/x", "lora_rank": 4}).lr == 10 * r3.PAPER.lr
+    before, after = (
+        safetensors.torch.load_file(path / "model.safetensors")
+        for path in (base_folder, Path("runs/x/model"))
+    )
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) == 7 and all("_proj" in name for name in changed)
+    small = Path("runs/x/checkpoint.safetensors").stat().st_size
+    assert small < 3 * Path("runs/x/model/model.safetensors").stat().st_size
+    train("--resume", "runs/x")  # the checkpoint of adapters is read
+
+
+def test_a_run_that_diverges_says_how_to_start_again(train, monkeypatch):
+    message = error_of(train, "--name", "x", "--lr", "1e30", "--steps", "3")
+    line, _, command = message.partition("; to start again with a lower learning rate: ")
+    assert "finite" in line or "nan" in line
+    assert command.startswith("python r3.py train ") and "--lr 3.3e+29" in command
+    flags = shlex.split(command.removeprefix("python r3.py "))
+    given = r3.read_command_line(flags)
+    assert given.pop("command") == "train"
+    config = r3.new_config(given)
+    assert config.failures == "runs/x/failures.jsonl" and config.group_size == 3
+
+
+def test_progress_in_a_log_file_is_a_line_a_minute(monkeypatch):
+    times, file = iter(range(0, 6000, 20)), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", file)
+    with r3.progress_bar(desc="search", total=100) as bar:
+        bar._time = lambda: next(times)
+        for _ in range(10):
+            bar.update(10)
+    lines = file.getvalue().split("\n")
+    assert lines[0].startswith("search: 0 of 100") and lines[-3].startswith("search: 100 of 100")
+    assert 4 <= len(lines) <= 8 and "\r" not in file.getvalue()
