@@ -657,7 +657,7 @@ class FailureStream:
         no failures."""
         if not self.failures:
             raise ValueError("there are no failures to train on")
-        size = min(size, len(self.failures))
+        size = min(size, 2 * len(self.failures))  # in which every failure occurs
         epoch, start = divmod(self.position, len(self.failures))
         order: list[Conversation] = []  # from the beginning of this epoch
         while len(order) < start + size:

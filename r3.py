@@ -482,7 +482,12 @@ def model_path(config: Config, task: Task) -> str | Path:
 
 def load_shapes(config: Config, task: Task) -> Model:
     """The run's model without values, on the device "meta": of the files, only config.json is
-    needed. Raises OSError if there is no such model, and ValueError if it is not supported."""
+    needed. Raises OSError if there is no such model, and ValueError if it is not supported, or if
+    the device, on which the real model will be, is not available."""
+    try:
+        torch.zeros(1, device=config.device).item()
+    except Exception:  # of a type that depends on the device
+        raise ValueError(f"--device {config.device} is not available here") from None
     return Model.from_pretrained(model_path(config, task), getattr(torch, config.dtype), "meta")
 
 
@@ -821,12 +826,8 @@ def check_disk(
 
 # -- The commands ----------------------------------------------------------------------------------
 def load_agent(config: Config, task: Task, training: bool = False) -> Agent:
-    """The model with its tokenizer and the task. Raises ValueError if the device is not available
-    or the memory does not suffice."""
-    try:
-        torch.zeros(1, device=config.device).item()
-    except Exception:  # of a type that depends on the device
-        raise ValueError(f"--device {config.device} is not available here") from None
+    """The model with its tokenizer and the task. Raises ValueError if the memory does not suffice,
+    or if model and tokenizer do not fit together."""
     cache_tokens = check_memory(config, load_shapes(config, task), training)
     path = model_path(config, task)
     model = Model.from_pretrained(path, getattr(torch, config.dtype), config.device)
