@@ -17,8 +17,8 @@ The letters in shapes, first in the network and then in the sampler:
 
     P  prompts                    S  samples per prompt         R  rows: P * S, one per sample
     C  columns of the prompts, which are padded on the left to the same length
-    L  columns after those of the prompts, for the tokens that a row reads or samples later
-    N  rows that are still being sampled
+    L  columns in use after those of the prompts, for what the rows have read since then
+    N  rows that have not been dropped: those still being sampled, and a few finished ones
 """
 
 import copy
@@ -63,7 +63,7 @@ ARCHITECTURES = {
     "olmo2": {"qk_norm": "projection", "norm_after": True, "rms_norm_eps": 1e-5},
 }
 # The entries of config.json that would change the computation, and the values that are implemented.
-# A missing entry is supported, because its default value is. Only model_type has no default value.
+# An entry may be missing, because its default is a supported value. Only model_type is required.
 SUPPORTED = {
     "model_type": list(ARCHITECTURES),
     "hidden_act": ["silu"],
@@ -115,7 +115,7 @@ class ModelConfig:
                 raise ValueError(f"rope_parameters per layer type ({name}) are not supported")
         entries = {**config, **rope, "rope_scaling": rope}
         entries["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        entries["model_type"] = config.get("model_type") or "none"  # which is not supported
+        entries["model_type"] = config.get("model_type") or "none"  # refused below, unlike None
         check_supported(entries)
         implied = ("qkv_bias", "qk_norm", "norm_after")
         names = [field.name for field in fields(cls) if field.name not in implied]
@@ -163,7 +163,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     The two numbers x[i] and x[i + D/2] of a head form a pair, which is rotated in proportion to the
     token's position. The first pair rotates fastest, by 1 radian per position.
     """
-    # The device is given because `from_pretrained` sets another default, "meta", without values.
+    # `from_pretrained` makes "meta" the default device, on which tensors have no values.
     exponents = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float32)
     frequencies = config.rope_theta ** (-exponents / config.head_dim)
     if config.rope_type == "llama3":
@@ -228,7 +228,7 @@ class Layout:
     have a single length, T, and causal attention. With a cache, `mask` is used, see `attention`.
     """
 
-    positions: Tensor  # (B, T), the position of each token in its conversation
+    positions: Tensor  # of each token in its conversation: (B, T), or (1, T) for all rows
     lengths: list[int] | None = None  # of the context and of each branch
     cache: "KVCache | None" = None  # what each row has read before; the new tokens are added to it
     mask: Tensor | None = None  # (B, 1, T, columns of the cache)
@@ -266,6 +266,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Ten
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, like F.linear, with a faster product for few rows on a CPU."""
+    # A vector has no rows to flatten.
     if x.device.type != "cpu" or x.dim() == 1 or x.shape[:-1].numel() > 256:
         return F.linear(x, weight, bias)
     # x W^T = (W x^T)^T. For few rows, the second form makes better use of several threads.
@@ -464,8 +465,9 @@ class Model(nn.Module):
     def with_lora(self, rank: int, seed: int = 0) -> "Model":
         """This model with a LoRA adapter in each linear layer of its blocks (see `Linear`).
 
-        The two models share the weights, which are frozen: only the adapters are trained. This
-        model stays what it is, so it can serve as the reference without a copy of the weights.
+        The two models share the weights, which are frozen in both: only the adapters are trained.
+        This model's outputs never change, so it can serve as the reference model of the training,
+        without a copy of the weights.
         """
         memo = {id(p): p.requires_grad_(False) for p in self.parameters()}
         model = copy.deepcopy(self, memo)  # It takes the parameters from memo: they are not copied.
@@ -533,7 +535,8 @@ for function in (torch.sin, torch.cos, torch.exp, torch.expm1, torch.log, torch.
 # -- The KV cache ----------------------------------------------------------------------------------
 def token_positions(visible: Tensor, num_new: int) -> Tensor:
     """The positions of the last `num_new` tokens of each row: (B, num_new). The position of a token
-    is the number of earlier tokens that are `visible`, (B, columns)."""
+    is the number of earlier tokens that are `visible`, (B, columns). (The position of a token that
+    is not visible itself has no meaning.)"""
     return (visible.cumsum(dim=1) - 1).clamp(min=0)[:, -num_new:]
 
 
@@ -572,7 +575,7 @@ class KVCache:
     visible: Tensor  # (R, C + L), False for padding and for tokens after the end of a turn
 
     @property
-    def num_prompts(self) -> int:
+    def num_contexts(self) -> int:
         return self.contexts[0].shape[1]
 
     @property
@@ -604,6 +607,7 @@ class KVCache:
             return attention(q, repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1]), mask)
         T, L = q.shape[2], self.suffix_length
         suffix = self.suffixes[layer][:, :, :, :L]  # (2, R, K, L, D)
+        # `extend` has already counted the T new tokens in L: they are the last T of L columns.
         suffix[0, :, :, L - T :] = k
         suffix[1, :, :, L - T :] = v
         return shared_context_attention(q, self.contexts[layer], suffix, mask)
@@ -617,9 +621,11 @@ class KVCache:
         unless prompts are dropped.
         """
         contexts = self.contexts
-        if len(rows) < self.num_prompts:
-            samples_per_prompt = len(self.visible) // self.num_prompts
-            prompts = rows[:, :1].flatten() // samples_per_prompt  # (P',), which may be 0
+        if len(rows) < self.num_contexts:
+            samples_per_prompt = len(self.visible) // self.num_contexts
+            prompts = (
+                rows[:, :1].flatten() // samples_per_prompt
+            )  # (P',); rows[:, 0] fails if P' is 0
             contexts = [context[:, prompts] for context in contexts]
         L = self.suffix_length
         flat_rows = rows.flatten()  # (R',)
@@ -628,7 +634,8 @@ class KVCache:
         return KVCache(contexts, suffixes, self.visible[flat_rows])
 
     def copy_back(self, selected: "KVCache", rows: Tensor) -> None:
-        """Copy the suffixes of `selected`, a cache that holds only these rows, into this cache."""
+        """Copy the suffixes of `selected`, a cache that holds only these rows, into this cache.
+        `visible` is not copied: `generate` sets it at the end."""
         if selected is not self:
             L = selected.suffix_length
             for suffix, selected_suffix in zip(self.suffixes, selected.suffixes, strict=True):
@@ -710,8 +717,8 @@ def generate(
 
     Each prompt is read and stored once, however many turns are sampled from it. For the next turn
     of the conversations, pass the returned cache, and one prompt for each of its rows. The last
-    token of each turn was sampled but never fed to the model, so it is not in the cache. The next
-    prompt must begin with that token, or with another stop token to replace it.
+    token of each turn does not count as read: if it is in the cache, it is hidden. The next prompt
+    must begin with that token or, if it is a stop token, with any stop token in its place.
 
     Each row has a random stream of its own, keyed by (seed, *rng_key), and uses one number for each
     token. A sample therefore does not depend on the other rows in the batch, apart from rounding:
@@ -739,7 +746,7 @@ def generate(
 
     tokens = torch.full_like(uniform, -1, dtype=torch.long)  # (R, max_new_tokens); -1: none yet
     logprobs = torch.zeros_like(uniform)
-    # The rows that are still being sampled, and their cache: first that of all rows, then copies.
+    # The rows that have not been dropped, and their cache: first that of all rows, then copies.
     rows = torch.arange(len(uniform), device=model.device)  # (N,)
     rows_cache = cache
     for step in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None, delay=5):
@@ -759,11 +766,12 @@ def generate(
         hidden = model.hidden(tokens[rows, step, None], layout=layout)[:, 0]  # (N, E)
     cache.copy_back(rows_cache, rows)
 
-    # The cache has `step` new columns. In each row, show the tokens of the turn except the last
-    # one, which has not been read, and hide what was sampled after the end of the turn.
+    # The cache has `step` new columns. In each row, show the tokens of the turn except the last,
+    # with which the next prompt begins. Hide all later columns: a finished row continues to be
+    # sampled and read until it is dropped.
     lengths = turn_lengths(tokens, stop_ids)  # (R,)
-    is_read = torch.arange(step, device=model.device) < lengths[:, None] - 1  # (R, step)
-    cache.visible = torch.cat([visible_before, is_read], dim=1)
+    is_shown = torch.arange(step, device=model.device) < lengths[:, None] - 1  # (R, step)
+    cache.visible = torch.cat([visible_before, is_shown], dim=1)
     lengths = lengths.tolist()
     turns = split_turns(tokens, lengths, num_samples)
     turn_logprobs = split_turns(logprobs, lengths, num_samples)
@@ -830,7 +838,8 @@ def prefill(
 
     lengths = cache.visible.sum(dim=1) + visible.sum(dim=1)  # (R,)
     model.check_context_length(int(lengths.max()) + max_new_tokens)
-    every_row = torch.arange(len(prompts), device=device).view(cache.num_prompts, -1)
+    # Every cached row has a prompt of its own now: len(prompts) is R, and num_contexts is P.
+    every_row = torch.arange(len(prompts), device=device).view(cache.num_contexts, -1)
     cache = cache.select_rows(every_row, extra_columns=T + max_new_tokens)  # a copy
     # Read in pieces, to limit the memory of attention scores, (R, H, columns of a piece, C + L).
     num_keys = cache.visible.shape[1] + T
@@ -844,20 +853,20 @@ def prefill(
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sample a token for each row. Returns the tokens and their log-probabilities, (R,) each.
+    """Sample a token for each row. Returns the tokens and their log-probabilities, (N,) each.
 
-    logits: (R, V); uniform: (R,) random numbers in [0, 1). The token is the first one at which the
+    logits: (N, V); uniform: (N,) random numbers in [0, 1). The token is the first one at which the
     cumulative probability exceeds the random number (the inverse CDF). With the probabilities
     (0.2, 0.5, 0.3), the number 0.1 gives token 0, 0.6 gives token 1, and 0.7 gives token 2.
     If a row of logits contains nan, its log-probability is nan, and its token is arbitrary.
     """
-    log_probs = (logits / (temperature or 1.0)).log_softmax(dim=-1)  # (R, V)
+    log_probs = (logits / (temperature or 1.0)).log_softmax(dim=-1)  # (N, V)
     if temperature == 0:
-        token = logits.argmax(dim=-1, keepdim=True)  # (R, 1)
+        token = logits.argmax(dim=-1, keepdim=True)  # (N, 1)
     else:
-        cumulative = log_probs.exp().cumsum(dim=-1)  # (R, V)
+        cumulative = log_probs.exp().cumsum(dim=-1)  # (N, V)
         # The total is 1, up to rounding. (searchsorted warns if it is not contiguous.)
-        total = cumulative[:, -1:].contiguous()  # (R, 1)
+        total = cumulative[:, -1:].contiguous()  # (N, 1)
         token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
         # If the product is rounded to the total, the result is past the end. So the limit is the
         # first token that reaches the total. The tokens after it have a probability of 0.
@@ -869,13 +878,15 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
 def drop_finished(
     finished: Tensor, rows: Tensor, rows_cache: KVCache, cache: KVCache, extra_columns: int
 ) -> tuple[Tensor, KVCache]:
-    """Drop the rows where `finished`, (N,) bool, is True. Returns the others, and a cache of them
-    with room for `extra_columns` more tokens.
+    """Drop finished rows, but keep as many rows for each remaining prompt (see `rows_to_keep`).
 
-    rows_cache, which holds `rows`, is first copied back into the cache of all rows. If more than
-    three quarters of the rows would be kept, none is dropped, because copying would cost too much.
+    finished: (N,) bool. Returns the rows that are kept, and a cache of them with room for
+    `extra_columns` more tokens. rows_cache, which holds `rows`, is first copied back into the cache
+    of all rows. If more than three quarters of the rows would be kept, none is dropped, because
+    copying would cost too much.
     """
-    kept = rows_to_keep(finished.view(rows_cache.num_prompts, -1))
+    # These are indices into rows, and so into rows_cache, not into the cache of all rows.
+    kept = rows_to_keep(finished.view(rows_cache.num_contexts, -1))
     if kept.numel() > 0.75 * len(rows):
         return rows, rows_cache
     cache.copy_back(rows_cache, rows)
@@ -1092,7 +1103,7 @@ class Tokenizer:
                     {"name": "default", "template": settings["chat_template"]},
                     {"name": "tool_use", "template": tool_use},
                 ]
-        # As in transformers, config.json has the ids of the special tokens if there is no
+        # As in transformers, the ids of special tokens are taken from config.json if there is no
         # generation_config.json.
         generation_config = {}
         if (path / "generation_config.json").is_file():
@@ -1151,7 +1162,8 @@ class Tokenizer:
 
     def append_bridge(self, turn: list[int], bridge: list[int]) -> list[int]:
         """A sampled turn, followed by the bridge to the next one. The bridge begins with a stop
-        token. So the turn's own stop token, which a truncated turn lacks, is removed."""
+        token. So the turn's own stop token is removed, if there is one (a truncated turn has none).
+        """
         if turn and turn[-1] in self.stop_ids:
             turn = turn[:-1]
         return turn + bridge
@@ -1178,7 +1190,8 @@ class Tokenizer:
         # The common suffix is the common prefix in reverse. (commonprefix works on lists, too.)
         common = os.path.commonprefix([ids_2[::-1], ids_3[::-1]])[::-1]
         start = next((i for i, token in enumerate(common) if token in self.stop_ids), None)
-        # The template must show the answer, and then a stop token, after whitespace at most.
+        # Refuse a template that omits the answer (so that both conversations are equal), that has
+        # no stop token after it, or that has anything but whitespace between the two.
         if ids_2 == ids_3 or start is None or self.decode(common[:start]).strip():
             raise ValueError("the chat template does not end an assistant's turn with a stop token")
         return common[start:]
@@ -1214,7 +1227,7 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 def compile_templates(chat_template: str | list[dict] | None) -> dict[str, jinja2.Template]:
-    """The chat template by the name "default", and the one for tools, if any, as "tool_use".
+    """The compiled chat templates: the usual one as "default", the one for tools as "tool_use".
 
     chat_template: a template, or a list of {"name": …, "template": …}. Raises ValueError if there
     is no default template, or one of the two is not valid.
@@ -1286,12 +1299,12 @@ def tiny_model(
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=rng)
     ids_of_numbers = {int(word): i for word, i in vocabulary.items() if word.isdigit()}
-    # These periods distinguish the numbers up to 200.
+    # Short periods tell neighbors apart. Half of the longest one covers the numbers up to 200.
     periods = torch.logspace(math.log10(2), math.log10(400), 24)
     angles = torch.tensor(list(ids_of_numbers))[:, None] * 2 * math.pi / periods  # (numbers, 24)
     features = torch.cat([angles.sin(), angles.cos()], dim=1)  # (numbers, 48)
     projection = torch.randn(features.shape[1], config["hidden_size"], generator=rng)
-    # The standard deviation is 1 here, and then that of the other embeddings.
+    # Here, the entries have a standard deviation of 1. Below, they get that of other embeddings.
     embeddings = features @ projection / features.norm(dim=1, keepdim=True)  # (numbers, E)
     with torch.no_grad():
         embeddings *= config["hidden_size"] ** -0.5

@@ -317,7 +317,7 @@ def test_the_append_bridge_on_a_cache_equals_reading_the_conversation_again(tiny
     turns = flat(first.tokens)
     continued = [tokenizer.append_bridge(turn, bridge) for turn in turns]
     new = [ids[len(turn) - 1 :] for ids, turn in zip(continued, turns, strict=True)]
-    assert first.cache.num_prompts == 4  # the keys of each prompt are stored once
+    assert first.cache.num_contexts == 4  # the keys of each prompt are stored once
     options = dict(max_new_tokens=9, stop=range(30), rng_keys=[(7, i) for i in range(8)])
     cached = generate(model, new, cache=first.cache, **options)
     whole = generate(model, [prompts[i // 2] + continued[i] for i in range(8)], **options)
@@ -392,7 +392,7 @@ def test_select_rows_and_copy_back():
     rng = torch.Generator().manual_seed(0)
     contexts, suffixes = [torch.randn(2, 3, 1, 4, 2)], [torch.randn(2, 6, 1, 5, 2, generator=rng)]
     cache = KVCache(contexts, suffixes, torch.ones(6, 4 + 2, dtype=torch.bool))
-    assert cache.num_prompts == 3 and cache.suffix_length == 2
+    assert cache.num_contexts == 3 and cache.suffix_length == 2
     selected = cache.select_rows(torch.tensor([[1], [4]]), extra_columns=3)
     assert torch.equal(selected.contexts[0], contexts[0][:, [0, 2]])
     assert selected.suffixes[0].shape == (2, 2, 1, 5, 2)
