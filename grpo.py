@@ -57,11 +57,12 @@ def train(
     failures: conversations whose attempts are wrong. folder: the run's folder. If it holds a
     checkpoint, training resumes from it.
 
-    A new run first yields (0, {}), before any update. The caller may add its own entries to the
-    metrics, for example an evaluation: they are logged when it asks for the next pair. The entry
-    "seconds" says what took how long. It is logged to a file of its own, so that all other files
-    depend on the seed alone. The numbered comments match the six steps in the README. Raises
-    DivergenceError if the gradient, or an output of the updated model, is not finite.
+    A new run first yields (0, {}), before any update. The caller may add entries to the dict that
+    it gets, for example an evaluation: it is written to the log only when the caller asks for the
+    next pair. The entry "seconds" says what took how long. It is logged to a file of its own, so
+    that all other files depend on the seed alone. The numbered comments match the six steps in the
+    README. Raises DivergenceError if the gradient, or an output of the updated model, is not
+    finite.
     """
     policy, G = agent.model, config.group_size
     policy.gradient_checkpointing = config.checkpointing
@@ -83,7 +84,7 @@ def train(
         groups = rollout(agent, batch, G, rng_prefix=(TRAIN, step))  # P groups of G conversations
         rollout_seconds = time.perf_counter() - start_time
 
-        # 3. A reflection earns the reward 1 if its retry is correct, else 0.
+        # 3. A reflection earns the reward 1 if it ended and its retry is correct, else 0.
         rewards = torch.tensor([reward(c) for group in groups for c in group]).view(-1, G)
 
         # 4. The advantage compares each reflection with the others about the same failure.
@@ -131,6 +132,7 @@ def backpropagate_step(
     policy, temperature = agent.model, agent.temperature
     packed_groups = [pack_group(group) for group in groups]
     lengths = torch.tensor([rows.mask.sum(dim=1).tolist() for rows in packed_groups])  # (P, G)
+    # The most trained tokens that a conversation can have. In R3, one of its turns is trained.
     num_turns = [len(c.trained_turns()) for group in groups for c in group]
     max_length = max(num_turns, default=0) * agent.max_new_tokens
     weights = token_weights(lengths, config.loss_type, max_length)  # (P, G)
@@ -146,7 +148,7 @@ def backpropagate_step(
                 ref_logprobs = token_logprobs(reference, rows, temperature)  # (G, T)
         logprobs = token_logprobs(policy, rows, temperature)  # (G, T)
         old_logprobs, mask, A = (x.to(policy.device) for x in (rows.old_logprobs, rows.mask, A))
-        # Convert the float64 weights before moving them, because MPS has no float64.
+        # Convert the float64 token weights before moving them, because MPS has no float64.
         w = w.to(logprobs.dtype).to(policy.device)
         inputs = logprobs, old_logprobs, ref_logprobs, A, mask
         loss = grpo_loss(*inputs, weights=w, clip=config.clip, beta=config.beta)
@@ -158,9 +160,10 @@ def backpropagate_step(
 
 @torch.no_grad()
 def check_outputs(agent: "Agent", groups: list["Group"]) -> None:
-    """Raise DivergenceError if the log-probabilities of the updated model are not finite. This is
-    checked before each checkpoint, so that the last checkpoint always holds good weights."""
-    if groups:
+    """Raise DivergenceError if the updated model's log-probabilities on a group of the step are not
+    finite. This is checked before each checkpoint, so that the last one always holds good weights.
+    """
+    if groups:  # A variant may have dropped all groups of a step.
         logprobs = token_logprobs(agent.model, pack_group(groups[0]), agent.temperature)
         if not logprobs.isfinite().all():
             raise DivergenceError("the updated model's outputs are not finite")
@@ -189,7 +192,7 @@ def group_advantages(rewards: Tensor, delta: float = 1e-4, scale: bool = True) -
     example then has 0.75 and -0.25.
     """
     A = rewards - rewards.mean(dim=1, keepdim=True)
-    if scale and len(rewards):  # Without this check, torch warns about an empty tensor.
+    if scale and len(rewards):  # torch warns about an empty tensor, if a variant has no groups
         A = A / (rewards.std(dim=1, keepdim=True) + delta)
     all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     return A.masked_fill(all_equal, 0.0)  # The mean may be off by a rounding error.
@@ -223,15 +226,17 @@ def grpo_loss(
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log(pi / pi_old) of each token, (G, T). Values outside the mask have no meaning. They are set
-    to 0, because their exponential could overflow, and 0 * inf is nan."""
+    """log(pi / pi_old) of each token, (G, T). Outside the mask, it is set to 0 before `grpo_loss`
+    takes the exponential, which could overflow there. The gradient of a masked token would then be
+    0 * inf, which is nan."""
     return torch.where(mask, logprobs - old_logprobs, 0.0)
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(pi || pi_ref) for each token, (G, T): exp(d) - 1 - d, where
-    d = log pi_ref - log pi. It is never negative. On samples from pi, its expected gradient is the
-    gradient of the forward KL divergence, KL(pi_ref || pi)."""
+    d = log pi_ref - log pi. It is never negative. Its value and its gradient belong to different
+    divergences: on samples from pi, the expected value is KL(pi || pi_ref), but the expected
+    gradient is that of KL(pi_ref || pi)."""
     d = torch.where(mask, ref_logprobs - logprobs, 0.0)
     return torch.expm1(d) - d
 
@@ -242,8 +247,8 @@ def token_weights(lengths: Tensor, loss_type: str, max_length: int) -> Tensor:
     lengths: (P, G), how many trained tokens each reflection has; max_length: the most it can have.
 
         dapo      1 / (tokens of the step): the mean over all tokens, as in DAPO
-        grpo      1 / (reflections * tokens of this reflection): reflections count equally (GRPO)
-        dr_grpo   1 / (reflections * max_length): a constant, without length bias, as in Dr. GRPO
+        grpo      1 / (number of reflections * tokens of this one): all count equally, as in GRPO
+        dr_grpo   1 / (number of reflections * max_length): without length bias, as in Dr. GRPO
     """
     lengths, num_reflections = lengths.double(), lengths.numel()
     if loss_type == "dapo":
@@ -307,6 +312,7 @@ def pack_group(group: "Group") -> PackedGroup:
     C = len(context)
     if C == 0:
         raise ValueError("the conversations of a group must begin with the same context")
+    # The prompt of the last trained turn contains all earlier turns.
     branches = [(turns[-1].prompt + turns[-1].tokens)[C:] for turns in trained_turns]
     shape = len(group), max(map(len, branches))  # (G, T)
     targets = torch.zeros(shape, dtype=torch.long)
@@ -330,12 +336,14 @@ def token_logprobs(model: Model, rows: PackedGroup, temperature: float = 1.0) ->
     The context is computed once for all G branches, because they are packed into one sequence, in
     which each branch sees the context and itself. With three tokens of context and two branches:
 
+        index      [ 0  1  2 |  3  4 |  5 ]        in the packed sequence
         ids        [ 7  8  9 | 10 11 | 12 ]        context | branch_1 | branch_2
         positions  [ 0  1  2 |  3  4 |  3 ]        each branch continues after the context
-        predicted by index     2  3     2          token 10 by token 9, 11 by 10, and 12 by 9
+        predictors             2  3     2          token 9 predicts 10 and 12; 10 predicts 11
     """
     C, branch_lengths = len(rows.context), [len(branch) for branch in rows.branches]
     ids = torch.tensor([rows.context + sum(rows.branches, [])], device=model.device)  # (1, L)
+    # From the lengths, the model derives the positions, and which tokens see each other.
     hidden = model.hidden(ids, lengths=[C, *branch_lengths])[0]  # (L, E)
     predictors = predictor_indices(C, branch_lengths)[rows.mask].to(model.device)  # (N,)
     targets = rows.targets[rows.mask].to(model.device)  # (N,)
@@ -356,7 +364,7 @@ def predictor_indices(context_length: int, branch_lengths: list[int]) -> Tensor:
     start = context_length
     for g, length in enumerate(branch_lengths):
         indices[g, :length] = torch.arange(start - 1, start + length - 1)
-        indices[g, 0] = context_length - 1  # the last token of the context
+        indices[g, 0] = context_length - 1  # not the last token of the previous branch
         start += length
     return indices
 
@@ -407,18 +415,19 @@ class Conversation:
     retry_verdict: Verdict | None = None
 
     def trained_turns(self) -> list[Turn]:
-        """The turns whose tokens are trained. R3 trains the reflection, and nothing else."""
+        """The turns whose tokens are trained. R3 trains the reflection, and nothing else. Variants
+        change this method."""
         return [self.reflection]
 
     @property
     def identity(self) -> tuple[int, int]:
-        """Identifies the attempt within a run."""
+        """Identifies the attempt: the same for all conversations that continue it."""
         return self.problem.id, self.attempt_index
 
     @property
     def final_verdict(self) -> Verdict:
         """The verdict on the last answer: the retry's if there is one, else the attempt's."""
-        return self.retry_verdict or self.attempt_verdict
+        return self.attempt_verdict if self.retry_verdict is None else self.retry_verdict
 
 
 MAX_TURNS = 3  # turns of the assistant in a conversation: attempt, reflection, retry
@@ -443,7 +452,8 @@ class Agent:
         return self.tokenizer.prompt(*self.task.messages(problem))
 
     def reflection_prompt(self, conversation: Conversation) -> list[int]:
-        """The question, the attempt, and the instruction to reflect (see `Tokenizer.bridge`)."""
+        """The question, the attempt, and the instruction to reflect. A bridge is the text between
+        two turns of the assistant, with the user's instruction; see `Tokenizer.bridge`."""
         bridge = self.tokenizer.bridge(self.task.reflection_instruction)
         attempt = conversation.attempt
         return attempt.prompt + self.tokenizer.append_bridge(attempt.tokens, bridge)
@@ -465,9 +475,10 @@ class Agent:
         """Sample `num_samples` turns after each prompt. Returns a list of turns for each prompt,
         and the cache, from which the turns that follow can be sampled.
 
-        cache: the one that the call for the previous turns returned. It holds the first
-        cached_lengths[i] tokens of prompt i, so that only the rest goes through the model. With a
-        cache, num_samples must be 1.
+        rng_keys: one for each new turn, prompt by prompt.
+        cache: the one that the call for the previous turns returned. There is then one prompt for
+            each of those turns, in their order, and num_samples must be 1. The cache holds the
+            first cached_lengths[i] tokens of prompt i, and only the rest goes through the model.
         """
         cached_lengths = cached_lengths or [0] * len(prompts)
         generation = generate(
@@ -520,8 +531,8 @@ def sample_attempts(
 def sample_reflections(
     agent: Agent, failures: list[Conversation], num_samples: int, rng_prefix: RngPrefix
 ) -> tuple[list[Conversation], KVCache]:
-    """Reflect `num_samples` times on each failure. The reflections are numbered from
-    failure.reflection_index, which is 0 unless a variant reflects again after a retry. Returns the
+    """Reflect `num_samples` times on each failure. failure.reflection_index is the number of the
+    first new reflection: 0, unless a variant reflects again after a retry. Returns the
     conversations, failure by failure, and the cache from which the retries can be sampled."""
     prompts = [agent.reflection_prompt(failure) for failure in failures]
     rng_keys = [
@@ -546,8 +557,8 @@ def sample_retries(
 ) -> list[Conversation]:
     """Retry once after each reflection.
 
-    cache: the one from `sample_reflections`, which is not changed. Without it, for example if
-    another model wrote the reflections, the whole prompts go through the model.
+    cache: the one from `sample_reflections`; this function leaves it as it is. Without a cache, for
+    example if another model wrote the reflections, the whole prompts go through the model.
     """
     prompts = [agent.retry_prompt(c) for c in conversations]
     rng_keys = [(*rng_prefix, RETRY, *c.identity, c.reflection_index) for c in conversations]
@@ -614,8 +625,9 @@ def longest_first(agent: Agent, items: list) -> list:
 
 
 def next_batch(agent: Agent, remaining: list, num_samples: int, turns: int) -> list:
-    """The first of the remaining items whose KV cache fits in agent.cache_tokens tokens, but at
-    least one. Each item is counted as if it were as long as the first, which is the longest."""
+    """As many items from the start of `remaining` as fit together in a KV cache of
+    agent.cache_tokens tokens, but at least one. Each item is counted as if it were as long as the
+    first, which is the longest."""
     tokens = cache_tokens_needed(agent, remaining[0], num_samples, turns)
     return remaining[: max(1, agent.cache_tokens // tokens)]
 
@@ -628,7 +640,7 @@ def lower_cache_limit(agent: Agent, batch: list, num_samples: int, turns: int) -
 
 def cache_tokens_needed(agent: Agent, item: Any, num_samples: int, turns: int) -> int:
     """How many tokens of the KV cache an item takes: its prompt, which is stored once, and `turns`
-    new turns for each sample, plus about 50 chat-template tokens per turn."""
+    new turns for each sample, with about 50 tokens each for instruction and chat template."""
     return prompt_length(agent, item) + num_samples * turns * (agent.max_new_tokens + 50)
 
 
@@ -653,8 +665,8 @@ class FailureStream:
 
     def draw(self, size: int) -> list[Conversation]:
         """The next `size` failures. If the batch crosses an epoch boundary, a failure may be drawn
-        twice; the duplicate is dropped, so the batch may be smaller. Raises ValueError if there are
-        no failures."""
+        twice. Then the batch is smaller: the duplicate is dropped, because in the same step it
+        would get the same random numbers. Raises ValueError if there are no failures."""
         if not self.failures:
             raise ValueError("there are no failures to train on")
         size = min(size, 2 * len(self.failures))  # in which every failure occurs
@@ -680,7 +692,7 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     conversations = sum(groups, [])
     rewards = [[reward(c) for c in group] for group in groups]
     reflections = [c.reflection for c in conversations if c.reflection]
-    # If there is a reflection, the attempt is an old one. Otherwise it was sampled in this step.
+    # In R3 the attempt is an old one. A variant without reflections samples its attempts.
     sampled = [turn for c in conversations for turn in (c.reflection or c.attempt, c.retry) if turn]
     trained = [turn for c in conversations for turn in c.trained_turns()]
     return {
@@ -710,8 +722,8 @@ def loss_terms(
     """What `loss_metrics` needs of a group, as scalar tensors. The arguments are `grpo_loss`'s."""
     logprobs = logprobs.detach()
     log_ratios = log_ratio(logprobs, old_logprobs, mask)  # (G, T)
-    # A token has no gradient if its ratio has moved further than `clip` from 1 in the direction of
-    # its advantage.
+    # The clip removes a token's policy gradient if A > 0 and ratio > 1 + clip, or if A < 0 and
+    # ratio < 1 - clip.
     clipped = mask & ((log_ratios.exp() - 1) * advantages[:, None].sign() > clip)
     terms = {
         "loss": loss.detach(),
@@ -771,6 +783,7 @@ def to_json(conversation: Conversation, tokenizer: Tokenizer) -> dict:
     context = (c.reflection or c.attempt).prompt
 
     def text(ids: list[int]) -> str:
+        # Tokenizer.decode would leave out the special tokens.
         return tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
 
     record = {"problem": asdict(c.problem), "attempt_index": c.attempt_index}
@@ -837,9 +850,10 @@ def lr_multiplier(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# How many gradients are added up in bfloat16 before their sum is added to the masters' float32
-# gradients. For SmolLM2-135M, a sum of 64 gradients then has a relative error of 0.37%. It is 0.17%
-# if each gradient is added in float32, and 0.77% if all of them are added in bfloat16.
+# bfloat16 gradients are added up in bfloat16 over this many backward passes. Then the sum is added
+# to the float32 gradients of the master weights (see `MasterAdamW`). The relative error of a sum of
+# 64 gradients of SmolLM2-135M is 0.77% if all are added in bfloat16, 0.37% with 8, and 0.17% if
+# each is added in float32, which is the rounding of the gradients themselves.
 MAX_GATHERED = 8
 
 
@@ -863,12 +877,10 @@ class MasterAdamW(torch.optim.AdamW):
         super().__init__(self.masters, lr=lr, weight_decay=0.0, fused=True)
 
     def accumulate_gradients(self) -> None:
-        """After each backward pass, which has added its gradients to those of the weights: add
-        these to the gradients of the masters.
-
-        With `offload`, this copies all gradients to CPU memory. So bfloat16 gradients are moved
-        after MAX_GATHERED passes only. Float32 gradients, whose sum is as exact as the masters',
-        are moved once, by `update`.
+        """Call this after each backward pass. The passes add up their gradients in the `grad` of
+        the weights. Float32 sums are exact enough, so only `update` moves them to the masters.
+        bfloat16 sums lose precision, so they are moved every MAX_GATHERED passes, but not every
+        pass: with `offload`, each move copies all gradients to CPU memory.
         """
         self.num_gathered += 1
         if self.weights[0].dtype != torch.float32 and self.num_gathered == MAX_GATHERED:
@@ -906,8 +918,8 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 # -- The checkpoint --------------------------------------------------------------------------------
-# The logs that are cut back to the checkpoint when a run resumes. In timings.jsonl, a step that was
-# done twice stays there twice.
+# The logs that are cut back to the checkpoint when a run resumes. timings.jsonl is not: steps that
+# are repeated after a resume appear in it twice.
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -960,7 +972,7 @@ def read_checkpoint(path: Path, optimizer: MasterAdamW) -> tuple[int, dict, dict
                 if tensor.shape != (() if name == "step" else master.shape):
                     raise ValueError(f"{i}.{name} has the shape {tuple(tensor.shape)}")
             master.data.copy_(tensors.pop("weight"))
-            # Copy the moments, too, so that nothing depends on the open file.
-            moments = {name: x.to(master.device, copy=True) for name, x in tensors.items()}
-            optimizer.state[master] = moments
+            # Copy AdamW's moments and step, too, so that nothing depends on the open file.
+            copies = {name: x.to(master.device, copy=True) for name, x in tensors.items()}
+            optimizer.state[master] = copies
     return step, lengths, state
