@@ -40,9 +40,9 @@ MAX_NUMBER_CHARS = 100  # length of a number in JSON
 # Percent of the problems in each split. "cold" is for the cold start, the supervised training that
 # teaches a tiny model the game before RL.
 SPLITS = {"cold": 55, "train": 16, "dev": 13, "test": 16}
-# The splits for pretrained models, each with those of the splits above that it contains. Pretrained
-# models need no cold start, so "train" includes the "cold" problems.
-FILE_SPLITS = {"train": {"cold", "train"}, "dev": {"dev"}, "test": {"test"}, "all": set(SPLITS)}
+# Coarser splits, for problems from files and for pretrained models: each is a set of the splits
+# above. Pretrained models need no cold start, so "train" includes the "cold" problems.
+MERGED_SPLITS = {"train": {"cold", "train"}, "dev": {"dev"}, "test": {"test"}, "all": set(SPLITS)}
 
 # The paper's prompt, quoted from memory. The braces stand for what the model tried.
 REFLECTION_TEMPLATE = (
@@ -69,9 +69,9 @@ class Task:
     """Base class of all tasks: default prompts, problems from files, and splits."""
 
     Problem: type  # the dataclass of a problem
-    shuffle_key = "task"  # mixed into the seed that determines the order of the problems
-    drawn_splits: dict = SPLITS  # the splits that `draw_problems` knows: SPLITS or FILE_SPLITS
-    hub_id: str | None = None  # Hugging Face dataset to use if the task draws no problems itself
+    shuffle_key = "task"  # mixed into the seed for drawing and shuffling problems
+    drawn_splits: dict = SPLITS  # the splits that `draw_problems` knows: SPLITS or MERGED_SPLITS
+    hub_id: str | None = None  # Hugging Face dataset that a run downloads if it has no --data
     reflection_instruction = REFLECTION_TEMPLATE.format("performing the task, but failed")
     retry_instruction = "Now try again."
     input_format = "the number of a problem, such as 7"  # what a user of `play` may type
@@ -79,14 +79,15 @@ class Task:
     def load(
         self, path: str | None = None, split: str = "train", limit: int | None = None, seed: int = 0
     ) -> list:
-        """Load the problems of a split, or the first `limit` of them, in a random order that is
-        determined by `seed`. Without a path, they come from `draw_problems`, and the split is one
-        of `drawn_splits`. Otherwise the path is a file (JSON, JSONL or parquet) or a folder of
-        files, and the split is one of `FILE_SPLITS`.
+        """Load the problems of a split, or the first `limit` of them, in random order. The seed
+        determines the order and, if the task draws its problems at random, also which they are.
+        Without a path, they come from `draw_problems`, and the split is one of `drawn_splits`.
+        Otherwise the path is a file (JSON, JSONL or parquet) or a folder of files, and the split is
+        one of `MERGED_SPLITS`.
 
         Raises ValueError if there is no such split, if a record is invalid, or if the file has no
         problem in the split. Raises OSError if a file cannot be read."""
-        splits = self.drawn_splits if path is None else FILE_SPLITS
+        splits = self.drawn_splits if path is None else MERGED_SPLITS
         if split not in splits:
             raise ValueError(f"there is no split {split!r}: choose one of {', '.join(splits)}")
         rng = random.Random(f"{self.shuffle_key} {split} {seed}")
@@ -95,7 +96,7 @@ class Task:
         problems = [
             problem
             for problem in self.read(Path(path))
-            if split_of(self.problem_key(problem)) in FILE_SPLITS[split]
+            if split_of(self.problem_key(problem)) in MERGED_SPLITS[split]
         ]
         if not problems:
             raise ValueError(f"{path} contains no problems for the split {split!r}")
@@ -103,7 +104,8 @@ class Task:
 
     def draw_problems(self, split: str, limit: int | None, rng: random.Random) -> list:
         """Draw at most `limit` random problems of a split, with the ids 0, 1, 2, … If the limit is
-        None, the task chooses the number. No problem may be in two splits."""
+        None, the task chooses the number. No problem may be in two splits, except that "all"
+        contains every problem."""
         raise ValueError("the problems of this task come from a file: pass it with --data")
 
     def read(self, path: Path) -> list:
@@ -118,20 +120,21 @@ class Task:
                 if file.suffix in suffixes
                 and file.is_file()
                 and not file.name.startswith(".")
-                and file.name != "dataset_infos.json"  # of the hub: it has no problems
+                and file.name != "dataset_infos.json"  # metadata from the hub, no problems
             )
         problems = []
         for file in files:
             for location, record in read_records(file):
                 try:
-                    if isinstance(record, str):  # a line of JSONL
+                    if isinstance(record, str):  # a line of JSONL, not yet decoded
                         record = STRICT_JSON.decode(record)
                     problems.append(self.parse_record({**record, "id": len(problems)}))
                 except KeyError as error:
                     reason = f"the field {error} is missing; this may be a file of another task"
                     raise ValueError(f"{file}, {location}: {reason}") from None
                 except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                    # The `msg` of a JSONDecodeError omits its line number within the record.
+                    # Unlike `msg`, str() of a JSONDecodeError adds a line number, which is counted
+                    # in the record and not in the file.
                     reason = f"{type(error).__name__}: {getattr(error, 'msg', error)}"
                     raise ValueError(f"{file}, {location}: {reason}") from None
         return problems
@@ -165,12 +168,12 @@ def remove_reasoning(text: str) -> str:
 
 
 # -- Data files and strict JSON --------------------------------------------------------------------
-def parse_json_object(pairs: list[tuple]) -> dict:
-    """A JSON object. Raises ValueError if a key occurs twice: Python would keep only the last."""
-    json_object = dict(pairs)
-    if len(json_object) < len(pairs):
+def dict_without_duplicates(pairs: list[tuple]) -> dict:
+    """A dict of (key, value) pairs. Raises ValueError if a key occurs twice, unlike dict."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
         raise ValueError("a key occurs twice")
-    return json_object
+    return result
 
 
 def parse_json_number(text: str) -> int | float:
@@ -187,7 +190,7 @@ def parse_json_number(text: str) -> int | float:
 
 
 STRICT_JSON = json.JSONDecoder(
-    object_pairs_hook=parse_json_object,
+    object_pairs_hook=dict_without_duplicates,
     parse_int=parse_json_number,
     parse_float=parse_json_number,
     parse_constant=parse_json_number,  # called for NaN, Infinity and -Infinity: raises ValueError
@@ -299,11 +302,11 @@ class CountdownProblem:
 
 class Countdown(Task):
     """Countdown as in the paper and in TinyZero: 3 or 4 numbers from 1 to 99. By default, the
-    problems are drawn at random. The paper's own are `--data Jiayi-Pan/Countdown-Tasks-3to4`."""
+    problems are drawn at random. `--data Jiayi-Pan/Countdown-Tasks-3to4` downloads the paper's."""
 
     Problem = CountdownProblem
     shuffle_key = "countdown"
-    drawn_splits = FILE_SPLITS  # there is no cold start
+    drawn_splits = MERGED_SPLITS  # there is no cold start
     reflection_instruction = REFLECTION_TEMPLATE.format(
         "solving the problem and got the wrong answer"
     )
@@ -332,11 +335,12 @@ class Countdown(Task):
         problems: dict[tuple[str, int], CountdownProblem] = {}
         while len(problems) < limit:
             numbers = tuple(rng.randint(1, 99) for _ in range(rng.choice((3, 4))))
+            # Try up to 20 expressions. If none has a value from 10 to 99, draw other numbers.
             results = (random_result(numbers, rng) for _ in range(20))
             target = next((result for result in results if 10 <= result <= 99), None)
             problem = CountdownProblem(len(problems), numbers, target)
             key = self.problem_key(problem)
-            if target is not None and split_of(key) in FILE_SPLITS[split]:
+            if target is not None and split_of(key) in MERGED_SPLITS[split]:
                 problems.setdefault((key, target), problem)
         return list(problems.values())
 
@@ -351,8 +355,8 @@ class Countdown(Task):
         not become the numbers 1, 2 and 3."""
         numbers = record["nums"] if "nums" in record else record["numbers"]
         problem = super().parse_record({**record, "numbers": numbers})
-        # `type(n) is int` excludes True, which isinstance(n, int) would accept.
         is_valid_list = isinstance(numbers, list | tuple) and 1 <= len(numbers) <= 10
+        # `type(n) is int` excludes True, which isinstance(n, int) would accept.
         if not is_valid_list or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"{numbers!r:.60} is not a list of 1 to 10 non-negative integers")
         if type(problem.target) is not int:
@@ -447,7 +451,7 @@ class Plan(NamedTuple):
         """The plan as a single expression in answer tags."""
         first, last = self
         inner = f"( {first.left} {first.symbol} {first.right} )"
-        if last.left == first.result:  # If `last.right` equals it too, both orders are correct.
+        if last.left == first.result:  # If both operands equal it, either may be `inner`.
             return f"<answer> {inner} {last.symbol} {last.right} </answer>"
         return f"<answer> {last.left} {last.symbol} {inner} </answer>"
 
@@ -515,14 +519,14 @@ class TinyCountdown(Countdown):
 
     def draw_problems(self, split: str, limit: int | None, rng: random.Random) -> list:
         """All problems of a split in random order (there are few), or the first `limit` of them."""
-        questions = []
+        pairs = []  # (numbers, target)
         for numbers in itertools.combinations_with_replacement(range(1, 11), 3):
             key = self.problem_key(CountdownProblem(id=0, numbers=numbers, target=0))
             if split_of(key) == split:  # the key does not depend on the target
                 targets = {plan.result for plan in all_plans(numbers)} - {0}  # from 1 to MAX_RESULT
-                questions += [(tuple(rng.sample(numbers, 3)), target) for target in sorted(targets)]
-        rng.shuffle(questions)
-        return [CountdownProblem(i, *question) for i, question in enumerate(questions[:limit])]
+                pairs += [(tuple(rng.sample(numbers, 3)), target) for target in sorted(targets)]
+        rng.shuffle(pairs)
+        return [CountdownProblem(i, *pair) for i, pair in enumerate(pairs[:limit])]
 
     def words(self) -> list[str]:
         """The vocabulary: all words of questions, instructions and dialogues. Each is one token."""
@@ -547,11 +551,13 @@ class TinyCountdown(Countdown):
 
         The attempt uses a random plan. In 8% of the dialogues it first searches for one, as the
         reflection does in the example, and continues with probability 0.5 after a failed check.
-        There are four kinds of reflections, and `always_full_search` determines their shares:
+        A reflection is empty or generic, or it states the mistake, may search, and suggests the
+        plan that the retry uses: a random one if no check succeeds. `always_full_search` determines
+        the shares:
 
             always_full_search   True   False
             empty or generic       0%     10%   the retry uses a random plan
-            no search              0%     54%   states the mistake and suggests a random plan
+            no search              0%     54%   suggests a random plan
             short search           0%     18%   continues with probability 0.7 after a failed check
             full search          100%     18%   continues until a plan reaches the target
         """
@@ -571,12 +577,13 @@ class TinyCountdown(Countdown):
             reflection = [rng.choice(["", self.generic_reflection])]
             retry_plan = rng.choice(plans)
         else:
-            continue_probability = 1.0
+            search = "full"
             if not always_full_search:
-                [continue_probability] = rng.choices([0.0, 0.7, 1.0], weights=[3, 1, 1])
-            if continue_probability == 0:  # no search
+                [search] = rng.choices(["none", "short", "full"], weights=[3, 1, 1])
+            if search == "none":
                 checks, retry_plan = [], rng.choice(plans)
             else:
+                continue_probability = 0.7 if search == "short" else 1.0
                 checks, retry_plan = search_plans(plans, target, rng, continue_probability)
             mistake = f"That is {plan.result} , not {target} ."
             reflection = [mistake, *checks, f"Start with {retry_plan.first} ."]
@@ -677,11 +684,12 @@ CALL_START = re.compile(
     # <tool_call>{…}</tool_call> for each call (Qwen 2.5 and 3) or for a list of calls (SmolLM2)
     (?P<tagged> <tool_call> ) \s*
     # [TOOL_CALLS]add[CALL_ID]x[ARGS]{"a": 1} (Mistral, since version 11 of its tokenizer).
-    # Without [TOOL_CALLS], it must begin the text or directly follow another call.
+    # Without [TOOL_CALLS], it must begin the text or directly follow another call: extract_calls
+    # cuts off each call that it has read, so that \A matches in both cases.
     | (?: \[TOOL_CALLS\] | \A ) \s* (?P<named> [\w.-]+ )
       (?: \[CALL_ID\] \w+ )? (?: \[ARGS\] )? (?= \{ \s* ["}] )
-    # [{…}, {…}] (older Mistral; any model whose chat template ignores tools). "[add(" also looks
-    # like a list, but it is an error here, because it cannot be decoded: see PYTHON_CALLS.
+    # [{…}, {…}] (older Mistral; any model whose chat template ignores tools). "[add(" is matched
+    # too, so that decoding it fails: such a list must be the whole text (see PYTHON_CALLS).
     | (?P<list> (?= \[ \s* (?: [{\]] | [\w.]+\( ) ) )
     # {…} (Llama 3). Several are on lines of their own or separated by semicolons.
     | (?P<object> (?= \{ \s* " ) )
@@ -695,9 +703,10 @@ PYTHON_CALLS = re.compile(r"\s*(?:<\|python_tag\|>\s*)?(\[\s*[\w.]+\(.*\)\s*\])\
 def extract_calls(text: str) -> list[tuple[str, str]] | None:
     """The function calls in a completion (see `parse_call`), or None if there are none.
 
-    They may have any of the formats above. Prose around them is ignored, but a second list of calls
-    is an error, and so is text that starts like a list of calls but is not one. Calls in <think> do
-    not count. Raises ValueError or RecursionError if tags, JSON or calls are malformed."""
+    All calls must have the same format, one of those above, and there may be only one list without
+    tags. Prose is ignored, except that only a semicolon may stand between {…} calls (Llama 3). Text
+    that starts like a list of calls but is not one is an error. Calls in <think> do not count.
+    Raises ValueError or RecursionError if tags, JSON or calls are malformed."""
     text = remove_reasoning(text)
     if len(text) > MAX_CALLS_CHARS:
         raise ValueError("the text is too long")
@@ -705,21 +714,22 @@ def extract_calls(text: str) -> list[tuple[str, str]] | None:
         return parse_python_calls(python_calls[1])
     calls, formats = [], []
     prose = []  # the text before the first call, between two calls, and after the last one
-    while start := CALL_START.search(text):
-        formats.append(start.lastgroup)
-        prose.append(text[: start.start()])
-        value, end = STRICT_JSON.raw_decode(text, start.end())  # The decoder finds the end.
+    while match := CALL_START.search(text):
+        formats.append(match.lastgroup)
+        prose.append(text[: match.start()])
+        value, end = STRICT_JSON.raw_decode(text, match.end())  # `end` is that of the JSON
         text = text[end:]
-        if start["tagged"] and not text.lstrip().startswith("</tool_call>"):
+        if match["tagged"] and not text.lstrip().startswith("</tool_call>"):
             raise ValueError("a closing tag is missing")
-        if start["named"]:
-            value = {"name": start["named"], "arguments": value}
+        if match["named"]:
+            value = {"name": match["named"], "arguments": value}
         calls += value if isinstance(value, list) else [value]
     prose.append(text)
-    if " ".join(prose).count("tool_call>") != formats.count("tagged"):  # the closing tags
+    # The opening tags of calls are in the matches, so the prose should have only the closing ones.
+    if " ".join(prose).count("tool_call>") != formats.count("tagged"):
         raise ValueError("there are tags without a call")
     if len(set(formats)) > 1 or formats.count("list") > 1:
-        raise ValueError("there is a second list of calls")
+        raise ValueError("the calls have two formats, or there are two lists of calls")
     if "object" in formats and any(piece.strip() not in ("", ";") for piece in prose[1:-1]):
         raise ValueError("there is text between the calls")
     return [parse_call(call) for call in calls] if formats else None
@@ -733,7 +743,8 @@ def parse_python_calls(text: str) -> list[tuple[str, str]]:
     [('add', '{"a": 1}'), ('find', '{"type": "x"}')]
     """
     calls = []
-    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as ast counts lines
+    # Count as ast does: its lines end in "\n", and its columns are UTF-8 bytes.
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     lines = text.encode().split(b"\n")
     try:
         with warnings.catch_warnings():
@@ -742,15 +753,15 @@ def parse_python_calls(text: str) -> list[tuple[str, str]]:
         for node in nodes:
             if node.args or any(keyword.arg is None for keyword in node.keywords):
                 raise ValueError("an argument has no name")
-            # Names are taken from the text: in the syntax tree, letters such as a full-width "a"
-            # are replaced.
+            # Names are taken from the text. In the syntax tree, Python has normalized them: a
+            # full-width "a" is a plain "a" there, so that a wrong name could pass as correct.
             pairs = []
             for keyword in node.keywords:
                 name = lines[keyword.lineno - 1][keyword.col_offset :].partition(b"=")[0]
                 pairs.append((name.decode().strip(), ast.literal_eval(keyword.value)))
             start, end = node.func.col_offset, node.func.end_col_offset
             name = lines[node.func.lineno - 1][start:end].decode()
-            calls.append({"name": name, "arguments": parse_json_object(pairs)})
+            calls.append({"name": name, "arguments": dict_without_duplicates(pairs)})
         json_calls = STRICT_JSON.decode(json.dumps(calls))
     except (SyntaxError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(f"not a Python list of calls: {error}") from None
@@ -761,8 +772,9 @@ def parse_python_calls(text: str) -> list[tuple[str, str]]:
 
 def function_schema(tool: dict) -> dict:
     """Convert a tool of the dataset to OpenAI's format, which chat templates expect. A Python type
-    is reduced to its outermost part, so that "List[int], optional" becomes {"type": "array"}. Types
-    that are not in `JSON_TYPES`, such as "Union[int, str]", are left out."""
+    is reduced to its outermost part, not counting Optional: "List[int], optional" and
+    "Optional[List[int]]" become {"type": "array"}. Types that are not in `JSON_TYPES`, such as
+    "Union[int, str]", are left out."""
     properties, required = {}, []
     for name, parameter in tool["parameters"].items():
         schema = {**parameter}

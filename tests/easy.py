@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import r3
-from tasks import FILE_SPLITS, TASKS, APIGen, Countdown, CountdownProblem, split_of
+from tasks import MERGED_SPLITS, TASKS, APIGen, Countdown, CountdownProblem, split_of
 
 
 def chat(*turns: str) -> list[dict]:
@@ -37,7 +37,7 @@ class EasyCountdown(Countdown):
         for a, b in itertools.combinations_with_replacement(range(1, 13), 2):
             for target in sorted({a + b, b - a, a * b}):
                 problem = CountdownProblem(0, (a, b), target)
-                if split_of(self.problem_key(problem)) in FILE_SPLITS[split]:
+                if split_of(self.problem_key(problem)) in MERGED_SPLITS[split]:
                     problems.append(replace(problem, numbers=tuple(rng.sample((a, b), 2))))
         rng.shuffle(problems)
         return [replace(problem, id=i) for i, problem in enumerate(problems[:limit])]

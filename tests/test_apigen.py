@@ -502,7 +502,7 @@ def write_records(folder, records, file_format):
     return str(file)
 
 
-FILE_SPLITS = {"train": ("cold", "train"), "dev": ("dev",), "test": ("test",)}
+MERGED_SPLITS = {"train": ("cold", "train"), "dev": ("dev",), "test": ("test",)}
 
 
 @pytest.mark.parametrize("file_format", ["jsonl", "lines", "pretty", "dense", "parquet"])
@@ -511,12 +511,12 @@ def test_files_of_all_formats_are_read_and_split(tmp_path, file_format):
     all_problems = task.load(path, split="all")
     assert sorted(problem.id for problem in all_problems) == list(range(50))
     assert all(problem.query == f"add {problem.id}" for problem in all_problems)
-    problems = {split: task.load(path, split=split) for split in FILE_SPLITS}
+    problems = {split: task.load(path, split=split) for split in MERGED_SPLITS}
     ids = [problem.id for split in problems for problem in problems[split]]
     assert sorted(ids) == list(range(50))
     for split in problems:
         assert len(problems[split]) >= 4
-        assert all(tasks.split_of(p.query) in FILE_SPLITS[split] for p in problems[split])
+        assert all(tasks.split_of(p.query) in MERGED_SPLITS[split] for p in problems[split])
     other_order = APIGen().load(path, split="train", seed=9)
     assert other_order != problems["train"]
     assert set(other_order) == set(problems["train"])  # the split does not depend on the seed
@@ -548,7 +548,7 @@ def test_the_splits_of_a_file_have_their_shares_and_never_change(tmp_path):
     """Results are reproduced from a file, so the same problems must always be in a split."""
     path = tmp_path / "d.jsonl"
     path.write_text("".join(f'{{"nums": [1, 2, {i}], "target": 3}}\n' for i in range(4_000)))
-    problems = {split: Countdown().load(str(path), split=split) for split in FILE_SPLITS}
+    problems = {split: Countdown().load(str(path), split=split) for split in MERGED_SPLITS}
     for split, share in (("train", 0.71), ("dev", 0.13), ("test", 0.16)):
         assert abs(len(problems[split]) / 4_000 - share) < 0.015
     assert sum(map(len, problems.values())) == 4_000 == len(set().union(*problems.values()))
@@ -562,7 +562,7 @@ def test_problems_with_equal_queries_are_in_the_same_split(tmp_path):
     records = make_records(28)
     with_other_tools = [{**record, "tools": json.dumps(TOOLS[:1])} for record in records]
     path = write_records(tmp_path, records + with_other_tools * 2, "jsonl")
-    ids = [{problem.id for problem in task.load(path, split=split)} for split in FILE_SPLITS]
+    ids = [{problem.id for problem in task.load(path, split=split)} for split in MERGED_SPLITS]
     assert all(ids) and sorted(set.union(*ids)) == list(range(84))
     assert sum(map(len, ids)) == 84
     queries = [{i % 28 for i in ids_of_split} for ids_of_split in ids]
@@ -732,11 +732,11 @@ def test_real_countdown_records(tmp_path):
     assert len(all_problems) == 256
     assert all(len(problem.numbers) == 3 for problem in all_problems)
     split_of_numbers = {}
-    for split in FILE_SPLITS:
+    for split in MERGED_SPLITS:
         for problem in Countdown().load(path, split=split):
             numbers = tuple(sorted(problem.numbers))
             assert split_of_numbers.setdefault(numbers, split) == split
-    assert {*split_of_numbers.values()} == {*FILE_SPLITS}
+    assert {*split_of_numbers.values()} == {*MERGED_SPLITS}
 
 
 def test_without_a_file_the_error_says_to_pass_one():
