@@ -8,8 +8,8 @@
     python r3.py plot       plot the curves of one or more runs
 
 The method itself is in grpo.py. This file contains, in this order: the settings, the cold start
-that makes the tiny model, the search for failures and the evaluation, the tables, the commands, the
-folder of a run, and the command line.
+that makes the tiny model, the search for failures and the evaluation, the tables, what a run needs
+(memory, disk), the commands, the folder of a run, and the command line.
 """
 
 import argparse
@@ -135,7 +135,7 @@ LOWEST = {
     "group_size": 2, "limit": 2,  # A standard deviation needs at least two values.
     "max_grad_norm": 1e-9,
 }  # fmt: skip
-HIGHEST = {"warmup": 1, "clip": 1e30, "seed": 2**63 - 1}
+HIGHEST = {"warmup": 1, "clip": 1e30, "seed": 2**63 - 1}  # 1 + clip must fit into float32
 
 
 def read_setting(name: str, annotation: Any) -> Setting:
@@ -154,9 +154,9 @@ SETTINGS = {
     for name, annotation in typing.get_type_hints(Config, include_extras=True).items()
 }
 
-# TINY has the defaults for the tiny model, and PAPER those for pretrained models. PAPER keeps the
-# defaults of Config and TrainConfig, which are the paper's values where the paper states them. It
-# does not state the group size and the maximum turn length.
+# TINY has the defaults for the tiny model, and PAPER those for pretrained models. Apart from device
+# and dtype on a GPU, these are the defaults of Config: the paper's values where the paper states
+# them. It does not state the group size and the maximum turn length.
 TINY = Config(
     steps=18, batch_size=32, lr=3e-4, save_every=1, num_samples=4, max_attempts=4,
     max_new_tokens=134, cache_tokens=131_072, log_failures=None,
@@ -170,7 +170,8 @@ COLD_START = {
     "version": 1,  # of the dialogues: increase it if their texts change
     "steps": 2_800,
     "batch_size": 16,  # dialogues per step
-    "full_search_fraction": 0.7,  # of the steps, in which reflections search until they succeed
+    # In this first part of the steps, every reflection searches until it succeeds.
+    "full_search_fraction": 0.7,
     "lr": 4e-3,
     "betas": [0.9, 0.99],
 }
@@ -200,6 +201,7 @@ def make_tiny_model(task: TinyCountdown, seed: int) -> Path:
                 chunk = dialogue_batches(task, tokenizer, problems, rng, full_search)
             ids, mask = chunk[step % STEPS_PER_CHUNK]  # (B, T) both
             is_target = mask[:, 1:]  # (B, T - 1): each position predicts the next token
+            # Causal attention never sees the padding, which is on the right.
             hidden = model.hidden(ids)[:, :-1][is_target]  # (N, E)
             loss = F.cross_entropy(model.head(hidden), ids[:, 1:][is_target])
             loss.backward()
@@ -221,24 +223,25 @@ def dialogue_batches(
     each, padded on the right. The mask is True on the assistant's tokens. full_search: whether
     every reflection searches until it succeeds."""
     instructions = task.reflection_instruction, task.retry_instruction
-    bridges = [tokenizer.bridge(instruction) for instruction in instructions]
+    bridges = [tokenizer.bridge(text) for text in instructions]  # the tokens between two turns
     batch_size = COLD_START["batch_size"]
     rows = []
     for _ in range(batch_size * STEPS_PER_CHUNK):
         problem, turns = task.cold_start_dialogue(problems, rng, full_search)
-        ids = tokenizer.prompt(*task.messages(problem))
+        messages, tools = task.messages(problem)
+        ids = tokenizer.prompt(messages, tools)
         mask: list[bool] = []
         for i, turn in enumerate(turns):
             if i > 0:  # The user's instruction comes before each later turn.
                 ids = tokenizer.append_bridge(ids, bridges[i - 1])
             mask += [False] * (len(ids) - len(mask))
-            trained = tokenizer.encode(turn) + tokenizer.stop_ids[:1]
+            trained = [*tokenizer.encode(turn), tokenizer.stop_ids[0]]
             ids += trained
             mask += [True] * len(trained)
         rows.append((torch.tensor(ids), torch.tensor(mask)))
     rows.sort(key=lambda row: len(row[0]))  # Rows of similar length share a batch: less padding.
     batches = []
-    for i in rng.sample(range(STEPS_PER_CHUNK), STEPS_PER_CHUNK):
+    for i in rng.sample(range(STEPS_PER_CHUNK), STEPS_PER_CHUNK):  # in random order
         batch = rows[i * batch_size : (i + 1) * batch_size]
         batch_ids = pad_sequence([ids for ids, _ in batch], batch_first=True)
         batch_mask = pad_sequence([mask for _, mask in batch], batch_first=True)
@@ -250,8 +253,8 @@ def dialogue_batches(
 def find_failures(
     agent: Agent, problems: list, max_attempts: int, path: Path
 ) -> list[Conversation]:
-    """Collect a dataset of failures: for each problem, the first wrong attempt among at most
-    `max_attempts`. The failures are appended to a file, one batch of problems at a time. If the
+    """Collect a dataset of failures: for each problem, in this order, the first wrong attempt among
+    at most `max_attempts`. They are appended to a file in batches, longest problems first. If the
     file exists, the search resumes after the last problem on which it found a failure."""
     saved = load_conversations(path, agent) if path.exists() else []
     found = {c.problem.id: c for c in saved}
@@ -259,13 +262,14 @@ def find_failures(
     remaining = longest_first(agent, problems)
     searched = max((i + 1 for i, p in enumerate(remaining) if p.id in found), default=0)
     remaining = remaining[searched:]
+    rng_prefix = (grpo.COLLECT, 0)  # of the random numbers: (purpose, step)
     with progress_bar(desc="failures", total=len(problems), initial=searched) as bar:
         while remaining:
             batch = next_batch(agent, remaining, num_samples=1, turns=1)
             remaining = remaining[len(batch) :]
             for attempt_index in range(max_attempts):
                 without_failure = [problem for problem in batch if problem.id not in found]
-                attempts = attempt_all(agent, without_failure, 1, (grpo.COLLECT, 0), attempt_index)
+                attempts = attempt_all(agent, without_failure, 1, rng_prefix, attempt_index)
                 found |= {c.problem.id: c for c in attempts if not c.attempt_verdict.correct}
             failures = [found[problem.id] for problem in batch if problem.id in found]
             append_jsonl(path, *(grpo.to_json(c, agent.tokenizer) for c in failures))
@@ -296,18 +300,19 @@ def evaluate(
         if steps == {trained_steps} and attempts_in_file == expected:
             return conversations
     conversations = []
+    rng_prefix = (grpo.EVALUATE, 0)
     remaining = longest_first(agent, problems)
     with progress_bar(desc=title, total=len(problems)) as bar:
         while remaining:
             batch = next_batch(agent, remaining, num_samples, turns=1)
             remaining = remaining[len(batch) :]
-            attempts = attempt_all(agent, batch, num_samples, (grpo.EVALUATE, 0))
+            attempts = attempt_all(agent, batch, num_samples, rng_prefix)
             conversations += [c for c in attempts if c.attempt_verdict.correct]
             failures = [c for c in attempts if not c.attempt_verdict.correct]
-            for group in rollout(agent, failures, 1, (grpo.EVALUATE, 0)):
+            for group in rollout(agent, failures, 1, rng_prefix):
                 conversations += group  # one conversation for each failure
             bar.update(len(batch))
-    conversations.sort(key=lambda c: c.identity)
+    conversations.sort(key=lambda c: c.identity)  # (problem id, attempt index)
     if path:
         write_conversations(path, conversations, agent, trained_steps=trained_steps)
     return conversations
@@ -338,7 +343,7 @@ def load_conversations(path: Path, agent: Agent) -> list[Conversation]:
             raise ValueError(f"{path}, line {line_number}: it is not valid JSON") from None
         try:
             conversations.append(grpo.from_json(record, agent))
-        except Exception as error:  # A file that a user names may contain anything.
+        except Exception as error:  # --failures may be any file, so any error is possible.
             reason = f"it does not fit this run: {error}"
             if isinstance(error, KeyError):
                 reason = f"{error} is missing; an older version or another task may have written it"
@@ -354,12 +359,12 @@ def usable_failures(path: Path, agent: Agent, problems: list) -> list[Conversati
     failures = [c for c in load_conversations(path, agent) if not c.attempt_verdict.correct]
     evaluated = {agent.task.problem_key(problem) for problem in problems}
     unseen = [c for c in failures if agent.task.problem_key(c.problem) not in evaluated]
-    longest = longest_prompt(agent, turns=grpo.MAX_TURNS - 1)  # all turns but the attempt
-    fitting = [c for c in unseen if len(c.attempt.prompt) + len(c.attempt.tokens) <= longest]
+    max_length = max_prompt_length(agent, turns=grpo.MAX_TURNS - 1)  # reflection and retry
+    fitting = [c for c in unseen if grpo.prompt_length(agent, c) <= max_length]
     if len(fitting) < len(failures):
-        evaluated_failures = plural(len(failures) - len(unseen), "failure")
+        on_evaluated = plural(len(failures) - len(unseen), "failure")
         too_long = f"{len(unseen) - len(fitting)} that might not fit into the model's context"
-        print(f"Dropped {evaluated_failures} on evaluated problems, and {too_long}")
+        print(f"Dropped {on_evaluated} on evaluated problems, and {too_long}")
     usable: dict[tuple[int, int], Conversation] = {}
     next_id = 1 + max((failure.problem.id for failure in fitting), default=0)
     for failure in fitting:
@@ -380,7 +385,7 @@ def mean_with_interval(values: np.ndarray, conversations: list[Conversation]) ->
 
         1.96 * sqrt(n / (n - 1) * sum over problems of (sum of deviations)^2) / N
 
-    If all problems have the same result, this is 0. Then it is 3 / n instead (the rule of three).
+    If this is 0, because all problems have the same result, 3 / n is used (the rule of three).
     """
     _, cluster = np.unique([c.problem.id for c in conversations], return_inverse=True)
     mean = float(values.mean())
@@ -406,6 +411,7 @@ def accuracy(by_model: dict[str, list[Conversation]]) -> dict[str, dict[str, lis
             correct.append(values)
         if len(correct) == 2:  # Both models have attempted the same problems, in the same order.
             before, after = correct
+            # The conversations of either model tell to which problem a difference belongs.
             rows["gain"][column] = mean_with_interval(after - before, conversations)
     return rows
 
@@ -467,7 +473,8 @@ def load_task(config: Config) -> Task:
 def load_problems(config: Config, task: Task, split: str, limit: int | None) -> list:
     """The problems of a split: from the file or hub dataset --data, from the task's own dataset on
     the hub, or drawn by the task."""
-    data, path = config.data or task.hub_id, None
+    data = config.data or task.hub_id
+    path = None
     if data:
         path = local_path(data, ["*.json", "*.jsonl", "*.parquet"], "dataset")
         if not path.exists():
@@ -481,9 +488,9 @@ def model_path(config: Config, task: Task) -> str | Path:
 
 
 def load_shapes(config: Config, task: Task) -> Model:
-    """The run's model without values, on the device "meta": of the files, only config.json is
-    needed. Raises OSError if there is no such model, and ValueError if it is not supported, or if
-    the device, on which the real model will be, is not available."""
+    """The run's model without weights, on the device "meta". Only its config.json is read, but the
+    tiny model is made first if it does not exist. Raises OSError if there is no such model, and
+    ValueError if it is not supported, or if --device is not available."""
     try:
         torch.zeros(1, device=config.device).item()
     except Exception:  # of a type that depends on the device
@@ -498,7 +505,7 @@ class Memory(NamedTuple):
     rollout: dict[str, float]  # on the device, while sampling, for each token of the KV cache
     update: dict[str, float]  # on the device, while gradients are computed
     cpu: dict[str, float]  # in main memory, if the device has a memory of its own
-    least_cache: int  # the smallest KV cache, in tokens: one failure with all its reflections
+    least_cache: int  # the smallest KV cache, in tokens: one problem or failure with its samples
 
     @property
     def per_cache_token(self) -> float:
@@ -511,45 +518,43 @@ class Memory(NamedTuple):
 
 
 def memory_needed(config: Config, model: Model, training: bool) -> Memory:
-    """Estimate the memory that a run needs. The model may be on the "meta" device.
-
-    The lengths of the conversations are not known yet. Every turn is counted as if it had
-    max_new_tokens tokens, and a question as if it were as long as a turn.
-    """
+    """Estimate the memory that a run needs. The model may be on the "meta" device. The lengths of
+    questions and turns are not known yet: each is counted as max_new_tokens tokens."""
     size = getattr(torch, config.dtype).itemsize  # bytes of a number: 4 or 2
     num_parameters = sum(p.numel() for p in model.parameters())
     num_trained = count_trained(config, model)
     always, cpu = {"weights": size * num_parameters}, {}
-    T, G = config.max_new_tokens, config.group_size
-    turn_in_cache = T + 50  # as in grpo.cache_tokens_needed
-    least_cache = T + max(1, config.num_samples) * turn_in_cache  # a question with its attempts
-    least_cache = max(least_cache, 2 * T + (G if training else 1) * 2 * turn_in_cache)
+    T = config.max_new_tokens
+    turn_in_cache = T + 50  # with the tokens of the chat template, as in grpo.cache_tokens_needed
+    group_size = config.group_size if training else 1
+    with_attempts = T + config.num_samples * turn_in_cache  # a question with its attempts
+    with_retries = 2 * T + group_size * 2 * turn_in_cache  # a failure, reflections and retries
+    least_cache = max(with_attempts, with_retries)
     if not training:
         return Memory(always, rollout_memory(config, model), {}, cpu, least_cache)
 
-    # The reference model is a copy of the weights. LoRA needs none: without the adapters, the
-    # policy is the vanilla model.
+    # With LoRA, the reference model needs no copy: it is the policy without the adapters.
     if config.lora_rank:
         always["adapters"] = size * num_trained
     elif config.beta:
         always["reference model"] = size * num_parameters
-    update = update_memory(config, model)
-    # AdamW updates float32 master weights and keeps two float32 moments of each. The gradients of
-    # the masters are the sum over the groups of a step. Float32 weights on the same device are
-    # their own masters, so their gradients are counted in update_memory.
+    # AdamW has two float32 moments of each float32 master weight. Without --offload, weights in
+    # float32 are their own masters, so their gradients are counted in update_memory.
     has_masters = config.offload or config.dtype != "float32"
     optimizer = {"master weights": 4 * num_trained * has_masters, "moments": 8 * num_trained}
     gradients = {"gradients of the master weights": 4 * num_trained * has_masters}
+    update = update_memory(config, model)
     if config.device == "cpu" or not config.offload:
-        always, update = always | optimizer, gradients | update
+        always |= optimizer
+        update = gradients | update
     else:
         cpu = optimizer | gradients
-    # What is saved is first copied from the device to main memory: the checkpoint, unless it is
-    # there already, and the trained model at the end, when the optimizer is gone.
+    # What is saved is first copied to main memory: the checkpoint, unless it is there already, and
+    # at the end the model. It takes the place of the optimizer, so only the excess counts.
     if config.device != "cpu":
-        checkpoint = 0 if config.offload else 12 * num_trained
-        trained_model = size * num_parameters - sum(cpu.values())
-        cpu["copies to be saved"] = max(checkpoint, trained_model)
+        checkpoint = 0 if config.offload else 12 * num_trained  # master weights and moments
+        excess = size * num_parameters - sum(cpu.values())
+        cpu["copies to be saved"] = max(checkpoint, excess)
     parts = (always, rollout_memory(config, model), update, cpu)
     # Leave out what does not exist in this mode.
     existing = [{name: size for name, size in part.items() if size} for part in parts]
@@ -573,50 +578,50 @@ def rollout_memory(config: Config, model: Model) -> dict[str, float]:
     kv = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
     # When rows have finished, the others are copied to a smaller cache, once no more than 3/4 are
     # left (see drop_finished in model.py). The cache of all rows is kept, and at the next copy both
-    # smaller ones exist for a moment, with 3/4 and 9/16 of the rows. During the second turn, the
-    # cache of the first turn is kept as well, which is half as long.
+    # smaller ones exist for a moment, with 3/4 and 9/16 of the rows.
     copies = 1 + 3 / 4 + 9 / 16
-    # A decode step computes float32 logits for each row, their logarithms, the probabilities and
-    # the cumulative probabilities. A row has at least one turn in the cache.
+    # A decode step computes four float32 arrays for each row: logits, log-probabilities,
+    # probabilities, and cumulative probabilities. A row has at least one turn in the cache.
     logits = 4 * 4 * V / (config.max_new_tokens + 50)
-    # Reading prompts needs the block's input, the sum after attention, its normalization, and three
-    # vectors of the MLP. If prompts are padded, there is also a row of the attention mask. The
-    # prompts are at most about half of the tokens for which there is a cache, and the other half is
-    # allocated later.
+    first_turn = {"keys and values": copies * kv, "logits of a decode step": logits}
+    # Now rows are twice as long, so there are half as many. The cache of the first turn is kept as
+    # well, which is half as long.
+    second_turn = {"keys and values": (copies + 0.5) * kv, "logits of a decode step": logits / 2}
+    # Prefill, the reading of prompts, needs the block's input, the sum after attention, its
+    # normalization, and three vectors of the MLP. If prompts are padded, there is also a row of the
+    # attention mask. Prompts are at most about half of the cache; the rest is allocated later.
     prompt = size * (3 * E + 3 * width + 2 * config.max_new_tokens)
-    phases = [
-        {"keys and values": copies * kv, "logits of a decode step": logits},
-        {"keys and values": (copies + 0.5) * kv, "logits of a decode step": logits / 2},
-        {"keys and values": kv / 2, "reading of prompts": prompt / 2},
-    ]
-    return max(phases, key=lambda phase: sum(phase.values()))
+    prefill = {"keys and values": kv / 2, "reading of prompts": prompt / 2}
+    return max(first_turn, second_turn, prefill, key=lambda phase: sum(phase.values()))
 
 
 def update_memory(config: Config, model: Model) -> dict[str, float]:
-    """The bytes that the backward pass of a packed group needs at its peak, by purpose."""
+    """The bytes, by purpose, that the backward pass of a packed group needs at its peak. The group
+    is one sequence: a context, then G branches, the reflections, which do not see each other."""
     shape, size = model.config, getattr(torch, config.dtype).itemsize
     E, width, V = shape.hidden_size, shape.intermediate_size, model.vocab_size
-    heads = shape.num_attention_heads * shape.head_dim
-    T, G = config.max_new_tokens, config.group_size
+    q_size = shape.num_attention_heads * shape.head_dim  # of the queries of all heads
+    T, G = config.max_new_tokens, config.group_size  # T: tokens of a turn
     context = 2 * T  # a question and an attempt
     tokens = context + G * T
     # A block keeps, for each token: its input and the sum after attention, both normalized as well
     # (4 E); the queries, the repeated keys and values, and the output of attention, before and
-    # after it is transposed (5 heads); the gate before and after silu, the other projection, and
+    # after it is transposed (5 q_size); the gate before and after silu, the other projection, and
     # their product (4 width). For each branch, it keeps the keys and values of the context and the
     # branch, and a mask.
-    block = tokens * (4 * E + 5 * heads + 4 * width)
-    block += G * (context + T) * 2 * heads + G * T * (context + T)
-    # After the blocks: the input and the output of the last norm, and what predicts each token.
+    block = tokens * (4 * E + 5 * q_size + 4 * width)
+    block += G * (context + T) * 2 * q_size + G * T * (context + T)
+    # After the blocks: the input and the output of the last norm, and the hidden states that
+    # predict the tokens of the reflections.
     kept = tokens * 2 * E + G * T * E
     if config.device == "cpu":
         # RMSNorm is several operators there, which also keep the input divided by its root mean
-        # square; in bfloat16, they keep both in float32.
+        # square. With bfloat16, both are in float32, and the bfloat16 input is not kept: 4 - 1.
         norm = tokens * E * (1 if size == 4 else 3)
         block, kept = block + 2 * norm, kept + norm
     block += tokens * 7 * config.lora_rank  # the inputs of the matrices B of the adapters
     if shape.qk_norm:  # queries and keys before their normalization
-        block += tokens * (heads + shape.num_key_value_heads * shape.head_dim)
+        block += tokens * (q_size + shape.num_key_value_heads * shape.head_dim)
     block_backward = tokens * (2 * width + 2 * E)  # gradients, while they pass through a block
     if config.checkpointing:
         # Only the inputs of the blocks are kept. The backward pass computes one block again.
@@ -628,25 +633,20 @@ def update_memory(config: Config, model: Model) -> dict[str, float]:
     # before and after log_softmax. If there are several chunks, the gradient of the head exists
     # three times: that of a chunk, and the sum before and after it is added.
     num_logits = min(G * T * V, grpo.MAX_LOGITS)
-    head = 0 if config.lora_rank else size * shape.vocab_size * E
-    head_gradients = head * (3 if num_logits < G * T * V else 1)
+    head = 0 if config.lora_rank else size * V * E
     # The backward pass begins with the head, and continues with the last block.
-    phases: list[dict[str, float]] = [
-        {
-            "activations": size * kept,
-            "logits": 3 * 4 * num_logits,
-            "gradient of the head": head_gradients,
-        },
-        {"activations": size * (kept + block_backward), "gradient of the head": head},
-    ]
-    largest = max(phases, key=lambda phase: sum(phase.values()))
+    at_head = {
+        "activations": size * kept,
+        "logits": 3 * 4 * num_logits,
+        "gradient of the head": head * (3 if num_logits < G * T * V else 1),
+    }
+    at_block = {"activations": size * (kept + block_backward), "gradient of the head": head}
+    largest = max(at_head, at_block, key=lambda phase: sum(phase.values()))
     # The gradients of several groups are added up, so they exist from the first group on.
     return {"gradients of the weights": size * count_trained(config, model), **largest}
 
 
-# The fraction of a GPU's free memory that a run uses. The rest is for the workspaces of kernels and
-# for fragmentation.
-USABLE_GPU_MEMORY = 0.9
+USABLE_GPU_MEMORY = 0.9  # of what is free; kernels and fragmentation need the rest
 
 
 def free_memory(device: str) -> float | None:
@@ -661,9 +661,8 @@ def free_memory(device: str) -> float | None:
 
 
 def check_memory(config: Config, model: Model, training: bool) -> int:
-    """Print how much memory the run will need, and return the size of its KV cache in tokens. On a
-    GPU, the KV cache gets the memory that is left. Raises ValueError if the run does not fit; the
-    message names the smallest change that would fit."""
+    """Print how much memory the run will need, and return the size of its KV cache in tokens.
+    Raises ValueError if the run does not fit; the message names the smallest change that would."""
     memory = memory_needed(config, model, training)
     free, main_free = free_memory(config.device), free_memory("cpu")
     cache_tokens = choose_cache_tokens(config, memory, free)
@@ -686,19 +685,16 @@ def check_memory(config: Config, model: Model, training: bool) -> int:
     if has_amx and in_float32 and not is_tiny(config.model):
         print("This processor multiplies bfloat16 matrices: --dtype bfloat16 may be faster")
 
-    lacking = []
-    if free is not None and device_bytes > free:
-        name = "main memory" if config.device == "cpu" else f"memory on {config.device}"
-        lacking.append((name, device_bytes, free))
-    if main_free is not None and cpu_bytes > main_free:
-        lacking.append(("main memory", cpu_bytes, main_free))
+    device_memory = "main memory" if config.device == "cpu" else f"memory on {config.device}"
+    needs = [(device_memory, device_bytes, free), ("main memory", cpu_bytes, main_free)]
+    lacking = [
+        f"{gigabytes(needed)} GB of {name}, where {gigabytes(there)} GB can be used"
+        for name, needed, there in needs
+        if there is not None and needed > there
+    ]
     if lacking:
-        needs = " and ".join(
-            f"{gigabytes(needed)} GB of {name}, where {gigabytes(there)} GB can be used"
-            for name, needed, there in lacking
-        )
         hint = what_would_fit(config, model, training, free, main_free)
-        raise ValueError(f"the run needs {needs}; {hint}")
+        raise ValueError(f"the run needs {' and '.join(lacking)}; {hint}")
     return cache_tokens
 
 
@@ -722,7 +718,7 @@ def smaller_configs(config: Config, training: bool) -> Iterator[Config]:
         result_changes += [{**changes, "dtype": "bfloat16"} for changes in result_changes]
     for changes in result_changes:
         yield replace(config, **changes)
-        if training:
+        if training:  # Offloading saves memory of the device; not offloading saves main memory.
             yield replace(config, **changes, checkpointing=True)
             yield replace(config, **changes, offload=not config.offload)
             yield replace(config, **changes, checkpointing=True, offload=not config.offload)
@@ -778,32 +774,29 @@ def list_gigabytes(sizes: dict[str, float]) -> str:
 # 4.5 bytes of JSON text per token, and 400 bytes for names of fields and verdicts.)
 TEXT_BYTES = 5  # per token
 FIELD_BYTES = 500  # per conversation
-QUESTION_TOKENS = 512  # if a question is longer than a turn
+QUESTION_TOKENS = 512  # the assumed length of a question, unless max_new_tokens is higher
 
 
 def check_disk(
     config: Config, model: Model, folder: Path, num_problems: int, num_searched: int
 ) -> None:
-    """Print how much a training run will write at most. Raises ValueError if it is not free. What
-    the folder of a resumed run holds already is counted as free."""
+    """Print how much a training run will write at most. Raises ValueError if the disk has less free
+    space than that. What the folder of a resumed run holds already is counted as free."""
     T = config.max_new_tokens
     # A turn is written as text and as token ids. A conversation has the fields of the problem, a
-    # context (the question again, and the attempt), and three turns. A failure has only the first
-    # of them. A question has to leave room for three turns in the model's context.
+    # context (the question again, and the attempt), and three turns; a failure has a context
+    # without the attempt, and one turn. Questions that leave no room for three turns are dropped.
     turn = T * (TEXT_BYTES + len(f"{model.vocab_size}, "))
     question = min(max(T, QUESTION_TOKENS), max(T, model.context_length - 3 * T)) * TEXT_BYTES
     conversation = FIELD_BYTES + 2 * question + T * TEXT_BYTES + 3 * turn
     failure = FIELD_BYTES + 2 * question + turn
     logged = min(config.batch_size, config.log_failures or config.batch_size) * config.group_size
-    # A parameter that is trained has a master weight and two moments of 4 bytes each. While a
-    # checkpoint is replaced, there are two.
-    trained = count_trained(config, model)
     weights = sum(p.numel() for p in model.parameters()) * getattr(torch, config.dtype).itemsize
     failures = num_searched * failure
     if config.failures and Path(config.failures).is_file():
         failures = Path(config.failures).stat().st_size
-    sizes = {
-        "two checkpoints": 2 * 12 * trained,
+    sizes = {  # While a checkpoint is replaced, there are two.
+        "two checkpoints": 2 * 12 * count_trained(config, model),
         "the trained model": weights,
         "samples.jsonl": config.steps * logged * conversation,
         "failures.jsonl": failures,
@@ -837,6 +830,7 @@ def load_agent(config: Config, task: Task, training: bool = False) -> Agent:
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, but its model has "
             f"embeddings for {model.vocab_size}"
         )
+    # is_tiny recognizes a tiny model only in a local folder, not on the hub.
     if tokenizer.settings.get("tiny") and not isinstance(task, TinyCountdown):
         raise ValueError(f"{path}: this is a tiny model; download it, and pass its folder")
     model.vocab_size = tokenizer.vocab_size  # Extra embeddings are padding.
@@ -849,8 +843,8 @@ def load_agent(config: Config, task: Task, training: bool = False) -> Agent:
 def drop_long_problems(agent: Agent, problems: list) -> list:
     """The problems whose conversations are sure to fit into the model's context. The number of the
     others is printed. Raises ValueError if none fits."""
-    longest = longest_prompt(agent, turns=grpo.MAX_TURNS)
-    fitting = [problem for problem in problems if len(agent.attempt_prompt(problem)) <= longest]
+    max_length = max_prompt_length(agent, turns=grpo.MAX_TURNS)
+    fitting = [p for p in problems if grpo.prompt_length(agent, p) <= max_length]
     if not fitting:
         raise ValueError("no problem fits into the model's context; use a lower --max-new-tokens")
     if len(fitting) < len(problems):
@@ -859,9 +853,8 @@ def drop_long_problems(agent: Agent, problems: list) -> list:
     return fitting
 
 
-def longest_prompt(agent: Agent, turns: int) -> int:
-    """The length, in tokens, of the longest prompt that leaves room for `turns` more turns in the
-    model's context."""
+def max_prompt_length(agent: Agent, turns: int) -> int:
+    """The largest `grpo.prompt_length` that leaves room for `turns` turns in the context."""
     instructions = agent.task.reflection_instruction, agent.task.retry_instruction
     bridges = sum(len(agent.tokenizer.bridge(text)) for text in instructions)
     return agent.model.context_length - turns * agent.max_new_tokens - bridges
@@ -898,18 +891,19 @@ def train_command(config: Config, folder: Path) -> None:
     path = folder / "failures.jsonl"
     if config.failures and not path.exists() and not Path(config.failures).is_file():
         raise FileNotFoundError(f"--failures {config.failures}: there is no such file")
-    task, searched = load_task(config), []
+    task = load_task(config)
     problems = load_problems(config, task, config.split, config.limit)
+    to_search = []
     if not config.failures:
-        searched = load_problems(config, task, "train", config.num_problems)
-    check_disk(config, load_shapes(config, task), folder, len(problems), len(searched))
+        to_search = load_problems(config, task, "train", config.num_problems)
+    check_disk(config, load_shapes(config, task), folder, len(problems), len(to_search))
     vanilla = load_agent(config, task, training=True)
     problems = drop_long_problems(vanilla, problems)
 
     if not config.failures:
-        searched = drop_long_problems(vanilla, searched)
+        to_search = drop_long_problems(vanilla, to_search)
         write_config(folder, "train", config)
-        failures = find_failures(vanilla, searched, config.max_attempts, path)
+        failures = find_failures(vanilla, to_search, config.max_attempts, path)
     elif path.exists():  # This run is resumed: it has its own copy.
         failures = load_conversations(path, vanilla)
     else:
@@ -925,6 +919,7 @@ def train_command(config: Config, folder: Path) -> None:
     curve_steps = {round(config.steps * i / config.curve) for i in range(1, config.curve)}
     print(f"Training on {plural(len(failures), 'failure')}")
     durations = []
+    # grpo.train logs the metrics after each pass of this loop, with what is added to them here.
     for step, metrics in grpo.train(policy, reference, failures, config, folder):
         # The vanilla and the trained model are evaluated anyway: they are the ends of the curve.
         if step == 0:
@@ -1006,6 +1001,7 @@ def what_was_learned(folder: Path, config: Config) -> str:
     were truncated."""
     steps = [record for record in read_jsonl(folder / "metrics.jsonl") if "reward" in record]
     num_groups = sum(record["sampled_groups"] for record in steps)
+    # mixed_groups is a fraction of sampled_groups.
     num_mixed = round(sum(r["sampled_groups"] * r["mixed_groups"] for r in steps))
     text = f"{num_mixed:,} of {num_groups:,} groups had mixed rewards"
     if num_mixed == 0:
@@ -1052,8 +1048,8 @@ def report(config: Config, folder: Path, by_model: dict[str, list[Conversation]]
         retries = [(c.retry, c.retry_verdict) for c in conversations if c.retry]
         for label, answers in (("1st try", attempts), ("retry", retries)):
             counts = reasons[f"{name}, {label}"] = Counter(v.reason for _, v in answers)
-            if any(turn.truncated for turn, _ in answers):  # whatever their verdicts are
-                counts["of these, truncated"] = sum(turn.truncated for turn, _ in answers)
+            if num_truncated := sum(turn.truncated for turn, _ in answers):
+                counts["of these, truncated"] = num_truncated  # also counted under their reasons
     tables = {title: accuracy(by_model), "The verifier's reasons": reasons}
     replace_file(folder / "report.json", json.dumps({"tables": tables}, indent=2))
     print("\n" + markdown(tables))
@@ -1128,16 +1124,13 @@ def show_command(folder: Path | None, step: int | None, limit: int) -> None:
         raise ValueError(f"{path} has no step {step}")
     at_step = "" if selected_step is None else f", step {selected_step}"
     print(f"{path}{at_step}: {plural(len(groups), 'group')}\n")
-    # Only groups with mixed rewards have advantages other than 0. They come first.
+    # Only groups with mixed rewards have advantages other than 0.
     ordered = sorted(groups.values(), key=lambda group: not any(r.get("advantage") for r in group))
     for group in ordered[:limit]:
         print_turn("context", group[0]["context"], DIM)
-        if "reflection" in group[0]:  # The context ends with the attempt.
-            truncated, reason = (
-                group[0]["attempt"]["truncated"],
-                group[0]["attempt_verdict"]["reason"],
-            )
-            print_turn("", ending(truncated, reason).strip(), DIM)
+        if "reflection" in group[0]:  # The context ends with the attempt: print its verdict below.
+            attempt, reason = group[0]["attempt"], group[0]["attempt_verdict"]["reason"]
+            print_turn("", ending(attempt["truncated"], reason).strip(), DIM)
         for record in group:
             show_record(record)
         print()
@@ -1298,9 +1291,8 @@ def load_config(folder: Path, command: str) -> Config:
     if unknown:
         names = ", ".join(sorted(unknown))
         raise ValueError(f"{path} has settings of another version of this code: {names!r}")
-    Config(**record)  # Check the values, because default_config opens the model's folder.
-    config = replace(default_config(record.get("model", "tiny")), **record)
-    return config
+    Config(**record)  # Check the values: default_config needs a valid model.
+    return replace(default_config(record.get("model", "tiny")), **record)
 
 
 def check_resumable(folder: Path, config: Config) -> None:
@@ -1311,7 +1303,7 @@ def check_resumable(folder: Path, config: Config) -> None:
     if (folder / "report.json").exists():
         raise ValueError(f"{folder} has finished; its results are in {folder / 'report.json'}")
     steps = metrics.read_bytes().count(b"\n") - 1  # There is also a line for step 0.
-    if steps > config.save_every:  # There must have been a checkpoint.
+    if steps > config.save_every:  # A checkpoint is written before the line of the next step.
         raise ValueError(
             f"{checkpoint} is missing, so the run cannot be resumed; to start a new run from its "
             f"failures: {restart_command(config, folder)}"
@@ -1350,13 +1342,13 @@ def flags_for(config: Config, defaults: Config) -> str:
     """The flags that turn some defaults into these settings."""
     flags = []
     for name, value in asdict(config).items():
-        if value == getattr(defaults, name) or value is None:
+        if value == getattr(defaults, name) or value is None:  # No flag can set None.
             continue
         if isinstance(value, bool):
             flags.append(flag_name(name) if value else flag_name(f"no_{name}"))
         else:
-            number = f"{value:g}" if isinstance(value, float) else str(value)
-            flags.append(f"{flag_name(name)} {shlex.quote(number)}")
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            flags.append(f"{flag_name(name)} {shlex.quote(text)}")
     return " ".join(flags)
 
 
@@ -1412,7 +1404,7 @@ COMMANDS = {
     "play": play_command, "show": show_command, "plot": plot_command,
 }  # fmt: skip
 RESUMABLE = ("train", "failures")
-# Settings that cannot change the result, so that they can be given with --resume.
+# Settings that change the result at most by rounding, so that they can be given with --resume.
 RESUME_FLAGS = (
     "device", "offload", "checkpointing", "cache_tokens", "save_every", "keep_checkpoint",
 )  # fmt: skip

@@ -246,7 +246,7 @@ def test_failures_that_would_outgrow_the_context_are_dropped(failures, base_fold
     whole = r3.usable_failures(failures, agent, [])
     lengths = sorted(len(c.attempt.prompt) + len(c.attempt.tokens) for c in whole)
     assert lengths[-1] > lengths[0]
-    longest = r3.longest_prompt(agent, turns=grpo.MAX_TURNS - 1)
+    longest = r3.max_prompt_length(agent, turns=grpo.MAX_TURNS - 1)
     agent.model.context_length -= longest - (lengths[-1] - 1)  # one token too few for the longest
     capsys.readouterr()
     usable = r3.usable_failures(failures, agent, [])
