@@ -1429,7 +1429,8 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
         for name in names.split():
             setting, tiny, paper = SETTINGS[name], getattr(TINY, name), getattr(PAPER, name)
             default = tiny if tiny == paper else f"{tiny} with the tiny model, else {paper}"
-            help_text = setting.help if tiny is None else f"{setting.help} (default: {default})"
+            help_text = f"{setting.help} (default: {default})"
+            help_text = setting.help if default is None else help_text
             options = {"type": setting.type, "metavar": setting.type.__name__.upper()}
             if setting.type is bool:
                 options = {"action": argparse.BooleanOptionalAction}

@@ -884,7 +884,8 @@ def test_a_command_has_a_flag_for_each_of_its_settings(parsers, command):
         assert (action.choices is not None) == (name in ("loss_type", "dtype", "split", "task"))
         default = f"{tiny}" if tiny == paper else f"{tiny} with the tiny model, else {paper}"
         assert len(action.help.partition(" (default")[0]) > 10
-        assert (f"(default: {default})" in action.help) == (tiny is not None)
+        has_default = (tiny, paper) != (None, None)
+        assert (f"(default: {default})" in action.help) == has_default
 
 
 @pytest.mark.parametrize("command", ["", *SETTINGS_OF_COMMANDS, "show", "plot"])
