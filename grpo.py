@@ -15,6 +15,9 @@ The file starts with the training loop, `train`. Then come the parts of the meth
 loss, the mask and the log-probabilities, the conversation, and how conversations are sampled. The
 rest makes the method practical: metrics, optimizer, checkpoint.
 
+R3 is short for Reflect, Retry, Reward. A "variant" is another method that is built from these
+parts, such as those in tests/VARIANTS.md. A few lines are needed only by variants, and say so.
+
 A conversation is stored as token ids from beginning to end. The tokens that are trained are exactly
 the tokens that were sampled: they are never decoded to text and tokenized again.
 
@@ -61,8 +64,8 @@ def train(
     it gets, for example an evaluation: it is written to the log only when the caller asks for the
     next pair. The entry "seconds" says what took how long. It is logged to a file of its own, so
     that all other files depend on the seed alone. The numbered comments match the six steps in the
-    README. Raises DivergenceError if the gradient, or an output of the updated model, is not
-    finite.
+    README. Raises DivergenceError if a gradient is not finite or, before a checkpoint is saved,
+    if the updated model's outputs are not.
     """
     policy, G = agent.model, config.group_size
     policy.gradient_checkpointing = config.checkpointing
@@ -84,7 +87,7 @@ def train(
         groups = rollout(agent, batch, G, rng_prefix=(TRAIN, step))  # P groups of G conversations
         rollout_seconds = time.perf_counter() - start_time
 
-        # 3. A reflection earns the reward 1 if it ended and its retry is correct, else 0.
+        # 3. A reflection that was not truncated earns the reward 1 if its retry is correct, else 0.
         rewards = torch.tensor([reward(c) for group in groups for c in group]).view(-1, G)
 
         # 4. The advantage compares each reflection with the others about the same failure.
@@ -104,7 +107,7 @@ def train(
         yield step, metrics
         append_jsonl(folder / "timings.jsonl", {"step": step, **metrics.pop("seconds")})
         append_jsonl(folder / "metrics.jsonl", {"step": step, **metrics})
-        logged = slice(config.log_failures)  # the first groups of the step, or all of them
+        logged = slice(config.log_failures)  # the first groups of the step; None: all of them
         log_samples(
             folder / "samples.jsonl", step, groups[logged], rewards[logged], advantages[logged],
             agent.tokenizer,
@@ -226,9 +229,9 @@ def grpo_loss(
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log(pi / pi_old) of each token, (G, T). Outside the mask, it is set to 0 before `grpo_loss`
-    takes the exponential, which could overflow there. The gradient of a masked token would then be
-    0 * inf, which is nan."""
+    """log(pi / pi_old) of each token, (G, T), and 0 outside the mask, whatever the arguments are
+    there. Otherwise the exponential could overflow, and the gradient of a token outside the mask
+    would be 0 * inf, which is nan."""
     return torch.where(mask, logprobs - old_logprobs, 0.0)
 
 
@@ -247,7 +250,7 @@ def token_weights(lengths: Tensor, loss_type: str, max_length: int) -> Tensor:
     lengths: (P, G), how many trained tokens each reflection has; max_length: the most it can have.
 
         dapo      1 / (tokens of the step): the mean over all tokens, as in DAPO
-        grpo      1 / (number of reflections * tokens of this one): all count equally, as in GRPO
+        grpo      1 / (number of reflections * tokens of this one): each reflection counts equally
         dr_grpo   1 / (number of reflections * max_length): without length bias, as in Dr. GRPO
     """
     lengths, num_reflections = lengths.double(), lengths.numel()
@@ -364,7 +367,7 @@ def predictor_indices(context_length: int, branch_lengths: list[int]) -> Tensor:
     start = context_length
     for g, length in enumerate(branch_lengths):
         indices[g, :length] = torch.arange(start - 1, start + length - 1)
-        indices[g, 0] = context_length - 1  # not the last token of the previous branch
+        indices[g, 0] = context_length - 1  # The line above is wrong for the first token if g > 0.
         start += length
     return indices
 
@@ -409,7 +412,7 @@ class Conversation:
     attempt_index: int  # which attempt at the problem this is
     attempt: Turn
     attempt_verdict: Verdict
-    reflection_index: int = 0  # which reflection on the attempt this is
+    reflection_index: int = 0  # the number of the reflection, or of the first one to come
     reflection: Turn | None = None
     retry: Turn | None = None
     retry_verdict: Verdict | None = None
@@ -476,9 +479,10 @@ class Agent:
         and the cache, from which the turns that follow can be sampled.
 
         rng_keys: one for each new turn, prompt by prompt.
-        cache: the one that the call for the previous turns returned. There is then one prompt for
-            each of those turns, in their order, and num_samples must be 1. The cache holds the
-            first cached_lengths[i] tokens of prompt i, and only the rest goes through the model.
+        cache: the cache that an earlier call returned, to continue the turns which it sampled.
+            There must be one prompt for each of these turns, in the same order, and num_samples
+            must be 1. The first cached_lengths[i] tokens of prompt i are in the cache already, so
+            only the rest goes through the model.
         """
         cached_lengths = cached_lengths or [0] * len(prompts)
         generation = generate(
@@ -506,8 +510,8 @@ class Agent:
 
 # -- Sampling conversations ------------------------------------------------------------------------
 # The random numbers of a turn depend on the seed and on the turn's key, but not on the other turns
-# in its batch. The key is (purpose, step, which turn, problem, attempt, reflection); an attempt's
-# key has no last entry.
+# in its batch. The key is (purpose, step, which turn, problem, attempt, reflection); the key
+# of an attempt ends with the attempt.
 RngPrefix = tuple[int, int]  # the first two entries of a key: (purpose, step)
 EVALUATE, COLLECT, TRAIN, PLAY = range(4)  # purposes
 ATTEMPT, REFLECTION, RETRY = range(MAX_TURNS)  # turns
@@ -531,9 +535,10 @@ def sample_attempts(
 def sample_reflections(
     agent: Agent, failures: list[Conversation], num_samples: int, rng_prefix: RngPrefix
 ) -> tuple[list[Conversation], KVCache]:
-    """Reflect `num_samples` times on each failure. failure.reflection_index is the number of the
-    first new reflection: 0, unless a variant reflects again after a retry. Returns the
-    conversations, failure by failure, and the cache from which the retries can be sampled."""
+    """Reflect `num_samples` times on each failure. The new reflections are numbered from
+    failure.reflection_index, which is 0 in R3. (A variant that reflects on an attempt again sets it
+    to an unused number, because the random numbers depend on it.) Returns the conversations,
+    failure by failure, and the cache from which the retries can be sampled."""
     prompts = [agent.reflection_prompt(failure) for failure in failures]
     rng_keys = [
         (*rng_prefix, REFLECTION, *failure.identity, failure.reflection_index + g)
@@ -669,7 +674,8 @@ class FailureStream:
         would get the same random numbers. Raises ValueError if there are no failures."""
         if not self.failures:
             raise ValueError("there are no failures to train on")
-        size = min(size, 2 * len(self.failures))  # in which every failure occurs
+        # 2n draws from n failures contain a whole epoch. More of them would be duplicates.
+        size = min(size, 2 * len(self.failures))
         epoch, start = divmod(self.position, len(self.failures))
         order: list[Conversation] = []  # from the beginning of this epoch
         while len(order) < start + size:
@@ -692,7 +698,8 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     conversations = sum(groups, [])
     rewards = [[reward(c) for c in group] for group in groups]
     reflections = [c.reflection for c in conversations if c.reflection]
-    # In R3 the attempt is an old one. A variant without reflections samples its attempts.
+    # Count only what was sampled in this step: in R3 the reflection and the retry, because the
+    # attempt is an old one. In a variant without reflections, the attempt is new.
     sampled = [turn for c in conversations for turn in (c.reflection or c.attempt, c.retry) if turn]
     trained = [turn for c in conversations for turn in c.trained_turns()]
     return {
@@ -741,10 +748,10 @@ def loss_metrics(terms: list[dict[str, Tensor]]) -> dict[str, float]:
     """The metrics of an update, from the `loss_terms` of the groups that were trained.
 
     nll (an estimate of the policy's entropy), clipped and kl are means over the trained tokens;
-    there is a kl only with a reference model. mismatch is the largest change of a token's
-    log-probability since it was sampled: before any update on a batch, that is the difference
-    between the sampler and the trainer. If a step has several updates, the metrics are those of
-    the last one.
+    there is a kl only with a reference model. mismatch is the largest |log pi - log pi_old| of a
+    token. In the first update of a step, both are of the same weights: it then measures only the
+    numerical difference between sampling, token by token with a KV cache, and training on a packed
+    sequence. If a step has several updates, the metrics are those of the last one.
     """
     metrics = {"trained_groups": len(terms), "loss": 0.0, "mismatch": 0.0}
     if terms:
@@ -852,8 +859,9 @@ def lr_multiplier(step: int, steps: int, warmup: float) -> float:
 
 # bfloat16 gradients are added up in bfloat16 over this many backward passes. Then the sum is added
 # to the float32 gradients of the master weights (see `MasterAdamW`). The relative error of a sum of
-# 64 gradients of SmolLM2-135M is 0.77% if all are added in bfloat16, 0.37% with 8, and 0.17% if
-# each is added in float32, which is the rounding of the gradients themselves.
+# 64 gradients of SmolLM2-135M is 0.77% if all are added in bfloat16, 0.37% if they are moved
+# after every 8, and 0.17% if they are moved after each. This 0.17% remains because each gradient is
+# itself rounded to bfloat16.
 MAX_GATHERED = 8
 
 
@@ -877,10 +885,11 @@ class MasterAdamW(torch.optim.AdamW):
         super().__init__(self.masters, lr=lr, weight_decay=0.0, fused=True)
 
     def accumulate_gradients(self) -> None:
-        """Call this after each backward pass. The passes add up their gradients in the `grad` of
-        the weights. Float32 sums are exact enough, so only `update` moves them to the masters.
-        bfloat16 sums lose precision, so they are moved every MAX_GATHERED passes, but not every
-        pass: with `offload`, each move copies all gradients to CPU memory.
+        """Count a backward pass, and move the gradients to the masters if it is time. Between two
+        moves, the passes add up their gradients in the `grad` of the weights. Float32 sums are
+        exact enough: only `update` moves them. bfloat16 sums lose precision, so they are moved
+        after every MAX_GATHERED passes. Moving them after each pass would be more precise, but
+        slow: with `offload`, each move copies all gradients to CPU memory.
         """
         self.num_gathered += 1
         if self.weights[0].dtype != torch.float32 and self.num_gathered == MAX_GATHERED:
@@ -952,7 +961,7 @@ def load_checkpoint(folder: Path, optimizer: MasterAdamW) -> tuple[int, dict]:
         optimizer.copy_to_weights()
     for log in (folder / name for name in LOGS):
         if log.exists():
-            # If a log has become shorter, it is not extended with zeros.
+            # If a log has become shorter, os.truncate would extend it with zeros: hence min.
             os.truncate(log, min(lengths.get(log.name, 0), log.stat().st_size))
     return step, state
 
@@ -964,6 +973,7 @@ def read_checkpoint(path: Path, optimizer: MasterAdamW) -> tuple[int, dict, dict
         step, lengths, state = int(record["step"]), dict(record["logs"]), dict(record["state"])
         keys = list(file.keys())  # "0.weight", "0.step", "0.exp_avg", "0.exp_avg_sq", "1.weight", …
         names = {key.partition(".")[2] for key in keys}
+        # Each master has a tensor of each name: "weight" and, after an update, AdamW's state.
         if len(keys) != len(names) * len(optimizer.masters):
             raise ValueError("it has the wrong number of tensors")
         for i, master in enumerate(optimizer.masters):
