@@ -15,10 +15,10 @@ The letters in shapes, first in the network and then in the sampler:
     E  hidden size                H  query heads                K  key and value heads
     D  size of a head
 
-    P  prompts                    S  samples per prompt         R  rows: P * S, one per sample
-    C  columns of the prompts, which are padded on the left to the same length
-    L  columns in use after those of the prompts, for what the rows have read since then
-    N  rows that have not been dropped: those still being sampled, and a few finished ones
+    P  prompts of the first turn  S  samples per prompt         R  rows: P * S, one per sample
+    C  columns of these prompts, which are padded on the left to the same length
+    L  columns in use after them, for what the rows have read since: turns and later prompts
+    N  rows that have not been dropped yet: all unfinished ones, and some finished ones
 """
 
 import copy
@@ -63,7 +63,8 @@ ARCHITECTURES = {
     "olmo2": {"qk_norm": "projection", "norm_after": True, "rms_norm_eps": 1e-5},
 }
 # The entries of config.json that would change the computation, and the values that are implemented.
-# An entry may be missing, because its default is a supported value. Only model_type is required.
+# Only model_type must be present. If another of these entries is missing, transformers uses a
+# supported value or, for quantization_config, no quantization.
 SUPPORTED = {
     "model_type": list(ARCHITECTURES),
     "hidden_act": ["silu"],
@@ -78,7 +79,7 @@ SUPPORTED = {
 class ModelConfig:
     """The entries of config.json that the model uses, with the same names."""
 
-    vocab_size: int  # V
+    vocab_size: int  # V, unless Model.vocab_size is set to a smaller one (see Model.head)
     hidden_size: int  # E
     intermediate_size: int  # the width of the MLP
     num_hidden_layers: int
@@ -113,9 +114,10 @@ class ModelConfig:
         for name, value in rope.items():
             if isinstance(value, dict):
                 raise ValueError(f"rope_parameters per layer type ({name}) are not supported")
+        # In older files, some parameters of RoPE, such as rope_theta, are at the top level.
         entries = {**config, **rope, "rope_scaling": rope}
         entries["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        entries["model_type"] = config.get("model_type") or "none"  # refused below, unlike None
+        entries["model_type"] = config.get("model_type") or "none"  # check_supported skips None
         check_supported(entries)
         implied = ("qkv_bias", "qk_norm", "norm_after")
         names = [field.name for field in fields(cls) if field.name not in implied]
@@ -266,7 +268,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Ten
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, like F.linear, with a faster product for few rows on a CPU."""
-    # A vector has no rows to flatten.
+    # A single vector (x.dim() == 1) has no rows, which the product below needs.
     if x.device.type != "cpu" or x.dim() == 1 or x.shape[:-1].numel() > 256:
         return F.linear(x, weight, bias)
     # x W^T = (W x^T)^T. For few rows, the second form makes better use of several threads.
@@ -469,8 +471,9 @@ class Model(nn.Module):
         This model's outputs never change, so it can serve as the reference model of the training,
         without a copy of the weights.
         """
-        memo = {id(p): p.requires_grad_(False) for p in self.parameters()}
-        model = copy.deepcopy(self, memo)  # It takes the parameters from memo: they are not copied.
+        self.requires_grad_(False)
+        memo = {id(p): p for p in self.parameters()}  # deepcopy does not copy what is in memo
+        model = copy.deepcopy(self, memo)
         rng = torch.Generator().manual_seed(seed)
         for module in model.model.layers.modules():
             if isinstance(module, Linear):
@@ -562,8 +565,9 @@ def attention_mask(visible: Tensor, num_new: int, dtype: torch.dtype) -> Tensor:
 class KVCache:
     """The keys and values of the tokens that R = P * S rows have read.
 
-    Each prompt is stored once, as the context of its S rows. What a row reads after the context is
-    its suffix. The suffixes of all rows have the same length, and new tokens are written in place.
+    Each prompt of the first turn is stored once, as the context of its S rows. What a row reads
+    after that (its turns, and its own later prompts) is its suffix. The suffixes of all rows have
+    the same length, and new tokens are written into the free columns.
 
         context of a prompt    [ . . x x x x x x ]                  C columns
         suffix of its row 1                        [ x x x _ _ ]    L = 3 columns are in use, 2 free
@@ -572,7 +576,9 @@ class KVCache:
 
     contexts: list[Tensor]  # for each layer, keys and values of the prompts: (2, P, K, C, D)
     suffixes: list[Tensor]  # for each layer, keys and values of the rows: (2, R, K, capacity, D)
-    visible: Tensor  # (R, C + L), False for padding and for tokens after the end of a turn
+    # (R, C + L), False for padding. When `generate` has returned, also False for the last token of
+    # each turn, and for what was sampled after it.
+    visible: Tensor
 
     @property
     def num_contexts(self) -> int:
@@ -589,8 +595,9 @@ class KVCache:
             self.suffixes.append(context.new_zeros(2, len(self.visible), K, capacity, D))
 
     def extend(self, visible: Tensor) -> Layout:
-        """Add columns for T new tokens, which are padding where `visible`, (R, T), is False.
-        Returns the layout for reading these tokens."""
+        """Take the next T free columns into use (L grows by T), for new tokens, which are padding
+        where `visible`, (R, T), is False. Returns the layout for reading these tokens. `attend`
+        will store their keys and values."""
         self.visible = torch.cat([self.visible, visible], dim=1)
         T = visible.shape[1]
         mask = attention_mask(self.visible, T, self.contexts[0].dtype)
@@ -623,9 +630,8 @@ class KVCache:
         contexts = self.contexts
         if len(rows) < self.num_contexts:
             samples_per_prompt = len(self.visible) // self.num_contexts
-            prompts = (
-                rows[:, :1].flatten() // samples_per_prompt
-            )  # (P',); rows[:, 0] fails if P' is 0
+            # If all prompts are dropped, rows is (0, 0), and rows[:, 0] would fail.
+            prompts = rows[:, :1].flatten() // samples_per_prompt  # (P',)
             contexts = [context[:, prompts] for context in contexts]
         L = self.suffix_length
         flat_rows = rows.flatten()  # (R',)
@@ -652,13 +658,13 @@ def shared_context_attention(q: Tensor, context: Tensor, suffix: Tensor, mask: T
     the context, all queries that meet the same keys (from S rows, H / K heads, and T tokens) share
     one matrix product. This loads the keys from memory once instead of S times.
 
-    For example, with P = 2 prompts, S = 8 samples, H = 4 and K = 2 heads of size D = 24, T = 1 new
-    token, C = 10 and L = 3 columns, Q = T * H / K = 2 queries of each row meet the same key head:
+    For example, with P = 3 prompts, S = 8 samples, H = 10 and K = 2 heads of size D = 24, T = 1 new
+    token, C = 11 and L = 4 columns, Q = T * H / K = 5 queries of each row meet the same key head:
 
-        queries           (2, 8, 2, 2, 24)    which is P, S, K, Q, D
-        context_scores    (2, 8, 2, 2, 10)    from 2 * 2 products of (8 * 2, 24) and (24, 10)
-        suffix_scores     (2, 8, 2, 2, 3)     from 2 * 8 * 2 products of (2, 24) and (24, 3)
-        weights           (2, 8, 2, 2, 13)    the softmax over both
+        queries           (3, 8, 2, 5, 24)    which is P, S, K, Q, D
+        context_scores    (3, 8, 2, 5, 11)    from 3 * 2 products of (8 * 5, 24) and (24, 11)
+        suffix_scores     (3, 8, 2, 5, 4)     from 3 * 8 * 2 products of (5, 24) and (24, 4)
+        weights           (3, 8, 2, 5, 15)    the softmax over both
     """
     R, H, T, D = q.shape
     _, P, K, C, _ = context.shape
@@ -717,8 +723,9 @@ def generate(
 
     Each prompt is read and stored once, however many turns are sampled from it. For the next turn
     of the conversations, pass the returned cache, and one prompt for each of its rows. The last
-    token of each turn does not count as read: if it is in the cache, it is hidden. The next prompt
-    must begin with that token or, if it is a stop token, with any stop token in its place.
+    token of each turn is not visible in this cache, even if the row has read it (a finished row
+    continues until it is dropped). So the next prompt must begin with this token or, if it is a
+    stop token, with any stop token. `Tokenizer.append_bridge(turn[-1:], bridge)` is such a prompt.
 
     Each row has a random stream of its own, keyed by (seed, *rng_key), and uses one number for each
     token. A sample therefore does not depend on the other rows in the batch, apart from rounding:
@@ -746,7 +753,8 @@ def generate(
 
     tokens = torch.full_like(uniform, -1, dtype=torch.long)  # (R, max_new_tokens); -1: none yet
     logprobs = torch.zeros_like(uniform)
-    # The rows that have not been dropped, and their cache: first that of all rows, then copies.
+    # The rows that have not been dropped, and their cache: at first, it is the cache of all rows.
+    # Whenever rows are dropped, it is replaced by a copy without them.
     rows = torch.arange(len(uniform), device=model.device)  # (N,)
     rows_cache = cache
     for step in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None, delay=5):
@@ -766,16 +774,16 @@ def generate(
         hidden = model.hidden(tokens[rows, step, None], layout=layout)[:, 0]  # (N, E)
     cache.copy_back(rows_cache, rows)
 
-    # The cache has `step` new columns. In each row, show the tokens of the turn except the last,
-    # with which the next prompt begins. Hide all later columns: a finished row continues to be
-    # sampled and read until it is dropped.
+    # Both breaks come before the token of this step is read, so the cache has `step` new columns.
+    # In each row, show the tokens of the turn except the last, with which the next prompt begins.
+    # Hide all later columns: a finished row continues to be sampled and read until it is dropped.
     lengths = turn_lengths(tokens, stop_ids)  # (R,)
     is_shown = torch.arange(step, device=model.device) < lengths[:, None] - 1  # (R, step)
     cache.visible = torch.cat([visible_before, is_shown], dim=1)
     lengths = lengths.tolist()
     turns = split_turns(tokens, lengths, num_samples)
     turn_logprobs = split_turns(logprobs, lengths, num_samples)
-    # This is not checked after every token, which would force as many GPU syncs.
+    # This is checked only once, because a check after every token would force a GPU sync each time.
     if not all(math.isfinite(x) for samples in turn_logprobs for turn in samples for x in turn):
         raise DivergenceError(
             f"the model's logits, divided by the temperature of {temperature}, are nan or too "
@@ -868,8 +876,8 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
         # The total is 1, up to rounding. (searchsorted warns if it is not contiguous.)
         total = cumulative[:, -1:].contiguous()  # (N, 1)
         token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
-        # If the product is rounded to the total, the result is past the end. So the limit is the
-        # first token that reaches the total. The tokens after it have a probability of 0.
+        # If uniform * total is rounded up to total, this index is past the end. So it is limited to
+        # the first token at which the sum is the total: later tokens add nothing to it.
         token = token.minimum(torch.searchsorted(cumulative, total))
         token = token.clamp(max=logits.shape[1] - 1)  # nan would give an index past the end
     return token.squeeze(-1), log_probs.gather(-1, token).squeeze(-1)
@@ -878,7 +886,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
 def drop_finished(
     finished: Tensor, rows: Tensor, rows_cache: KVCache, cache: KVCache, extra_columns: int
 ) -> tuple[Tensor, KVCache]:
-    """Drop finished rows, but keep as many rows for each remaining prompt (see `rows_to_keep`).
+    """Drop finished rows. The remaining prompts keep equally many rows each (see `rows_to_keep`).
 
     finished: (N,) bool. Returns the rows that are kept, and a cache of them with room for
     `extra_columns` more tokens. rows_cache, which holds `rows`, is first copied back into the cache
@@ -898,7 +906,9 @@ def rows_to_keep(finished: Tensor) -> Tensor:
     """The rows to keep, (P', S'), given which rows are finished, (P, S) bool.
 
     A prompt is dropped if all its rows are finished. All other prompts keep the same number of
-    rows, so some may keep finished rows. For example, rows 4 to 7 belong to the second prompt:
+    rows, so some may also keep finished rows. For example, the second prompt (rows 4 to 7) is
+    dropped. The third one keeps its unfinished row, 10, and a finished one, 8, because the first
+    prompt has two unfinished rows:
 
     >>> rows_to_keep(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 0, 1]]).bool())
     tensor([[ 0,  1],
@@ -1026,11 +1036,10 @@ def replace_file(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, dict):
-            # save_file first writes to a temporary file of its own, named .tmp and six characters,
-            # which only its owner can read, and then renames it. So the permissions are set to
-            # those of an ordinary new file.
+            # save_file writes to its own file, .tmp and six characters, and then renames it.
             for leftover in [temporary, *path.parent.glob(".tmp??????")]:
                 leftover.unlink(missing_ok=True)
+            # Only its owner could read that file. So take the permissions of an ordinary new file.
             temporary.touch()
             mode = temporary.stat().st_mode
             safetensors.torch.save_file(content, temporary, metadata or {"format": "pt"})
@@ -1141,7 +1150,8 @@ class Tokenizer:
         self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = True
     ) -> str:
         """A conversation as text, formatted by the chat template. The text is the same as that of
-        `transformers`, if the current date is `TEMPLATE_DATE`. Raises ValueError if this fails."""
+        `transformers`, if the current date is `TEMPLATE_DATE`. Raises ValueError if the template
+        fails or rejects the conversation."""
         name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         variables = dict(messages=messages, tools=tools, **self.special_tokens)
         variables["add_generation_prompt"] = add_generation_prompt
@@ -1178,8 +1188,8 @@ class Tokenizer:
             <|user|> 1 <|end|> <|assistant|> 3 <|end|> <|user|> Try again. <|end|> <|assistant|>
                                                └──────────────── the bridge ──────────────────┘
 
-        (The instruction could be tokenized differently without the text around it.) Raises
-        ValueError if the assistant's turn does not end with a stop token.
+        (The bridge is not encoded by itself, because that could give other tokens than in a whole
+        conversation.) Raises ValueError if the assistant's turn does not end with a stop token.
         """
         question = {"role": "user", "content": "1"}
         request = {"role": "user", "content": instruction}
@@ -1299,7 +1309,8 @@ def tiny_model(
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=rng)
     ids_of_numbers = {int(word): i for word, i in vocabulary.items() if word.isdigit()}
-    # Short periods tell neighbors apart. Half of the longest one covers the numbers up to 200.
+    # Short periods tell neighbors apart. The longest is 400: its cosine decreases from 0 to 200, so
+    # that no two numbers in this range have the same features.
     periods = torch.logspace(math.log10(2), math.log10(400), 24)
     angles = torch.tensor(list(ids_of_numbers))[:, None] * 2 * math.pi / periods  # (numbers, 24)
     features = torch.cat([angles.sin(), angles.cos()], dim=1)  # (numbers, 48)
