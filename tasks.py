@@ -44,7 +44,8 @@ SPLITS = {"cold": 55, "train": 16, "dev": 13, "test": 16}
 # above. Pretrained models need no cold start, so "train" includes the "cold" problems.
 MERGED_SPLITS = {"train": {"cold", "train"}, "dev": {"dev"}, "test": {"test"}, "all": set(SPLITS)}
 
-# The paper's prompt, quoted from memory. The braces stand for what the model tried.
+# The reflection prompt of the paper, "Reflect, Retry, Reward", quoted from memory. The braces stand
+# for what the model tried and how it failed.
 REFLECTION_TEMPLATE = (
     "You tried {}. Reflect on what went wrong and write a short explanation that will help you do "
     "better next time."
@@ -70,8 +71,10 @@ class Task:
 
     Problem: type  # the dataclass of a problem
     shuffle_key = "task"  # mixed into the seed for drawing and shuffling problems
-    drawn_splits: dict = SPLITS  # the splits that `draw_problems` knows: SPLITS or MERGED_SPLITS
-    hub_id: str | None = None  # Hugging Face dataset that a run downloads if it has no --data
+    # The splits that `draw_problems` knows: SPLITS (with "cold") or MERGED_SPLITS (with "all").
+    drawn_splits: dict = SPLITS
+    # Without --data, a run downloads this Hugging Face dataset and passes its folder to `load`.
+    hub_id: str | None = None
     reflection_instruction = REFLECTION_TEMPLATE.format("performing the task, but failed")
     retry_instruction = "Now try again."
     input_format = "the number of a problem, such as 7"  # what a user of `play` may type
@@ -79,8 +82,8 @@ class Task:
     def load(
         self, path: str | None = None, split: str = "train", limit: int | None = None, seed: int = 0
     ) -> list:
-        """Load the problems of a split, or the first `limit` of them, in random order. The seed
-        determines the order and, if the task draws its problems at random, also which they are.
+        """Load the problems of a split, at most `limit` of them, in random order. The seed sets the
+        order and, with a limit or if the task draws its problems at random, also which they are.
         Without a path, they come from `draw_problems`, and the split is one of `drawn_splits`.
         Otherwise the path is a file (JSON, JSONL or parquet) or a folder of files, and the split is
         one of `MERGED_SPLITS`.
@@ -104,8 +107,8 @@ class Task:
 
     def draw_problems(self, split: str, limit: int | None, rng: random.Random) -> list:
         """Draw at most `limit` random problems of a split, with the ids 0, 1, 2, … If the limit is
-        None, the task chooses the number. No problem may be in two splits, except that "all"
-        contains every problem."""
+        None, the task chooses the number. No problem may be in two splits, except that "all" may
+        contain problems of every split."""
         raise ValueError("the problems of this task come from a file: pass it with --data")
 
     def read(self, path: Path) -> list:
@@ -133,8 +136,8 @@ class Task:
                     reason = f"the field {error} is missing; this may be a file of another task"
                     raise ValueError(f"{file}, {location}: {reason}") from None
                 except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                    # Unlike `msg`, str() of a JSONDecodeError adds a line number, which is counted
-                    # in the record and not in the file.
+                    # str() of a JSONDecodeError adds "line 1 column 5", which is counted in the
+                    # record but would look like a line of the file. Its `msg` has no position.
                     reason = f"{type(error).__name__}: {getattr(error, 'msg', error)}"
                     raise ValueError(f"{file}, {location}: {reason}") from None
         return problems
@@ -156,14 +159,15 @@ class Task:
         return repr(replace(problem, id=0))
 
     def parse_input(self, line: str):
-        """Make a problem from a line that was typed in `play`. If the line is the number of a
-        problem, `play` looks it up itself. By default, all other lines raise ValueError."""
+        """Make a problem from a line that was typed in `play`. A single number never gets here: it
+        is the position of a loaded problem, which `play` looks up. By default, every line raises
+        ValueError."""
         raise ValueError(f"type {self.input_format}")
 
 
 def remove_reasoning(text: str) -> str:
-    """What a model says after its reasoning, which ends with </think>. Reasoning that was truncated
-    has no end, and nothing is said after it."""
+    """The text after the last </think>, or the whole text if there is none. If it still contains a
+    <think>, that reasoning was truncated and is removed too: "a <think> b" becomes "a "."""
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
@@ -302,7 +306,8 @@ class CountdownProblem:
 
 class Countdown(Task):
     """Countdown as in the paper and in TinyZero: 3 or 4 numbers from 1 to 99. By default, the
-    problems are drawn at random. `--data Jiayi-Pan/Countdown-Tasks-3to4` downloads the paper's."""
+    problems are drawn at random. `--data Jiayi-Pan/Countdown-Tasks-3to4` downloads the paper's
+    problems."""
 
     Problem = CountdownProblem
     shuffle_key = "countdown"
@@ -322,8 +327,8 @@ class Countdown(Task):
 
     def draw_problems(self, split: str, limit: int | None, rng: random.Random) -> list:
         """Draw `limit` problems, each of which can be solved: 3 or 4 numbers from 1 to 99, and a
-        target from 10 to 99. By default, 30,000 problems are drawn for "train", and 1,000 for the
-        other splits. No two have the same numbers (in any order) and the same target.
+        target from 10 to 99. By default, 30,000 problems are drawn for "train", and 1,000 for
+        "dev", "test" or "all". No two have the same numbers (in any order) and the same target.
 
         >>> for problem in Countdown().load(split="train", limit=2):
         ...     print(problem)
@@ -338,10 +343,12 @@ class Countdown(Task):
             # Try up to 20 expressions. If none has a value from 10 to 99, draw other numbers.
             results = (random_result(numbers, rng) for _ in range(20))
             target = next((result for result in results if 10 <= result <= 99), None)
+            if target is None:
+                continue
             problem = CountdownProblem(len(problems), numbers, target)
             key = self.problem_key(problem)
-            if target is not None and split_of(key) in MERGED_SPLITS[split]:
-                problems.setdefault((key, target), problem)
+            if split_of(key) in MERGED_SPLITS[split]:
+                problems.setdefault((key, target), problem)  # keeps the first of equal problems
         return list(problems.values())
 
     def problem_key(self, problem: CountdownProblem) -> str:
@@ -451,7 +458,8 @@ class Plan(NamedTuple):
         """The plan as a single expression in answer tags."""
         first, last = self
         inner = f"( {first.left} {first.symbol} {first.right} )"
-        if last.left == first.result:  # If both operands equal it, either may be `inner`.
+        # `inner` replaces the operand that equals first.result. If both do, either will do.
+        if last.left == first.result:
             return f"<answer> {inner} {last.symbol} {last.right} </answer>"
         return f"<answer> {last.left} {last.symbol} {inner} </answer>"
 
@@ -489,10 +497,10 @@ def nearest_plans(numbers: tuple[int, int, int], target: int) -> list[Plan]:
 def search_plans(
     plans: list[Plan], target: int, rng: random.Random, continue_probability: float
 ) -> tuple[list[str], Plan]:
-    """Check plans in cyclic order, starting at a random one, until a plan reaches the target. After
-    each failed check, the search continues with the given probability, or stops and chooses one of
-    all plans at random. Returns the checks as texts ("10 / 2 = 5 , 5 * 6 = 30 no") and the chosen
-    plan."""
+    """Check the given plans in cyclic order, from a random one on, until one reaches the target.
+    After each failed check, the search continues with the given probability. If it ends without
+    success, any of the given plans is chosen at random, checked or not. Returns the checks as texts
+    ("10 / 2 = 5 , 5 * 6 = 30 no") and the chosen plan."""
     checks = []
     start = rng.randrange(len(plans))
     for plan in plans[start:] + plans[:start]:
@@ -515,7 +523,7 @@ class TinyCountdown(Countdown):
     question = "Make {target} from {numbers[0]} {numbers[1]} {numbers[2]} ."
     generic_reflection = "I will be careful ."
     input_format = "3 numbers from 1 to 10 and a target up to 60, such as 6 10 2 32"
-    input_pattern = re.compile(r"((10|[1-9])\s+){3}(60|[1-5]?[0-9])")
+    input_pattern = re.compile(r"((10|[1-9])\s+){3}(60|[1-5]?[0-9])")  # also accepts target 0
 
     def draw_problems(self, split: str, limit: int | None, rng: random.Random) -> list:
         """All problems of a split in random order (there are few), or the first `limit` of them."""
@@ -549,11 +557,12 @@ class TinyCountdown(Countdown):
                          6 + 10 = 16 , 16 * 2 = 32 yes Start with 6 + 10 = 16 .
             retry:       <answer> ( 6 + 10 ) * 2 </answer>
 
-        The attempt uses a random plan. In 8% of the dialogues it first searches for one, as the
+        All plans here are from `nearest_plans`, so that a first step determines its plan. The
+        attempt uses a random one of them. In 8% of the dialogues it first searches for one, as the
         reflection does in the example, and continues with probability 0.5 after a failed check.
-        A reflection is empty or generic, or it states the mistake, may search, and suggests the
-        plan that the retry uses: a random one if no check succeeds. `always_full_search` determines
-        the shares:
+        A reflection is either empty or generic, or it has three parts: the mistake, a search (or
+        none), and "Start with …", the first step of the plan that the retry uses. This is the plan
+        that the search found, or else a random one. `always_full_search` determines the shares:
 
             always_full_search   True   False
             empty or generic       0%     10%   the retry uses a random plan
@@ -676,9 +685,10 @@ def parse_call(value: object) -> tuple[str, str]:
     return value["name"], json.dumps(candidates[0], sort_keys=True)
 
 
-# How a call begins in the documented formats of the supported models. The JSON that follows is only
-# looked at, in (?= …), because the JSON decoder will read it. Special tokens, such as Mistral's
-# markers and Llama's <|python_tag|>, may be missing, because decoding can drop them.
+# How a call begins in the documented formats of the supported models. Each alternative has one
+# named group, so that `match.lastgroup` is the format. The groups "list" and "object" are empty,
+# because the JSON is only looked at, in (?= …): STRICT_JSON will read it. Special tokens, such as
+# [TOOL_CALLS] and <|python_tag|>, may be missing, because Tokenizer.decode drops them.
 CALL_START = re.compile(
     r"""
     # <tool_call>{…}</tool_call> for each call (Qwen 2.5 and 3) or for a list of calls (SmolLM2)
@@ -688,8 +698,9 @@ CALL_START = re.compile(
     # cuts off each call that it has read, so that \A matches in both cases.
     | (?: \[TOOL_CALLS\] | \A ) \s* (?P<named> [\w.-]+ )
       (?: \[CALL_ID\] \w+ )? (?: \[ARGS\] )? (?= \{ \s* ["}] )
-    # [{…}, {…}] (older Mistral; any model whose chat template ignores tools). "[add(" is matched
-    # too, so that decoding it fails: such a list must be the whole text (see PYTHON_CALLS).
+    # [{…}, {…}] or [] (older Mistral; any model whose chat template ignores tools). "[add(" is
+    # matched too, so that STRICT_JSON will raise ValueError: a Python list of calls is an error
+    # unless it is the whole text (see PYTHON_CALLS).
     | (?P<list> (?= \[ \s* (?: [{\]] | [\w.]+\( ) ) )
     # {…} (Llama 3). Several are on lines of their own or separated by semicolons.
     | (?P<object> (?= \{ \s* " ) )
@@ -701,12 +712,14 @@ PYTHON_CALLS = re.compile(r"\s*(?:<\|python_tag\|>\s*)?(\[\s*[\w.]+\(.*\)\s*\])\
 
 
 def extract_calls(text: str) -> list[tuple[str, str]] | None:
-    """The function calls in a completion (see `parse_call`), or None if there are none.
+    """The function calls in a completion (see `parse_call`), or None if nothing starts like a call.
+    An empty list of calls gives [].
 
     All calls must have the same format, one of those above, and there may be only one list without
-    tags. Prose is ignored, except that only a semicolon may stand between {…} calls (Llama 3). Text
-    that starts like a list of calls but is not one is an error. Calls in <think> do not count.
-    Raises ValueError or RecursionError if tags, JSON or calls are malformed."""
+    tags. Other text is ignored, with two exceptions: between {…} calls (Llama 3), only whitespace
+    and one semicolon are allowed; and text that starts like a call, such as {" or [{, but is not
+    one is an error. Calls in <think> do not count. Raises ValueError or RecursionError if tags,
+    JSON or calls are malformed."""
     text = remove_reasoning(text)
     if len(text) > MAX_CALLS_CHARS:
         raise ValueError("the text is too long")
@@ -717,7 +730,7 @@ def extract_calls(text: str) -> list[tuple[str, str]] | None:
     while match := CALL_START.search(text):
         formats.append(match.lastgroup)
         prose.append(text[: match.start()])
-        value, end = STRICT_JSON.raw_decode(text, match.end())  # `end` is that of the JSON
+        value, end = STRICT_JSON.raw_decode(text, match.end())  # `end` of the JSON in `text`
         text = text[end:]
         if match["tagged"] and not text.lstrip().startswith("</tool_call>"):
             raise ValueError("a closing tag is missing")
@@ -725,7 +738,8 @@ def extract_calls(text: str) -> list[tuple[str, str]] | None:
             value = {"name": match["named"], "arguments": value}
         calls += value if isinstance(value, list) else [value]
     prose.append(text)
-    # The opening tags of calls are in the matches, so the prose should have only the closing ones.
+    # "tool_call>" counts opening and closing tags. The opening tag of each call was in its match,
+    # and its closing tag is in the prose. Any further tag has no call.
     if " ".join(prose).count("tool_call>") != formats.count("tagged"):
         raise ValueError("there are tags without a call")
     if len(set(formats)) > 1 or formats.count("list") > 1:
@@ -743,7 +757,7 @@ def parse_python_calls(text: str) -> list[tuple[str, str]]:
     [('add', '{"a": 1}'), ('find', '{"type": "x"}')]
     """
     calls = []
-    # Count as ast does: its lines end in "\n", and its columns are UTF-8 bytes.
+    # Positions in ast nodes count lines that end in "\n", and columns in UTF-8 bytes.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     lines = text.encode().split(b"\n")
     try:
@@ -757,11 +771,11 @@ def parse_python_calls(text: str) -> list[tuple[str, str]]:
             # full-width "a" is a plain "a" there, so that a wrong name could pass as correct.
             pairs = []
             for keyword in node.keywords:
-                name = lines[keyword.lineno - 1][keyword.col_offset :].partition(b"=")[0]
-                pairs.append((name.decode().strip(), ast.literal_eval(keyword.value)))
+                argument = lines[keyword.lineno - 1][keyword.col_offset :].partition(b"=")[0]
+                pairs.append((argument.decode().strip(), ast.literal_eval(keyword.value)))
             start, end = node.func.col_offset, node.func.end_col_offset
-            name = lines[node.func.lineno - 1][start:end].decode()
-            calls.append({"name": name, "arguments": dict_without_duplicates(pairs)})
+            function = lines[node.func.lineno - 1][start:end].decode()
+            calls.append({"name": function, "arguments": dict_without_duplicates(pairs)})
         json_calls = STRICT_JSON.decode(json.dumps(calls))
     except (SyntaxError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(f"not a Python list of calls: {error}") from None
