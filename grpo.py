@@ -13,7 +13,7 @@
 
 The file starts with the training loop, `train`. Then come the parts of the method: advantages and
 loss, the mask and the log-probabilities, the conversation, and how conversations are sampled. The
-rest makes the method practical: metrics, optimizer, checkpoint.
+rest makes the method practical: metrics, optimizer, checkpoint, several processes.
 
 R3 is short for Reflect, Retry, Reward. A "variant" is another method that is built from these
 parts, such as those in tests/VARIANTS.md. A few lines are needed only by variants, and say so.
@@ -29,20 +29,24 @@ import json
 import math
 import os
 import random
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import safetensors
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 
-from model import DivergenceError, KVCache, Model, Tokenizer, generate, replace_file
+from model import DivergenceError, KVCache, Model, Tokenizer, generate, is_rank_0, replace_file
 from tasks import Task, Verdict
 
 
@@ -130,7 +134,8 @@ def backpropagate_step(
 
     advantages: (P, G). Groups are processed one at a time, each as one packed sequence, so that
     only one group's activations are in memory. Their gradients add up to the gradient of the step,
-    because the weights of the tokens are computed for the whole step.
+    because the weights of the tokens are computed for the whole step. Several processes share the
+    groups, and `update` adds up their gradients.
     """
     policy, temperature = agent.model, agent.temperature
     packed_groups = [pack_group(group) for group in groups]
@@ -140,7 +145,7 @@ def backpropagate_step(
     max_length = max(num_turns, default=0) * agent.max_new_tokens
     weights = token_weights(lengths, config.loss_type, max_length)  # (P, G)
     terms = []
-    inputs_of_groups = list(zip(packed_groups, advantages, weights, strict=True))
+    inputs_of_groups = share(list(zip(packed_groups, advantages, weights, strict=True)))
     # The progress bar appears on a terminal, if this takes more than 5 seconds.
     for rows, A, w in tqdm(inputs_of_groups, "update", leave=False, disable=None, delay=5):
         if not A.any() and not config.beta:
@@ -586,7 +591,7 @@ def attempt_all(
     """`sample_attempts` for any number of problems, in batches that fit in memory. The result is in
     the order of the problems."""
     conversations: list[Conversation] = []
-    remaining = longest_first(agent, problems)
+    remaining = share(longest_first(agent, problems))
     while remaining:
         batch = next_batch(agent, remaining, num_samples, turns=1)
         try:
@@ -597,7 +602,7 @@ def attempt_all(
                 raise
             lower_cache_limit(agent, batch, num_samples, turns=1)
     order = {problem.id: place for place, problem in enumerate(problems)}
-    return sorted(conversations, key=lambda c: (order[c.problem.id], c.attempt_index))
+    return sorted(gather(conversations), key=lambda c: (order[c.problem.id], c.attempt_index))
 
 
 def rollout(
@@ -606,8 +611,8 @@ def rollout(
     """Reflect `group_size` times on each failure and retry once after each reflection, for any
     number of failures, in batches that fit in memory. Returns a group of conversations for each
     failure, in the order of the failures."""
-    groups: dict[tuple[int, int], Group] = {failure.identity: [] for failure in failures}
-    remaining = longest_first(agent, failures)
+    remaining = share(longest_first(agent, failures))
+    groups: dict[tuple[int, int], Group] = {failure.identity: [] for failure in remaining}
     new_turns = MAX_TURNS - 1  # The attempt has been made already.
     while remaining:
         batch = next_batch(agent, remaining, group_size, new_turns)
@@ -621,7 +626,8 @@ def rollout(
             if len(batch) == 1:
                 raise
             lower_cache_limit(agent, batch, group_size, new_turns)
-    return list(groups.values())
+    groups = dict(gather(list(groups.items())))  # the groups of all processes
+    return [groups[failure.identity] for failure in failures]
 
 
 def longest_first(agent: Agent, items: list) -> list:
@@ -745,7 +751,7 @@ def loss_terms(
 
 
 def loss_metrics(terms: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The metrics of an update, from the `loss_terms` of the groups that were trained.
+    """The metrics of an update, from the `loss_terms` of the groups that this process trained.
 
     nll (an estimate of the policy's entropy), clipped and kl are means over the trained tokens;
     there is a kl only with a reference model. mismatch is the largest |log pi - log pi_old| of a
@@ -753,12 +759,15 @@ def loss_metrics(terms: list[dict[str, Tensor]]) -> dict[str, float]:
     numerical difference between sampling, token by token with a KV cache, and training on a packed
     sequence. If a step has several updates, the metrics are those of the last one.
     """
-    metrics = {"trained_groups": len(terms), "loss": 0.0, "mismatch": 0.0}
+    rows: list[dict[str, float]] = []
     if terms:
-        names = list(terms[0])
         # All values go into one tensor, so that the host waits for the GPU only once.
-        table = torch.stack([torch.stack([t[name].float() for t in terms]) for name in names])
-        columns = dict(zip(names, table.tolist(), strict=True))
+        table = torch.stack([torch.stack([x.float() for x in t.values()]) for t in terms])
+        rows = [dict(zip(terms[0], values, strict=True)) for values in table.tolist()]
+    rows = gather(rows)  # of all processes
+    metrics = {"trained_groups": len(rows), "loss": 0.0, "mismatch": 0.0}
+    if rows:
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
         tokens = sum(columns.pop("tokens"))
         metrics["mismatch"] = max(columns.pop("mismatch"))
         metrics["loss"] = sum(columns.pop("loss"))
@@ -840,7 +849,9 @@ def from_json(record: dict, agent: Agent) -> Conversation:
 
 
 def append_jsonl(path: Path, *records: dict) -> None:
-    """Append records to a file, one line each."""
+    """Append records to a file, one line each. Only the first process writes."""
+    if not is_rank_0():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))
@@ -911,6 +922,7 @@ class MasterAdamW(torch.optim.AdamW):
         gradient had before it was clipped. Parameters without a gradient stay as they are. Raises
         DivergenceError if the norm is not finite; the weights are then unchanged."""
         self.move_gradients()
+        sum_gradients(self.masters)
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
         if not math.isfinite(norm):
             raise DivergenceError("the gradient is not finite")
@@ -936,6 +948,8 @@ def save_checkpoint(folder: Path, step: int, optimizer: MasterAdamW, state: dict
     """Save what training needs to resume after `step` steps, in one file that is replaced
     atomically: master weights, AdamW's moments, the lengths of the run's log files, and `state`, a
     small JSON object. No random state needs saving, because random numbers depend on the step."""
+    if not is_rank_0():
+        return
     tensors = {}
     for i, master in enumerate(optimizer.masters):
         values = {"weight": master.detach(), **optimizer.state.get(master, {})}
@@ -960,9 +974,10 @@ def load_checkpoint(folder: Path, optimizer: MasterAdamW) -> tuple[int, dict]:
             raise ValueError(f"{path} is damaged or belongs to another model: {error}") from None
         optimizer.copy_to_weights()
     for log in (folder / name for name in LOGS):
-        if log.exists():
+        if log.exists() and is_rank_0():
             # If a log has become shorter, os.truncate would extend it with zeros: hence min.
             os.truncate(log, min(lengths.get(log.name, 0), log.stat().st_size))
+    gather([])  # Wait until all processes have read the checkpoint: it may soon be deleted.
     return step, state
 
 
@@ -986,3 +1001,65 @@ def read_checkpoint(path: Path, optimizer: MasterAdamW) -> tuple[int, dict, dict
             copies = {name: x.to(master.device, copy=True) for name, x in tensors.items()}
             optimizer.state[master] = copies
     return step, lengths, state
+
+
+# -- Several processes -----------------------------------------------------------------------------
+# To use several GPUs, torchrun starts a process for each of them. Every process has the whole model
+# and works on its share of the problems or failures. The samples are the same as with one process,
+# because the random numbers of a sample do not depend on the other samples.
+@contextmanager
+def join_processes() -> Iterator[None]:
+    """Within a `with` block, work together with the other processes that torchrun has started, if
+    there are any. Only the first one, rank 0, prints and reports that it was interrupted."""
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield
+        return
+    # The timeout can be long, because torchrun ends all processes when one of them fails.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
+    with open(os.devnull, "w") as null, ExitStack() as stack:
+        if not is_rank_0():
+            stack.enter_context(redirect_stdout(null))
+            stack.enter_context(redirect_stderr(null))
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            yield
+        except BaseException as error:
+            # Usually, rank 0 has the same error and reports it, or this process has lost the
+            # connection to one that failed. In both cases torchrun ends this process now.
+            if not is_rank_0() or isinstance(error, RuntimeError):
+                time.sleep(5)
+            raise
+    dist.destroy_process_group()
+
+
+def num_processes() -> int:
+    """The number of processes that share the work."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share(items: list) -> list:
+    """This process's share of some items."""
+    return items[dist.get_rank() :: num_processes()] if num_processes() > 1 else items
+
+
+def gather(part: list) -> list:
+    """The parts of all processes, joined. This waits until every process has called it."""
+    if num_processes() == 1:
+        return part
+    parts: list[list] = [[] for _ in range(num_processes())]
+    dist.all_gather_object(parts, part)
+    return sum(parts, [])
+
+
+def next_shared_batch(agent: Agent, remaining: list, num_samples: int, turns: int) -> list:
+    """The first of the remaining items that fit in the memory of all processes together."""
+    return remaining[: sum(gather([len(next_batch(agent, remaining, num_samples, turns))]))]
+
+
+def sum_gradients(parameters: list[Tensor]) -> None:
+    """Replace the gradients by their sums over all processes, if any process has gradients."""
+    if num_processes() > 1 and any(gather([p.grad is not None for p in parameters])):
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)

@@ -41,6 +41,7 @@ import safetensors
 import safetensors.torch
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import errors as hub_errors
 from torch import Tensor, nn
@@ -1024,14 +1025,22 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def is_rank_0() -> bool:
+    """Whether this is the only process of a run, or the first of several (see grpo.py)."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+
+
 def replace_file(
     path: Path, content: str | dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write text or tensors to a file atomically: if this fails, the old file is unchanged.
 
     Missing folders are created. What an interrupted call has left in the folder is deleted by the
-    next one. Raises OSError with the path in the message.
+    next one. Raises OSError with the path in the message. Of several processes that share a run,
+    only the first one writes.
     """
+    if not is_rank_0():
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

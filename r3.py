@@ -29,7 +29,7 @@ import time
 import typing
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -42,12 +42,13 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import grpo
-from grpo import Agent, Conversation, append_jsonl, attempt_all, longest_first, next_batch, rollout
+from grpo import Agent, Conversation, append_jsonl, attempt_all, gather, longest_first, rollout
 from model import (
     DivergenceError,
     Linear,
     Model,
     Tokenizer,
+    is_rank_0,
     local_path,
     read_json,
     replace_file,
@@ -265,7 +266,7 @@ def find_failures(
     rng_prefix = (grpo.COLLECT, 0)  # of the random numbers: (purpose, step)
     with progress_bar(desc="failures", total=len(problems), initial=searched) as bar:
         while remaining:
-            batch = next_batch(agent, remaining, num_samples=1, turns=1)
+            batch = grpo.next_shared_batch(agent, remaining, num_samples=1, turns=1)
             remaining = remaining[len(batch) :]
             for attempt_index in range(max_attempts):
                 without_failure = [problem for problem in batch if problem.id not in found]
@@ -304,7 +305,7 @@ def evaluate(
     remaining = longest_first(agent, problems)
     with progress_bar(desc=title, total=len(problems)) as bar:
         while remaining:
-            batch = next_batch(agent, remaining, num_samples, turns=1)
+            batch = grpo.next_shared_batch(agent, remaining, num_samples, turns=1)
             remaining = remaining[len(batch) :]
             attempts = attempt_all(agent, batch, num_samples, rng_prefix)
             conversations += [c for c in attempts if c.attempt_verdict.correct]
@@ -484,7 +485,9 @@ def load_problems(config: Config, task: Task, split: str, limit: int | None) -> 
 
 def model_path(config: Config, task: Task) -> str | Path:
     """The folder or hub id of a run's model. The tiny one is made first, if necessary."""
-    return make_tiny_model(task, config.seed) if config.model == "tiny" else config.model
+    if config.model != "tiny":
+        return config.model
+    return gather([is_rank_0() and make_tiny_model(task, config.seed)])[0]
 
 
 def load_shapes(config: Config, task: Task) -> Model:
@@ -492,6 +495,8 @@ def load_shapes(config: Config, task: Task) -> Model:
     tiny model is made first if it does not exist. Raises OSError if there is no such model, and
     ValueError if it is not supported, or if --device is not available."""
     try:
+        if config.device == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=config.device).item()
     except Exception:  # of a type that depends on the device
         raise ValueError(f"--device {config.device} is not available here") from None
@@ -650,13 +655,14 @@ USABLE_GPU_MEMORY = 0.9  # of what is free; kernels and fragmentation need the r
 
 
 def free_memory(device: str) -> float | None:
-    """The bytes that can be used on a device, or None if this is not known."""
+    """The bytes that this process can use on a device, or None if this is not known."""
     if device.startswith("cuda"):
         return USABLE_GPU_MEMORY * torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")  # Linux has it
     if device == "cpu" and meminfo.is_file():
         kilobytes = re.search(r"^MemAvailable: +(\d+) kB", meminfo.read_text(), re.MULTILINE)
-        return 1024 * int(kilobytes[1]) if kilobytes else None
+        num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine: of torchrun
+        return 1024 * int(kilobytes[1]) / num_processes if kilobytes else None
     return None
 
 
@@ -822,6 +828,7 @@ def load_agent(config: Config, task: Task, training: bool = False) -> Agent:
     """The model with its tokenizer and the task. Raises ValueError if the memory does not suffice,
     or if model and tokenizer do not fit together."""
     cache_tokens = check_memory(config, load_shapes(config, task), training)
+    gather([])  # No process takes memory before all of them have measured what is free.
     path = model_path(config, task)
     model = Model.from_pretrained(path, getattr(torch, config.dtype), config.device)
     tokenizer = Tokenizer.from_pretrained(path)
@@ -909,6 +916,7 @@ def train_command(config: Config, folder: Path) -> None:
     else:
         failures = usable_failures(Path(config.failures), vanilla, problems)
         write_config(folder, "train", config)
+    gather([])  # Write the file only after all processes have read it.
     write_conversations(path, failures, vanilla)  # in the order in which training uses them
     if not failures:
         raise ValueError("there are no failures to learn from")
@@ -934,11 +942,14 @@ def train_command(config: Config, folder: Path) -> None:
         durations.append(sum(metrics["seconds"].values()))
         remaining = (config.steps - step) * sum(durations) / len(durations)
         print(step_line(step, metrics, config.steps, remaining), flush=True)
-    policy.model.save_pretrained(folder / "model")
-    policy.tokenizer.save_pretrained(folder / "model")
+    if is_rank_0():
+        policy.model.save_pretrained(folder / "model")
+        policy.tokenizer.save_pretrained(folder / "model")
 
     path = folder / "trained.jsonl"
     after = evaluate(policy, problems, config.num_samples, "trained", path, config.steps)
+    if not is_rank_0():
+        return
     last_point = curve_point(config, curve_problems, after)
     append_jsonl(folder / "metrics.jsonl", {"step": config.steps, **last_point})
     report(config, folder, {"vanilla": before, "trained": after})
@@ -1464,14 +1475,17 @@ def read_command_line(argv: list[str] | None) -> dict[str, Any]:
 def program() -> str:
     """How this program was started, for usage lines and hints that can be copied."""
     script = sys.argv[0] if sys.argv[0].endswith(".py") else "r3.py"
-    return f"python {shlex.quote(script)}"
+    num_processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    launcher = f"torchrun --nproc-per-node {num_processes}" if num_processes else "python"
+    return f"{launcher} {shlex.quote(script)}"
 
 
 def script_name() -> str:
     """The name of this program's file, for error messages."""
-    return Path(shlex.split(program())[1]).name
+    return Path(shlex.split(program())[-1]).name
 
 
+@grpo.join_processes()
 def main(argv: list[str] | None = None) -> None:
     """Run a command. An error that a user can fix is reported in one line."""
     flags = read_command_line(argv)
@@ -1486,11 +1500,12 @@ def main(argv: list[str] | None = None) -> None:
         if command == "play":
             return play_command(play_config(flags))
         config = resumed_config(resume, command, flags) if resume else new_config(flags)
-        folder = resume or new_folder(command, config)
-        with locked_folder(folder):
-            if resume:
+        # Of several processes, the first one makes the folder, locks it, and tells the others.
+        folder = resume or gather([is_rank_0() and new_folder(command, config)])[0]
+        with locked_folder(folder) if is_rank_0() else nullcontext():
+            if resume and is_rank_0():
                 delete_temporary_files(folder)
-            elif (folder / "config.json").exists():
+            elif is_rank_0() and (folder / "config.json").exists():
                 hint = f", or resume it: {resume_command(command, folder)}"
                 hint = hint if command in RESUMABLE else ""
                 raise ValueError(f"{folder} exists: choose another --name{hint}")

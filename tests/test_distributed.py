@@ -1,0 +1,282 @@
+"""Several processes do what one process does: they sample the same conversations, and their weights
+differ by rounding alone. This file is also the program that torchrun starts, see `program`."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import one_thread, shrink_r3
+from safetensors.torch import load_file
+
+import grpo
+import r3
+from tasks import TinyCountdown, Verdict
+
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32" or not torch.distributed.is_available(), reason="needs torchrun"
+)
+
+SEARCH = ["--max-new-tokens=16", "--num-problems=14", "--max-attempts=2", "--seed=1"]
+EVALUATION = ["--limit=5", "--num-samples=2"]
+# With several updates between two checkpoints, a run that was killed has logs that must be cut. The
+# KV cache is so small that every process needs several batches.
+TRAINING = [
+    "--steps=4", "--batch-size=5", "--group-size=3", "--save-every=2", "--lr=1e-3", "--warmup=0",
+    "--cache-tokens=600", "--curve=2", "--beta=0", "--keep-checkpoint",
+]  # fmt: skip
+TRAIN = ["train", *SEARCH, *EVALUATION, *TRAINING]
+FILES = ["failures.jsonl", "vanilla.jsonl", "samples.jsonl", "trained.jsonl", "report.json"]
+
+
+# -- The program that torchrun starts --------------------------------------------------------------
+def verdict_by_chance(self, problem, completion):
+    """A verdict that depends on the text alone."""
+    return Verdict(sum(completion.encode()) % 3 == 0, "by chance")
+
+
+def note(name: str) -> None:
+    """Append this process's rank to a file in the working directory."""
+    with open(name, "a") as file:
+        file.write(os.environ.get("RANK", "0"))
+
+
+def prepare(patch: pytest.MonkeyPatch) -> None:
+    """Make runs quick."""
+    shrink_r3(patch)
+    patch.setattr(TinyCountdown, "verify", verdict_by_chance)
+    patch.setattr(r3, "plot_command", lambda folders: note("plotted"))  # takes a second
+
+
+def fail_in_one_process(patch: pytest.MonkeyPatch, fault: str, rank: int) -> None:
+    """Let the process with this rank fail in its third update: "killed", for example."""
+    num_updates = 0
+    update = grpo.MasterAdamW.update
+
+    def failing_update(optimizer, *arguments):
+        nonlocal num_updates
+        num_updates += 1
+        if num_updates == 3 and fault == "all killed":  # torchrun first, so that it ends nobody
+            os.kill(os.getppid(), signal.SIGKILL) if rank == 0 else time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if num_updates == 3 and rank == 1:
+            if fault == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "error":
+                raise ValueError("this is wrong")
+            if fault == "out of memory":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            if fault == "nan":
+                next(w for w in optimizer.weights if w.grad is not None).grad.fill_(float("nan"))
+        return update(optimizer, *arguments)
+
+    patch.setattr(grpo.MasterAdamW, "update", failing_update)
+
+
+def run_out_of_memory(patch: pytest.MonkeyPatch) -> None:
+    """Let this process run out of memory whenever it samples for more than one failure at a time,
+    and note it."""
+    sample_reflections = grpo.sample_reflections
+
+    def sample(agent, failures, *arguments):
+        if len(failures) > 1:
+            note("out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample_reflections(agent, failures, *arguments)
+
+    patch.setattr(grpo, "sample_reflections", sample)
+
+
+def program() -> None:
+    """r3.py with a small tiny model, and with the fault that a variable names."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch)
+        fault, rank = os.environ.get("FAULT", ""), int(os.environ["RANK"])
+        if fault == "small memory" and rank == 1:
+            run_out_of_memory(patch)
+        elif fault:
+            fail_in_one_process(patch, fault, rank)
+        r3.main()
+
+
+# -- Running it ------------------------------------------------------------------------------------
+@pytest.fixture
+def one(tmp_path, monkeypatch):
+    """A function that runs a command in this process, in the working directory of the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["r3.py"])
+    prepare(monkeypatch)
+    return lambda *flags: r3.main([*flags])
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Path:
+    """The folder of a training run in this process, with which runs of others are compared."""
+    folder = tmp_path_factory.mktemp("reference")
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.chdir(folder)
+        prepare(patch)
+        r3.main([*TRAIN, "--name=one"])
+    return folder / "runs" / "one"
+
+
+def several(num_processes: int, *flags: str, fault: str = "") -> subprocess.CompletedProcess:
+    """Run a command in several processes, in the working directory of the test."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault}
+    environment["PYTHONPATH"] = str(Path(r3.__file__).parent)
+    # The processes talk through the loopback interface, even if there is a network.
+    interfaces = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    environment["GLOO_SOCKET_IFNAME"] = interfaces[0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, f"--nproc-per-node={num_processes}", __file__, *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def succeed(num_processes: int, *flags: str, fault: str = "") -> str:
+    """The same, for a command that succeeds. Returns what it has printed."""
+    completed = several(num_processes, *flags, fault=fault)
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Two runs have the same conversations, metrics and weights."""
+    assert {path.name for path in a.iterdir()} == {path.name for path in b.iterdir()}
+    for file in FILES:
+        assert (a / file).read_text() == (b / file).read_text(), file
+    for expected, metrics in zip(
+        read_lines(a / "metrics.jsonl"), read_lines(b / "metrics.jsonl"), strict=True
+    ):
+        # Before the first of several updates, the mismatch is a rounding error.
+        tolerance = {key: 1e-4 if key == "mismatch" else 1e-6 for key in expected}
+        assert metrics == {
+            key: pytest.approx(value, rel=1e-3, abs=tolerance[key])
+            for key, value in expected.items()
+        }
+    weights, other = (load_file(run / "model" / "model.safetensors") for run in (a, b))
+    assert weights.keys() == other.keys()
+    for key, weight in weights.items():
+        assert (other[key] - weight).abs().max() <= 1e-4 * weight.abs().max(), key
+    [base] = a.parent.glob("base-*")
+    before = load_file(base / "model.safetensors")
+    largest_change = max((weights[key] - before[key]).abs().max() for key in weights)
+    assert largest_change > 1e-3  # The comparison of the weights has compared something.
+
+
+# -- Tests -----------------------------------------------------------------------------------------
+def test_two_processes_do_what_one_does(one, reference):
+    """Although one of them has less memory than the other. Without a KL penalty, a process has no
+    gradient if the rewards are equal in each of its groups; this happens in some of the steps."""
+    output = succeed(2, *TRAIN, "--name=two", fault="small memory")
+    assert output.count("step 4/4") == output.count("The results are in") == 1
+    assert Path("plotted").read_text() == "0"  # by the first process alone
+    assert set(Path("out of memory").read_text()) == {"1"}
+    assert_same_run(reference, Path("runs/two"))
+    samples = read_lines(reference / "samples.jsonl")
+    has_gradient = set()
+    for step in range(1, 5):
+        rows = [record["advantage"] != 0 for record in samples if record["step"] == step]
+        mixed = [any(rows[i : i + 3]) for i in range(0, len(rows), 3)]  # of each group
+        has_gradient.add((any(mixed[0::2]), any(mixed[1::2])))  # of the two processes
+    assert (True, True) in has_gradient
+    assert has_gradient & {(True, False), (False, True)}
+
+
+def test_a_killed_process_ends_all_and_the_run_resumes(one, reference):
+    start = time.time()
+    killed = several(2, *TRAIN, "--name=two", fault="killed")
+    assert killed.returncode and time.time() - start < 60
+    assert "Signal 9 (SIGKILL)" in killed.stderr
+    assert len(read_lines(Path("runs/two/metrics.jsonl"))) == 3  # steps 0, 1 and 2
+    one("train", "--resume", "runs/two")
+    assert_same_run(reference, Path("runs/two"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault, before, after",
+    [("killed", 2, 3), ("all killed", 1, 3), ("all killed", 2, 1), ("all killed", 3, 2)],
+)
+def test_a_run_resumes_with_any_number_of_processes(one, reference, fault, before, after):
+    assert several(before, *TRAIN, "--name=x", fault=fault).returncode
+    time.sleep(2)  # until the last process is dead
+    succeed(after, "train", "--resume", "runs/x")
+    assert_same_run(reference, Path("runs/x"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--beta=0.1"],
+        ["--batch-size=2"],  # The third process has nothing to do.
+        ["--offload"],
+        ["--checkpointing", "--updates=2"],
+        ["--lora-rank=4", "--lr=1e-2", "--beta=0.1"],
+        ["--lora-rank=4", "--lr=1e-2", "--offload", "--checkpointing"],
+    ],
+    ids=" ".join,
+)
+def test_three_processes_with_options(one, flags):
+    succeed(3, *TRAIN, *flags, "--name=three")
+    one(*TRAIN, *flags, "--name=one")
+    assert_same_run(Path("runs/one"), Path("runs/three"))
+
+
+@pytest.mark.slow
+def test_search_and_evaluation_write_the_same_files(one):
+    for command, flags, file in (
+        ("failures", SEARCH, "failures.jsonl"),
+        ("eval", [*EVALUATION, "--max-new-tokens=16"], "conversations.jsonl"),
+    ):
+        small_cache = "--cache-tokens=200"
+        succeed(3, command, *flags, small_cache, f"--name={command}-three")
+        one(command, *flags, f"--name={command}-one")
+        a, b = (Path("runs", f"{command}-{name}", file) for name in ("one", "three"))
+        assert len(read_lines(a)) > 5 and a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.slow
+def test_failures_of_another_run_and_a_name_made_from_the_time(one, reference):
+    flags = [*TRAIN, f"--failures={reference / 'failures.jsonl'}"]
+    output = succeed(2, *flags)
+    [folder] = Path("runs").glob("train-*")
+    assert f"The results are in {folder}" in output
+    assert_same_run(reference, folder)
+
+
+@pytest.mark.slow
+def test_an_error_is_reported_in_one_line(one):
+    def error_lines(*flags: str, fault: str = "") -> list[str]:
+        failed = several(2, *flags, fault=fault)
+        assert failed.returncode and "[rank" not in failed.stderr  # no traceback of a process
+        lines = failed.stderr.splitlines()
+        return [line for line in lines if line.startswith("test_distributed.py: ")]
+
+    # An error in one process
+    resume = f"torchrun --nproc-per-node 2 {__file__} train --resume runs/x"
+    assert error_lines(*TRAIN, "--name=x", fault="error") == ["test_distributed.py: this is wrong"]
+    [line] = error_lines(*TRAIN, "--name=y", "--checkpointing", fault="out of memory")
+    assert line.endswith("train --resume runs/y --offload")
+    # The same error in all of them
+    [line] = error_lines(*TRAIN, "--name=x")
+    assert line.endswith(f"runs/x exists: choose another --name, or resume it: {resume}")
+    [line] = error_lines(*TRAIN, "--name=z", fault="nan")
+    assert "the gradient is not finite; to start again" in line
+    [line] = error_lines("eval", "--model", "none/none")
+    assert "none/none" in line
+
+
+if __name__ == "__main__":
+    program()
