@@ -895,8 +895,8 @@ def train_command(config: Config, folder: Path) -> None:
         raise ValueError(
             "--temperature 0 makes the reflections of a group equal, so there is nothing to compare"
         )
-    path = folder / "failures.jsonl"
-    if config.failures and not path.exists() and not Path(config.failures).is_file():
+    has_failures = (folder / "failures.jsonl").exists()  # if the run is resumed
+    if config.failures and not has_failures and not Path(config.failures).is_file():
         raise FileNotFoundError(f"--failures {config.failures}: there is no such file")
     task = load_task(config)
     problems = load_problems(config, task, config.split, config.limit)
@@ -906,20 +906,7 @@ def train_command(config: Config, folder: Path) -> None:
     check_disk(config, load_shapes(config, task), folder, len(problems), len(to_search))
     vanilla = load_agent(config, task, training=True)
     problems = drop_long_problems(vanilla, problems)
-
-    if not config.failures:
-        to_search = drop_long_problems(vanilla, to_search)
-        write_config(folder, "train", config)
-        failures = find_failures(vanilla, to_search, config.max_attempts, path)
-    elif path.exists():  # This run is resumed: it has its own copy.
-        failures = load_conversations(path, vanilla)
-    else:
-        failures = usable_failures(Path(config.failures), vanilla, problems)
-        write_config(folder, "train", config)
-    gather([])  # Write the file only after all processes have read it.
-    write_conversations(path, failures, vanilla)  # in the order in which training uses them
-    if not failures:
-        raise ValueError("there are no failures to learn from")
+    failures = collect_failures(config, vanilla, problems, to_search, folder)
     before = evaluate(vanilla, problems, config.num_samples, "vanilla", folder / "vanilla.jsonl")
 
     policy, reference = copy_for_training(vanilla, config)
@@ -958,6 +945,30 @@ def train_command(config: Config, folder: Path) -> None:
     if not config.keep_checkpoint:
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     print(f"This took {duration(time.time() - start_time)}. The results are in {folder}/")
+
+
+def collect_failures(
+    config: Config, vanilla: Agent, problems: list, to_search: list, folder: Path
+) -> list[Conversation]:
+    """The failures to train on: those of --failures, or else those found on the problems
+    `to_search`. They are kept in the run's folder, where a resumed run finds them. problems: those
+    that the run evaluates. Raises ValueError if there are no failures."""
+    path = folder / "failures.jsonl"
+    if not config.failures:
+        to_search = drop_long_problems(vanilla, to_search)
+        write_config(folder, "train", config)
+        failures = find_failures(vanilla, to_search, config.max_attempts, path)
+    elif path.exists():
+        write_config(folder, "train", config)
+        failures = load_conversations(path, vanilla)
+    else:
+        failures = usable_failures(Path(config.failures), vanilla, problems)
+        write_config(folder, "train", config)
+    gather([])  # Write the file only after all processes have read it.
+    write_conversations(path, failures, vanilla)  # in the order in which training uses them
+    if not failures:
+        raise ValueError("there are no failures to learn from")
+    return failures
 
 
 def copy_for_training(vanilla: Agent, config: Config) -> tuple[Agent, Model | None]:

@@ -111,9 +111,8 @@ CHATML = (
 )
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A Hugging Face folder with an untrained model whose tokens are single bytes."""
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer whose tokens are single bytes, with the ChatML template."""
     byte_tokens = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     special_tokens = ["<|im_start|>", "<|im_end|>"]
     vocabulary = {token: i for i, token in enumerate([*byte_tokens, *special_tokens])}
@@ -123,6 +122,12 @@ def folder(tmp_path):
     tokenizer.add_special_tokens(special_tokens)
     settings = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return Tokenizer(tokenizer, settings, {})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Hugging Face folder with an untrained model whose tokens are single bytes."""
     config = dict(
         architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=300, hidden_size=16,
         intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -133,5 +138,5 @@ def folder(tmp_path):
     with torch.no_grad():
         model.model.embed_tokens.weight[257] *= 3  # makes <|im_end|> likelier: some turns end
     model.save_pretrained(tmp_path / "letters")
-    Tokenizer(tokenizer, settings, {}).save_pretrained(tmp_path / "letters")
+    byte_tokenizer().save_pretrained(tmp_path / "letters")
     return tmp_path / "letters"

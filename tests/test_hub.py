@@ -20,13 +20,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import safetensors.torch
-import tokenizers
 import torch
-from conftest import CHATML, countdown_file
+from conftest import CHATML, byte_tokenizer, countdown_file
 from drawn_apigen import DrawnAPIGen
 from hub import MEMBER, VISITOR, Hub, Repository
 
-from model import Model, Tokenizer, tiny_model
+from model import Model, tiny_model
 from tasks import APIGen, TinyCountdown
 
 ROOT = Path(__file__).parents[1]
@@ -101,17 +100,9 @@ def run(hub: Hub, folder: Path, *commands: Command) -> list[Result]:
 # -- What is at the hub ----------------------------------------------------------------------------
 def save_letters(path: Path) -> None:
     """An untrained Qwen2 whose tokens are single bytes, in the files of a repository."""
-    byte_tokens = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    special_tokens = ["<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: i for i, token in enumerate([*byte_tokens, *special_tokens])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(special_tokens)
-    settings = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    Tokenizer(tokenizer, settings, {}).save_pretrained(path)
-    del settings["chat_template"]
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(path)
+    settings = {name: x for name, x in tokenizer.settings.items() if name != "chat_template"}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     (path / "chat_template.jinja").write_text(CHATML)
     config = dict(
