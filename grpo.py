@@ -1052,11 +1052,6 @@ def gather(part: list) -> list:
     return sum(parts, [])
 
 
-def next_shared_batch(agent: Agent, remaining: list, num_samples: int, turns: int) -> list:
-    """The first of the remaining items that fit in the memory of all processes together."""
-    return remaining[: sum(gather([len(next_batch(agent, remaining, num_samples, turns))]))]
-
-
 def sum_gradients(parameters: list[Tensor]) -> None:
     """Replace the gradients by their sums over all processes, if any process has gradients."""
     if num_processes() > 1 and any(gather([p.grad is not None for p in parameters])):

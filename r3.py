@@ -16,6 +16,7 @@ import argparse
 import copy
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -262,19 +263,14 @@ def find_failures(
     write_conversations(path, list(found.values()), agent)  # This drops an incomplete last line.
     remaining = longest_first(agent, problems)
     searched = max((i + 1 for i, p in enumerate(remaining) if p.id in found), default=0)
-    remaining = remaining[searched:]
     rng_prefix = (grpo.COLLECT, 0)  # of the random numbers: (purpose, step)
-    with progress_bar(desc="failures", total=len(problems), initial=searched) as bar:
-        while remaining:
-            batch = grpo.next_shared_batch(agent, remaining, num_samples=1, turns=1)
-            remaining = remaining[len(batch) :]
-            for attempt_index in range(max_attempts):
-                without_failure = [problem for problem in batch if problem.id not in found]
-                attempts = attempt_all(agent, without_failure, 1, rng_prefix, attempt_index)
-                found |= {c.problem.id: c for c in attempts if not c.attempt_verdict.correct}
-            failures = [found[problem.id] for problem in batch if problem.id in found]
-            append_jsonl(path, *(grpo.to_json(c, agent.tokenizer) for c in failures))
-            bar.update(len(batch))
+    for batch in batches(agent, remaining[searched:], 1, "failures", searched):
+        for attempt_index in range(max_attempts):
+            without_failure = [problem for problem in batch if problem.id not in found]
+            attempts = attempt_all(agent, without_failure, 1, rng_prefix, attempt_index)
+            found |= {c.problem.id: c for c in attempts if not c.attempt_verdict.correct}
+        failures = [found[problem.id] for problem in batch if problem.id in found]
+        append_jsonl(path, *(grpo.to_json(c, agent.tokenizer) for c in failures))
     return [found[problem.id] for problem in problems if problem.id in found]
 
 
@@ -302,21 +298,30 @@ def evaluate(
             return conversations
     conversations = []
     rng_prefix = (grpo.EVALUATE, 0)
-    remaining = longest_first(agent, problems)
-    with progress_bar(desc=title, total=len(problems)) as bar:
-        while remaining:
-            batch = grpo.next_shared_batch(agent, remaining, num_samples, turns=1)
-            remaining = remaining[len(batch) :]
-            attempts = attempt_all(agent, batch, num_samples, rng_prefix)
-            conversations += [c for c in attempts if c.attempt_verdict.correct]
-            failures = [c for c in attempts if not c.attempt_verdict.correct]
-            for group in rollout(agent, failures, 1, rng_prefix):
-                conversations += group  # one conversation for each failure
-            bar.update(len(batch))
+    for batch in batches(agent, longest_first(agent, problems), num_samples, title):
+        attempts = attempt_all(agent, batch, num_samples, rng_prefix)
+        conversations += [c for c in attempts if c.attempt_verdict.correct]
+        failures = [c for c in attempts if not c.attempt_verdict.correct]
+        for group in rollout(agent, failures, 1, rng_prefix):
+            conversations += group  # one conversation for each failure
     conversations.sort(key=lambda c: c.identity)  # (problem id, attempt index)
     if path:
         write_conversations(path, conversations, agent, trained_steps=trained_steps)
     return conversations
+
+
+def batches(
+    agent: Agent, remaining: list, num_samples: int, title: str, num_done: int = 0
+) -> Iterator[list]:
+    """Split problems into batches that fit into the memory of all processes together, and show the
+    progress. remaining: problems sorted by `longest_first`; num_done: how many came before them."""
+    with progress_bar(desc=title, total=num_done + len(remaining), initial=num_done) as bar:
+        while remaining:
+            batch = grpo.next_batch(agent, remaining, num_samples, turns=1)
+            size = sum(gather([len(batch)]))  # Of several processes, each has memory for a batch.
+            yield remaining[:size]
+            bar.update(min(size, len(remaining)))
+            remaining = remaining[size:]
 
 
 def write_conversations(
@@ -526,42 +531,41 @@ def memory_needed(config: Config, model: Model, training: bool) -> Memory:
     """Estimate the memory that a run needs. The model may be on the "meta" device. The lengths of
     questions and turns are not known yet: each is counted as max_new_tokens tokens."""
     size = getattr(torch, config.dtype).itemsize  # bytes of a number: 4 or 2
-    num_parameters = sum(p.numel() for p in model.parameters())
-    num_trained = count_trained(config, model)
-    always, cpu = {"weights": size * num_parameters}, {}
+    weights = size * sum(p.numel() for p in model.parameters())
     T = config.max_new_tokens
     turn_in_cache = T + 50  # with the tokens of the chat template, as in grpo.cache_tokens_needed
     group_size = config.group_size if training else 1
     with_attempts = T + config.num_samples * turn_in_cache  # a question with its attempts
     with_retries = 2 * T + group_size * 2 * turn_in_cache  # a failure, reflections and retries
     least_cache = max(with_attempts, with_retries)
+    rollout = rollout_memory(config, model)
     if not training:
-        return Memory(always, rollout_memory(config, model), {}, cpu, least_cache)
+        return Memory({"weights": weights}, rollout, {}, {}, least_cache)
 
-    # With LoRA, the reference model needs no copy: it is the policy without the adapters.
-    if config.lora_rank:
-        always["adapters"] = size * num_trained
-    elif config.beta:
-        always["reference model"] = size * num_parameters
+    num_trained = count_trained(config, model)
+    always = {
+        "weights": weights,
+        "adapters": size * num_trained if config.lora_rank else 0,
+        # With LoRA, the reference model needs no copy: it is the policy without the adapters.
+        "reference model": weights if config.beta and not config.lora_rank else 0,
+    }
     # AdamW has two float32 moments of each float32 master weight. Without --offload, weights in
     # float32 are their own masters, so their gradients are counted in update_memory.
-    has_masters = config.offload or config.dtype != "float32"
-    optimizer = {"master weights": 4 * num_trained * has_masters, "moments": 8 * num_trained}
-    gradients = {"gradients of the master weights": 4 * num_trained * has_masters}
-    update = update_memory(config, model)
+    num_masters = num_trained if config.offload or config.dtype != "float32" else 0
+    optimizer = {"master weights": 4 * num_masters, "moments": 8 * num_trained}
+    gradients = {"gradients of the master weights": 4 * num_masters}
+    update, cpu = update_memory(config, model), {}
     if config.device == "cpu" or not config.offload:
-        always |= optimizer
-        update = gradients | update
+        always, update = always | optimizer, gradients | update
     else:
         cpu = optimizer | gradients
     # What is saved is first copied to main memory: the checkpoint, unless it is there already, and
     # at the end the model. It takes the place of the optimizer, so only the excess counts.
     if config.device != "cpu":
         checkpoint = 0 if config.offload else 12 * num_trained  # master weights and moments
-        excess = size * num_parameters - sum(cpu.values())
-        cpu["copies to be saved"] = max(checkpoint, excess)
-    parts = (always, rollout_memory(config, model), update, cpu)
+        cpu["copies to be saved"] = max(checkpoint, weights - sum(cpu.values()))
     # Leave out what does not exist in this mode.
+    parts = (always, rollout, update, cpu)
     existing = [{name: size for name, size in part.items() if size} for part in parts]
     return Memory(*existing, least_cache)
 
@@ -715,19 +719,15 @@ def choose_cache_tokens(config: Config, memory: Memory, free: float | None) -> i
 def smaller_configs(config: Config, training: bool) -> Iterator[Config]:
     """Variants of the settings that may need less memory, beginning with the settings themselves.
     Those come first that do not change the result of the run, apart from rounding."""
-    result_changes: list[dict[str, Any]] = [{}]
-    if training and config.beta and not config.lora_rank:
-        result_changes.append({"beta": 0.0})
-    if training and not config.lora_rank:
-        result_changes.append({"lora_rank": 32})
-    if config.dtype == "float32":
-        result_changes += [{**changes, "dtype": "bfloat16"} for changes in result_changes]
-    for changes in result_changes:
-        yield replace(config, **changes)
-        if training:  # Offloading saves memory of the device; not offloading saves main memory.
-            yield replace(config, **changes, checkpointing=True)
-            yield replace(config, **changes, offload=not config.offload)
-            yield replace(config, **changes, checkpointing=True, offload=not config.offload)
+    changes: list[dict[str, Any]] = [{}]
+    savings: list[dict[str, Any]] = [{}]
+    if training:  # Offloading saves memory of the device; not offloading saves main memory.
+        other = {"offload": not config.offload}
+        savings += [{"checkpointing": True}, other, {"checkpointing": True, **other}]
+        if not config.lora_rank:
+            changes += [{"beta": 0.0}, {"lora_rank": 32}]
+    for dtype, change, saving in itertools.product([config.dtype, "bfloat16"], changes, savings):
+        yield replace(config, dtype=dtype, **change, **saving)
 
 
 def fit_memory(
@@ -758,8 +758,8 @@ def what_would_fit(
     smaller = fit_memory(config, model, training, free, main_free)
     if smaller:
         return f"it fits with {flags_for(smaller, config)}"
-    variants = [memory_needed(c, model, training) for c in smaller_configs(config, training)]
-    least = min(variants, key=lambda memory: memory.peak(memory.least_cache))
+    estimates = [memory_needed(c, model, training) for c in smaller_configs(config, training)]
+    least = min(estimates, key=lambda memory: memory.peak(memory.least_cache))
     needs = f"{gigabytes(least.peak(least.least_cache))} GB"
     if least.cpu:
         needs += f" and {gigabytes(sum(least.cpu.values()))} GB of main memory"
@@ -958,11 +958,9 @@ def collect_failures(
         to_search = drop_long_problems(vanilla, to_search)
         write_config(folder, "train", config)
         failures = find_failures(vanilla, to_search, config.max_attempts, path)
-    elif path.exists():
-        write_config(folder, "train", config)
-        failures = load_conversations(path, vanilla)
     else:
-        failures = usable_failures(Path(config.failures), vanilla, problems)
+        source = path if path.exists() else Path(config.failures)
+        failures = usable_failures(source, vanilla, problems)
         write_config(folder, "train", config)
     gather([])  # Write the file only after all processes have read it.
     write_conversations(path, failures, vanilla)  # in the order in which training uses them
@@ -1133,18 +1131,16 @@ def show_command(folder: Path | None, step: int | None, limit: int) -> None:
     path = folder / "samples.jsonl"  # written by train
     if not path.is_file():
         path = folder / "conversations.jsonl"  # written by eval
-    groups: dict[str, list[dict]] = defaultdict(list)
-    selected_step = step
-    for record in read_jsonl(path, "reflection_index", "context", "attempt_verdict"):
-        record_step = record.get("step")
-        if step is None and record_step != selected_step:  # Without --step, keep only the last one.
-            groups.clear()
-            selected_step = record_step
-        if record_step == selected_step:
-            groups[record["context"]].append(record)
+    groups: dict[str, list[dict]] = {}
+    all_records = read_jsonl(path, "reflection_index", "context", "attempt_verdict")
+    for record_step, records in itertools.groupby(all_records, lambda record: record.get("step")):
+        if step in (None, record_step):  # Without --step, the last step replaces the others.
+            groups, step_shown = defaultdict(list), record_step
+            for record in records:
+                groups[record["context"]].append(record)
     if not groups:
         raise ValueError(f"{path} has no step {step}")
-    at_step = "" if selected_step is None else f", step {selected_step}"
+    at_step = "" if step_shown is None else f", step {step_shown}"
     print(f"{path}{at_step}: {plural(len(groups), 'group')}\n")
     # Only groups with mixed rewards have advantages other than 0.
     ordered = sorted(groups.values(), key=lambda group: not any(r.get("advantage") for r in group))
@@ -1218,10 +1214,8 @@ def plot_command(folders: list[Path]) -> None:
         raise ValueError(f"{folders[0]} has no metrics to plot yet")
     rows, columns = math.ceil(len(panels) / 3), min(3, len(panels))
     figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    for axis, name in zip(axes, panels, strict=False):
+    for i, name in enumerate(panels, 1):
+        axis = figure.add_subplot(rows, columns, i)
         for run, records in runs.items():
             # A point is (step, value) or (step, mean, low, high).
             points = [(r["step"], *np.ravel(r[name])) for r in records if name in r]
@@ -1233,7 +1227,7 @@ def plot_command(folders: list[Path]) -> None:
         axis.set(title=PANELS[name], xlabel="step", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if len(folders) > 1:
-        axes[0].legend()
+        figure.axes[0].legend()
     figure.savefig(path, dpi=110)
     print(f"The curves are in {path}")
 
@@ -1275,15 +1269,12 @@ def new_folder(command: str, config: Config) -> Path:
     if config.name:
         return RUNS / config.name
     name = f"{command}-{config.task}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, number = RUNS / name, 1
     RUNS.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
+    for number in itertools.count(1):
+        folder = RUNS / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):  # Another run started in the same second.
             folder.mkdir()
             return folder
-        except FileExistsError:  # Another run started in the same second.
-            number += 1
-            folder = RUNS / f"{name}-{number}"
 
 
 def newest_file(pattern: str) -> Path:
