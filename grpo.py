@@ -30,9 +30,10 @@ import math
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -1017,19 +1018,18 @@ def join_processes() -> Iterator[None]:
     # The timeout can be long, because torchrun ends all processes when one of them fails.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))
-    with open(os.devnull, "w") as null, ExitStack() as stack:
-        if not is_rank_0():
-            stack.enter_context(redirect_stdout(null))
-            stack.enter_context(redirect_stderr(null))
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-        try:
-            yield
-        except BaseException as error:
-            # Usually, rank 0 has the same error and reports it, or this process has lost the
-            # connection to one that failed. In both cases torchrun ends this process now.
-            if not is_rank_0() or isinstance(error, RuntimeError):
-                time.sleep(5)
-            raise
+    if not is_rank_0():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    except BaseException as error:
+        # Usually, rank 0 has the same error and reports it, or this process has lost the connection
+        # to one that failed. In both cases torchrun ends this process while it sleeps.
+        if not is_rank_0() or isinstance(error, RuntimeError):
+            time.sleep(5)
+        sys.stderr = sys.__stderr__  # This process alone has the error, so it reports it.
+        raise
     dist.destroy_process_group()
 
 

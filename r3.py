@@ -91,8 +91,8 @@ class Config(grpo.TrainConfig):
     def __post_init__(self):
         if self.temperature == 0:
             self.num_samples = self.max_attempts = 1  # Greedy attempts are all the same.
-        for name, setting in SETTINGS.items():  # SETTINGS, below, is made from this class.
-            setting.check(flag_name(name), getattr(self, name))
+        for name in SETTINGS:  # It is made from this class, below.
+            check_setting(name, getattr(self, name))
         if self.task not in TASKS:
             raise ValueError(f"--task {self.task}: must be one of {', '.join(TASKS)}")
         if self.name is not None and not re.fullmatch(r"\w[\w .+-]*(/\w[\w .+-]*)*", self.name):
@@ -105,29 +105,12 @@ def flag_name(setting: str) -> str:
 
 
 class Setting(NamedTuple):
-    """The type, the help text and the allowed range of a setting."""
+    """What is known about a setting from its annotation."""
 
     type: type
     optional: bool  # whether it may be None
     choices: tuple
     help: str
-    lowest: float
-    highest: float
-
-    def check(self, flag: str, value: Any) -> None:
-        """Raise ValueError if a setting cannot have this value."""
-        if value is None and self.optional:
-            return
-        allowed = (int, float) if self.type is float else self.type
-        if not isinstance(value, allowed) or (isinstance(value, bool) and self.type is not bool):
-            raise ValueError(f"{flag} {value!r}: must be of type {self.type.__name__}")
-        if self.choices and value not in self.choices:
-            raise ValueError(f"{flag} {value}: must be one of {', '.join(self.choices)}")
-        if self.type in (int, float):
-            if value > self.highest:
-                raise ValueError(f"{flag} {value}: must be at most {self.highest:g}")
-            if not value >= self.lowest:  # This is also true if the value is nan.
-                raise ValueError(f"{flag} {value}: must be at least {self.lowest:g}")
 
 
 # The lowest and the highest allowed values. Other numbers must be at least 0 and finite.
@@ -140,21 +123,36 @@ LOWEST = {
 HIGHEST = {"warmup": 1, "clip": 1e30, "seed": 2**63 - 1}  # 1 + clip must fit into float32
 
 
-def read_setting(name: str, annotation: Any) -> Setting:
+def read_setting(annotation: Any) -> Setting:
     """Make a Setting of an annotation in Config, for example Annotated[int | None, "help"]."""
     hint, help_text = typing.get_args(annotation)  # int | None, "help"
     arguments = typing.get_args(hint)  # (int, NoneType), or the choices of a Literal
     optional = type(None) in arguments
     choices = arguments if typing.get_origin(hint) is Literal else ()
     value_type = str if choices else arguments[0] if optional else hint
-    lowest, highest = LOWEST.get(name, 0), HIGHEST.get(name, sys.float_info.max)
-    return Setting(value_type, optional, choices, help_text, lowest, highest)
+    return Setting(value_type, optional, choices, help_text)
 
 
-SETTINGS = {
-    name: read_setting(name, annotation)
-    for name, annotation in typing.get_type_hints(Config, include_extras=True).items()
-}
+annotations = typing.get_type_hints(Config, include_extras=True)
+SETTINGS = {name: read_setting(annotation) for name, annotation in annotations.items()}
+
+
+def check_setting(name: str, value: Any) -> None:
+    """Raise ValueError if a setting cannot have this value."""
+    setting, flag = SETTINGS[name], flag_name(name)
+    if value is None and setting.optional:
+        return
+    allowed = (int, float) if setting.type is float else setting.type
+    if not isinstance(value, allowed) or (isinstance(value, bool) and setting.type is not bool):
+        raise ValueError(f"{flag} {value!r}: must be of type {setting.type.__name__}")
+    if setting.choices and value not in setting.choices:
+        raise ValueError(f"{flag} {value}: must be one of {', '.join(setting.choices)}")
+    if setting.type in (int, float):
+        lowest, highest = LOWEST.get(name, 0), HIGHEST.get(name, sys.float_info.max)
+        if not lowest <= value <= highest:  # This is also true if the value is nan.
+            bound = f"at most {highest:g}" if value > highest else f"at least {lowest:g}"
+            raise ValueError(f"{flag} {value}: must be {bound}")
+
 
 # TINY has the defaults for the tiny model, and PAPER those for pretrained models. Apart from device
 # and dtype on a GPU, these are the defaults of Config: the paper's values where the paper states
