@@ -821,11 +821,10 @@ def from_json(record: dict, agent: Agent) -> Conversation:
     log-probabilities are not restored. Raises KeyError if a field is missing, and ValueError or
     TypeError if the record does not fit the agent's task or tokenizer."""
     problem = agent.task.parse_record(record["problem"])
-    if type(problem.id) is not int or problem.id < 0:
-        raise ValueError(f"the problem's id {problem.id!r} must be a non-negative integer")
-    for name in ("attempt_index", "reflection_index"):
-        if type(record[name]) is not int or record[name] < 0:
-            raise ValueError(f"{name} {record[name]!r} must be a non-negative integer")
+    indices = {name: record[name] for name in ("attempt_index", "reflection_index")}
+    for name, value in {"the problem's id": problem.id, **indices}.items():
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{name} {value!r} must be a non-negative integer")
 
     def turn(name: str, prompt: list[int]) -> Turn:
         tokens = record[name]["tokens"]
@@ -869,11 +868,9 @@ def lr_multiplier(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# bfloat16 gradients are added up in bfloat16 over this many backward passes. Then the sum is added
-# to the float32 gradients of the master weights (see `MasterAdamW`). The relative error of a sum of
-# 64 gradients of SmolLM2-135M is 0.77% if all are added in bfloat16, 0.37% if they are moved
-# after every 8, and 0.17% if they are moved after each. This 0.17% remains because each gradient is
-# itself rounded to bfloat16.
+# The number of backward passes whose gradients are added up in bfloat16 (see accumulate_gradients).
+# The relative error of a sum of 64 gradients of SmolLM2-135M is 0.77% if all are added in bfloat16,
+# 0.37% with 8, and 0.17% with 1, because each gradient is itself rounded to bfloat16.
 MAX_GATHERED = 8
 
 
@@ -897,12 +894,10 @@ class MasterAdamW(torch.optim.AdamW):
         super().__init__(self.masters, lr=lr, weight_decay=0.0, fused=True)
 
     def accumulate_gradients(self) -> None:
-        """Count a backward pass, and move the gradients to the masters if it is time. Between two
-        moves, the passes add up their gradients in the `grad` of the weights. Float32 sums are
-        exact enough: only `update` moves them. bfloat16 sums lose precision, so they are moved
-        after every MAX_GATHERED passes. Moving them after each pass would be more precise, but
-        slow: with `offload`, each move copies all gradients to CPU memory.
-        """
+        """Count a backward pass. The passes add up their gradients in the `grad` of the weights.
+        bfloat16 sums lose precision, so they are moved to the float32 masters after every
+        MAX_GATHERED passes. Moving them after each pass would be more precise, but slow, because
+        with `offload` each move copies all gradients to CPU memory."""
         self.num_gathered += 1
         if self.weights[0].dtype != torch.float32 and self.num_gathered == MAX_GATHERED:
             self.move_gradients()

@@ -1057,9 +1057,8 @@ def report(config: Config, folder: Path, by_model: dict[str, list[Conversation]]
     """Write report.json and print its tables: the accuracy, and how often the verifier gave each
     reason."""
     ids = {c.problem.id for conversations in by_model.values() for c in conversations}
-    problems, samples = plural(len(ids), "problem"), plural(config.num_samples, "sample")
-    sampling = f"{samples} each, temperature {config.temperature:g}"
-    title = f"{problems}, {sampling}: % correct [95% interval]"
+    title = f"{plural(len(ids), 'problem')}, {plural(config.num_samples, 'sample')} each, "
+    title += f"temperature {config.temperature:g}: % correct [95% interval]"
     reasons: dict[str, Counter] = {}
     for name, conversations in by_model.items():
         attempts = [(c.attempt, c.attempt_verdict) for c in conversations]
@@ -1104,21 +1103,13 @@ def play_command(config: Config) -> None:
         for message in messages:
             print_turn(message["role"], message["content"], DIM)
         attempt, verdict = conversation.attempt, conversation.attempt_verdict
-        print_turn("attempt", decode(attempt.tokens) + ending(attempt.truncated, verdict.reason))
+        print_turn("attempt", decode(attempt.tokens), "", attempt.truncated, verdict.reason)
         if not verdict.correct:
             [[conversation]] = rollout(agent, [conversation], 1, rng_prefix)
             reflection, retry = conversation.reflection, conversation.retry
             reason = conversation.retry_verdict.reason
-            print_turn("reflection", decode(reflection.tokens) + ending(reflection.truncated))
-            print_turn("retry", decode(retry.tokens) + ending(retry.truncated, reason))
-
-
-def ending(truncated: bool, reason: str | None = None) -> str:
-    """What is printed after a turn: the verifier's reason, and whether the turn was truncated."""
-    notes = [reason] if reason else []
-    if truncated:
-        notes.append("truncated")
-    return f"   <- {', '.join(notes)}" if notes else ""
+            print_turn("reflection", decode(reflection.tokens), "", reflection.truncated)
+            print_turn("retry", decode(retry.tokens), "", retry.truncated, reason)
 
 
 def show_command(folder: Path | None, step: int | None, limit: int) -> None:
@@ -1146,7 +1137,7 @@ def show_command(folder: Path | None, step: int | None, limit: int) -> None:
         print_turn("context", group[0]["context"], DIM)
         if "reflection" in group[0]:  # The context ends with the attempt: print its verdict below.
             attempt, reason = group[0]["attempt"], group[0]["attempt_verdict"]["reason"]
-            print_turn("", ending(attempt["truncated"], reason).strip(), DIM)
+            print_turn("", "", DIM, attempt["truncated"], reason)
         for record in group:
             show_record(record)
         print()
@@ -1156,24 +1147,30 @@ def show_record(record: dict) -> None:
     """Print what follows the context: the attempt, or a reflection and a retry."""
     if "reflection" not in record:
         attempt, reason = record["attempt"], record["attempt_verdict"]["reason"]
-        print_turn("attempt", attempt["text"] + ending(attempt["truncated"], reason))
+        print_turn("attempt", attempt["text"], "", attempt["truncated"], reason)
         return
     advantage, label, color = record.get("advantage"), "reflection", ""
     if advantage is not None:
         label = f"{advantage:+.2f} reflection"
         color = GREEN if advantage > 0 else RED if advantage < 0 else ""
     reflection, retry = record["reflection"], record["retry"]
-    print_turn(label, reflection["text"] + ending(reflection["truncated"]), color)
+    print_turn(label, reflection["text"], color, reflection["truncated"])
     reason = record["retry_verdict"]["reason"]
-    print_turn("retry", retry["text"] + ending(retry["truncated"], reason), DIM)
+    print_turn("retry", retry["text"], DIM, retry["truncated"], reason)
 
 
 DIM, GREEN, RED = "2", "32", "31"  # ANSI codes
 
 
-def print_turn(label: str, text: str, color: str = "") -> None:
-    """Print a turn with its label, wrapped to the terminal's width, and in color if stdout is a
-    terminal. Control characters, which a terminal would interpret, are replaced by spaces."""
+def print_turn(
+    label: str, text: str, color: str = "", truncated: bool = False, reason: str = ""
+) -> None:
+    """Print a turn with its label, and after it the verifier's reason and whether it was truncated.
+    It is wrapped to the terminal's width, and in color if stdout is a terminal. Control characters,
+    which a terminal would interpret, are replaced by spaces."""
+    notes = [note for note in (reason, "truncated" if truncated else "") if note]
+    if notes:
+        text += f"   <- {', '.join(notes)}"
     width = max(40, shutil.get_terminal_size((100, 24)).columns)
     colored = color and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for line in text.strip().splitlines() or [""]:
@@ -1472,17 +1469,16 @@ def read_command_line(argv: list[str] | None) -> dict[str, Any]:
     return vars(parser.parse_args(argv))
 
 
+def script() -> str:
+    """The file that was started: this one, or one that imports it to add a task."""
+    return sys.argv[0] if sys.argv[0].endswith(".py") else "r3.py"
+
+
 def program() -> str:
     """How this program was started, for usage lines and hints that can be copied."""
-    script = sys.argv[0] if sys.argv[0].endswith(".py") else "r3.py"
     num_processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     launcher = f"torchrun --nproc-per-node {num_processes}" if num_processes else "python"
-    return f"{launcher} {shlex.quote(script)}"
-
-
-def script_name() -> str:
-    """The name of this program's file, for error messages."""
-    return Path(shlex.split(program())[-1]).name
+    return f"{launcher} {shlex.quote(script())}"
 
 
 @grpo.join_processes()
@@ -1490,7 +1486,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command. An error that a user can fix is reported in one line."""
     flags = read_command_line(argv)
     command, resume = flags.pop("command"), flags.pop("resume", None)
-    config, folder = None, None
+    config, folder, name = None, None, Path(script()).name
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # Some terminals cannot show all characters.
@@ -1521,20 +1517,20 @@ def main(argv: list[str] | None = None) -> None:
             return print()
         begun = command in RESUMABLE and folder and (folder / "config.json").exists()
         hint = f"; to resume: {resume_command(command, folder)}" if begun else ""
-        sys.exit(f"\n{script_name()}: interrupted{hint}")
+        sys.exit(f"\n{name}: interrupted{hint}")
     except DivergenceError as error:
         hint = ""
         if command == "train" and (folder / "metrics.jsonl").exists():
             again = restart_command(config, folder, lr=float(f"{config.lr / 3:.2g}"))
             hint = f"; to start again with a lower learning rate: {again}"
-        sys.exit(f"{script_name()}: {error}{hint}")
+        sys.exit(f"{name}: {error}{hint}")
     except (ValueError, OSError) as error:
-        sys.exit(f"{script_name()}: {error}")
+        sys.exit(f"{name}: {error}")
     except (MemoryError, RuntimeError) as error:
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not out_of_memory and "can't allocate memory" not in str(error):  # PyTorch on a CPU
             raise
-        sys.exit(f"{script_name()}: out of memory; {memory_advice(command, config, folder)}")
+        sys.exit(f"{name}: out of memory; {memory_advice(command, config, folder)}")
 
 
 if __name__ == "__main__":
