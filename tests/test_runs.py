@@ -449,7 +449,7 @@ CLOSED_PIPE = """
 import os, runpy, sys
 sys.argv[:] = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import r3
+import r3, torch._dynamo
 for outputs in ((1, 2), (1,)):
     process = os.fork()
     if not process:
