@@ -1062,11 +1062,11 @@ def run(agent, failures, folder, model, until: int = 10**6, **changes) -> Tensor
     ids=str,
 )
 def test_a_resumed_run_is_one_that_never_stopped(
-    agent, failures, tmp_path, dtype, changes, moments
+    agent, failures, one_layer, tmp_path, dtype, changes, moments
 ):
     """Invariant 6, bit for bit: weights, moments, logs; killed after each of the steps, or after
     some that follow a checkpoint."""
-    model = agent.model.to(dtype)
+    model = one_layer[0].to(dtype)
     whole = run(agent, failures, tmp_path / "whole", model, **changes)
     for until in moments:
         folder = tmp_path / str(until)
