@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,10 @@ def task():
     return TinyCountdown()
 
 
-def one_layer_model(words: list[str], seed: int = 0) -> tuple[Model, Tokenizer]:
-    """`tiny_model` without its upper layers, which is three times as fast."""
+def shallow_model(words: list[str], seed: int = 0, num_layers: int = 1) -> tuple[Model, Tokenizer]:
+    """`tiny_model` without its upper layers. With one layer, it is three times as fast."""
     model, tokenizer = tiny_model(words, seed)
-    small = Model({**model.config_dict, "num_hidden_layers": 1})
+    small = Model({**model.config_dict, "num_hidden_layers": num_layers})
     small.load_state_dict(model.state_dict(), strict=False)
     return small, tokenizer
 
@@ -38,8 +39,8 @@ def enlarge_weights(model: Model) -> None:
 
 @pytest.fixture
 def tiny(task):
-    """An untrained tiny model, whose choices are uneven."""
-    model, tokenizer = tiny_model(task.words(), seed=1)
+    """An untrained tiny model with two layers, whose choices are uneven."""
+    model, tokenizer = shallow_model(task.words(), seed=1, num_layers=2)
     enlarge_weights(model)
     return model, tokenizer
 
@@ -47,7 +48,7 @@ def tiny(task):
 @pytest.fixture
 def one_layer(task):
     """The same with one layer, for tests that train."""
-    model, tokenizer = one_layer_model(task.words(), seed=1)
+    model, tokenizer = shallow_model(task.words(), seed=1)
     enlarge_weights(model)
     return model, tokenizer
 
@@ -55,7 +56,7 @@ def one_layer(task):
 def shrink_r3(patch: pytest.MonkeyPatch) -> None:
     """Make the runs of r3.py quick: a small tiny model, which answers correctly only by chance, and
     few problems for the learning curves."""
-    patch.setattr(r3, "tiny_model", one_layer_model)
+    patch.setattr(r3, "tiny_model", shallow_model)
     patch.setitem(r3.COLD_START, "steps", 4)  # instead of 2,800
     patch.setattr(r3, "CURVE_PROBLEMS", 3)
 
@@ -76,6 +77,24 @@ def one_thread() -> Iterator[None]:
 def use_one_thread():
     with one_thread():
         yield
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """A context of `multiprocessing`, whose processes are forked from a server that has imported
+    torch and other packages, because importing them takes seconds. It has imported neither this
+    project nor `huggingface_hub`, which reads environment variables when it is imported.
+
+    Tests run a program in such a process with `forks.Process(target=exec, args=(code, globals))`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # torch._dynamo is imported here, because otherwise the optimizer would do it in each process.
+    packages = "torch torch._dynamo safetensors.torch tokenizers jinja2.sandbox numpy filelock tqdm"
+    context.set_forkserver_preload([*packages.split(), "pyarrow.parquet", "pytest"])
+    first = context.Process(target=exec, args=("",))
+    first.start()
+    first.join()  # Now the server has imported everything.
+    return context
 
 
 @pytest.fixture(scope="session")

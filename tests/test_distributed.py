@@ -127,13 +127,19 @@ def reference(tmp_path_factory) -> Path:
     return folder / "runs" / "one"
 
 
-def several(num_processes: int, *flags: str, fault: str = "") -> subprocess.CompletedProcess:
-    """Run a command in several processes, in the working directory of the test."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault}
-    environment["PYTHONPATH"] = str(Path(r3.__file__).parent)
+def environment_of(fault: str) -> dict[str, str]:
+    """The environment variables of processes with this fault."""
     # The processes talk through the loopback interface, even if there is a network.
     interfaces = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    environment["GLOO_SOCKET_IFNAME"] = interfaces[0]
+    return {
+        "OMP_NUM_THREADS": "1", "FAULT": fault, "PYTHONPATH": str(Path(r3.__file__).parent),
+        "GLOO_SOCKET_IFNAME": interfaces[0],
+    }  # fmt: skip
+
+
+def several(num_processes: int, *flags: str, fault: str = "") -> subprocess.CompletedProcess:
+    """Run a command in several processes, in the working directory of the test."""
+    environment = {**os.environ, **environment_of(fault)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, f"--nproc-per-node={num_processes}", __file__, *flags]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -144,6 +150,44 @@ def succeed(num_processes: int, *flags: str, fault: str = "") -> str:
     completed = several(num_processes, *flags, fault=fault)
     assert completed.returncode == 0, completed.stderr
     return completed.stdout
+
+
+# The program of a process that takes the place of one that torchrun starts (see `forks` in
+# conftest.py). Its variables are the arguments of `fork_several`.
+FORK = """
+import os, runpy, sys
+os.environ |= environment
+for descriptor, name in ((1, "stdout"), (2, "stderr")):
+    path = f"{name} of rank {environment['RANK']}"
+    os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
+sys.path[:0] = paths
+sys.argv = [script, *flags]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def fork_several(forks, num_processes: int, *flags: str, fault: str = "") -> str:
+    """The same as `succeed` without torchrun, whose processes take seconds to import torch. Returns
+    what the first process has printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = environment_of(fault) | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "TORCHELASTIC_RUN_ID": "none",
+        "WORLD_SIZE": f"{num_processes}", "LOCAL_WORLD_SIZE": f"{num_processes}",
+    }  # fmt: skip
+    processes = []
+    for rank in range(num_processes):
+        own = {**environment, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+        variables = {"environment": own, "flags": flags, "script": __file__}
+        variables["paths"] = [environment["PYTHONPATH"], str(Path(__file__).parent)]
+        processes.append(forks.Process(target=exec, args=(FORK, variables)))
+        processes[-1].start()
+    for process in processes:
+        process.join(300)
+        process.kill()  # if it is still running
+        assert process.exitcode == 0, Path("stderr of rank 0").read_text()
+    return Path("stdout of rank 0").read_text()
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -175,10 +219,10 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 # -- Tests -----------------------------------------------------------------------------------------
-def test_two_processes_do_what_one_does(one, reference):
+def test_two_processes_do_what_one_does(forks, one, reference):
     """Although one of them has less memory than the other. Without a KL penalty, a process has no
     gradient if the rewards are equal in each of its groups; this happens in some of the steps."""
-    output = succeed(2, *TRAIN, "--name=two", fault="small memory")
+    output = fork_several(forks, 2, *TRAIN, "--name=two", fault="small memory")
     assert output.count("step 4/4") == output.count("The results are in") == 1
     assert Path("plotted").read_text() == "0"  # by the first process alone
     assert set(Path("out of memory").read_text()) == {"1"}

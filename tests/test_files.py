@@ -161,28 +161,27 @@ def test_a_file_is_flushed_to_disk_through_a_writable_descriptor(tmp_path, monke
     assert access_modes and os.O_RDONLY not in access_modes
 
 
-def write_and_be_killed(path: Path) -> None:
-    """Start a process that writes a larger checkpoint to `path`, and is killed while it does so."""
-    program = f"""
+# The program of a process that writes a larger checkpoint to `path`, and is killed meanwhile.
+WRITE_AND_BE_KILLED = """
 import resource, signal, sys
-from datetime import datetime
-from pathlib import Path
 import torch
+sys.path.insert(0, root)
 from model import replace_file
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # kill the process at the limit of the file size
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-replace_file(Path({str(path)!r}), {{"weight": torch.zeros(100_000)}})
+replace_file(path, {"weight": torch.zeros(100_000)})
 """
-    root = Path(models.__file__).parent
-    killed = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True)
-    assert killed.returncode == -signal.SIGXFSZ, killed.stderr
 
 
-def test_what_a_kill_leaves_behind_is_deleted_by_the_next_write(tmp_path):
+def test_what_a_kill_leaves_behind_is_deleted_by_the_next_write(forks, tmp_path):
     path = tmp_path / "model" / "model.safetensors"
     replace_file(path, WEIGHTS)
     (path.parent / ".tmpAb3xYz").touch()  # what an earlier kill has left
-    write_and_be_killed(path)
+    variables = {"root": str(Path(models.__file__).parent), "path": path}
+    process = forks.Process(target=exec, args=(WRITE_AND_BE_KILLED, variables))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGXFSZ
     assert models.safetensors.torch.load_file(path)["weight"].shape == (1000,)
     leftovers = {leftover.name for leftover in path.parent.iterdir()} - {path.name}
     assert any(name.startswith(".tmp") for name in leftovers) and ".tmpAb3xYz" not in leftovers

@@ -6,11 +6,8 @@ are in two files with an index, and its chat template is in a file of its own, a
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -41,11 +38,18 @@ TRAIN += " --batch-size 2"
 TRAIN += " --group-size 2 --num-problems 4 --max-attempts 1"
 PLAY = "play --model org/letters --max-new-tokens 8"
 
-# Runs commands one after the other, each as `python r3.py` does. What each of them printed, and the
-# message that it exited with, are printed as a line of JSON.
+# The program of a process that runs commands one after the other, each as `python r3.py` does (see
+# `forks` in conftest.py). What each of them printed, and the message that it exited with, are
+# written as a line of JSON. Its variables are given by `run`.
 PROGRAM = """
 import contextlib, io, json, os, runpy, sys, traceback
-script, commands = sys.argv[1], json.load(sys.stdin)
+for name in [name for name in os.environ if name.startswith("HF_")]:
+    del os.environ[name]
+os.environ |= environment
+import matplotlib.figure, torch
+torch.set_num_threads(1)
+matplotlib.figure.Figure.savefig = lambda figure, path, **options: None  # saves a second
+os.chdir(folder)
 sys.path.insert(0, os.path.dirname(script))
 for flags, typed, token, missing_packages in commands:
     sys.argv[1:], sys.stdin = flags.split(), io.StringIO(typed)
@@ -63,7 +67,8 @@ for flags, typed, token, missing_packages in commands:
     for name in missing_packages:
         del sys.modules[name]
     sys.modules |= installed
-    print(json.dumps([printed.getvalue(), error]), flush=True)
+    with open("results.jsonl", "a") as file:
+        file.write(json.dumps([printed.getvalue(), error]) + "\\n")
 """
 
 
@@ -83,18 +88,24 @@ class Result(NamedTuple):
     error: str | None
 
 
-def run(hub: Hub, folder: Path, *commands: Command) -> list[Result]:
+def run(forks, hub: Hub, folder: Path, *commands: Command) -> list[Result]:
     """Run commands in one process, in a folder whose subfolder home/ has the cache of the hub."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home")}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    finished = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(ROOT / "r3.py")],
-        input=json.dumps(commands), cwd=folder, env=environment, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    return [Result(*json.loads(line)) for line in finished.stdout.splitlines()]
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home")}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    variables = {
+        "script": str(ROOT / "r3.py"),
+        "folder": str(folder),
+        "commands": [*map(tuple, commands)],
+    }
+    variables["environment"] = environment
+    (folder / "results.jsonl").unlink(missing_ok=True)
+    process = forks.Process(target=exec, args=(PROGRAM, variables))
+    process.start()
+    process.join(300)
+    process.kill()  # if it is still running
+    assert process.exitcode == 0
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    return [Result(*json.loads(line)) for line in lines]
 
 
 # -- What is at the hub ----------------------------------------------------------------------------
@@ -176,13 +187,13 @@ class User(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def user(hub, tmp_path_factory) -> User:
+def user(forks, hub, tmp_path_factory) -> User:
     """A user who has accepted the terms of the gated dataset, and has run README's commands."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "home").mkdir()
     (folder / "home" / "token").write_text(MEMBER)  # as `hf auth login` does
     before = len(hub.requests)
-    results = run(hub, folder, *readme_commands("online"))
+    results = run(forks, hub, folder, *readme_commands("online"))
     return User(folder, results, downloaded_files(hub.requests[before:]))
 
 
@@ -242,30 +253,33 @@ UNKNOWN = (
     "org/{0}: no such file or folder, and https://huggingface.co/{1}org/{0} does not exist "
     "(if it is private, log in with `hf auth login`)"
 )
-REFUSED = [  # commands, and the messages that they end with
+REFUSED = [  # commands, with few problems, and the messages that they end with
     (Command(f"{EVAL} --task apigen"), re.escape(ACCEPT_APIGEN)),
     (Command(f"{EVAL} --task apigen", token=VISITOR), re.escape(ACCEPT_APIGEN)),
     (Command(f"{FAILURES} --task apigen"), re.escape(ACCEPT_APIGEN)),
     (Command(f"{TRAIN} --task apigen"), re.escape(ACCEPT_APIGEN)),
     (
-        Command("eval --model org/restricted"),
+        Command("eval --model org/restricted --limit 2"),
         re.escape(ACCEPT.format("org/restricted", "https://huggingface.co/org/restricted")),
     ),
-    (Command("eval --model org/unknown"), re.escape(UNKNOWN.format("unknown", ""))),
+    (Command("eval --model org/unknown --limit 2"), re.escape(UNKNOWN.format("unknown", ""))),
     (Command("play --model org/unknown"), re.escape(UNKNOWN.format("unknown", ""))),
-    (Command("eval --model org/unknown", token=VISITOR), re.escape(UNKNOWN.format("unknown", ""))),
+    (
+        Command("eval --model org/unknown --limit 2", token=VISITOR),
+        re.escape(UNKNOWN.format("unknown", "")),
+    ),
     (Command(f"{EVAL} --data org/unknown"), re.escape(UNKNOWN.format("unknown", "datasets/"))),
     # A model's id is not that of a dataset.
     (Command(f"{EVAL} --data org/letters"), re.escape(UNKNOWN.format("letters", "datasets/"))),
     (
-        Command("eval --model letters"),
+        Command("eval --model letters --limit 2"),
         r"letters: no such file or folder, nor a hub id \(org/name\)",
     ),
     # The hub refuses an expired token even for what everyone may read.
     (Command(EVAL, token="hf_expired"), "[^/]+/[^/]+: .*401.*`hf auth login`.*"),
     # The tiny model knows no other words than those of its own task.
-    (Command("eval --model org/tiny"), "org/tiny: .*"),
-    (Command("eval --model org/pickled"), r".*only safetensors weights are supported\)"),
+    (Command("eval --model org/tiny --limit 2"), "org/tiny: .*"),
+    (Command("eval --model org/pickled --limit 2"), r".*only safetensors weights are supported\)"),
     (Command(f"{EVAL} --data org/spreadsheet"), ".*org/spreadsheet.* JSON, JSONL or parquet.*"),
     (Command(f"{EVAL} {PARQUET}", missing_packages=PYARROW), r".*parquet.*pip install pyarrow"),
     (Command(f"{TRAIN} {PARQUET}", missing_packages=PYARROW), r".*parquet.*pip install pyarrow"),
@@ -273,10 +287,10 @@ REFUSED = [  # commands, and the messages that they end with
 
 
 @pytest.fixture(scope="module")
-def refused(hub, tmp_path_factory) -> User:
+def refused(forks, hub, tmp_path_factory) -> User:
     """A user who has run the commands in REFUSED."""
     folder, before = tmp_path_factory.mktemp("refused"), len(hub.requests)
-    results = run(hub, folder, *(command for command, _ in REFUSED))
+    results = run(forks, hub, folder, *(command for command, _ in REFUSED))
     assert not (folder / "runs").exists()
     return User(folder, results, downloaded_files(hub.requests[before:]))
 
@@ -302,15 +316,17 @@ def stopped(hub, user) -> Iterator[Hub]:
     hub.start()
 
 
-def test_without_a_network_everything_works_from_the_cache(stopped, user):
+def test_without_a_network_everything_works_from_the_cache(forks, stopped, user):
     folder, online, _ = user
     cache, requests = folder / "home" / "hub", len(stopped.requests)
     shutil.copytree(cache / "models--org--letters", cache / "models--org--part", symlinks=True)
     [weights] = cache.glob("models--org--part/snapshots/*/model-00002*")
     weights.unlink()  # as if the download had been interrupted
     commands = readme_commands("offline")
-    missing = [Command("eval --model org/unknown"), Command(f"{EVAL} --data org/unknown")]
-    results = run(stopped, folder, *commands, Command("eval --model org/part"), *missing)
+    missing = [Command("eval --model org/unknown --limit 2"), Command(f"{EVAL} --data org/unknown")]
+    results = run(
+        forks, stopped, folder, *commands, Command("eval --model org/part --limit 2"), *missing
+    )
     assert len(stopped.requests) == requests
     for before, after in zip(online, results[: len(commands)], strict=True):
         assert after.error is None and minutes_removed(after) == minutes_removed(before)

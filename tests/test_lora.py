@@ -3,7 +3,6 @@ trained and saved, and how a run resumes. (Invariants 2, 6 and 7 with LoRA.)"""
 
 from pathlib import Path
 
-import peft
 import pytest
 import safetensors
 import torch
@@ -107,6 +106,8 @@ def test_the_gradients_are_the_textbooks(tiny, checkpointing):
 
 @pytest.mark.parametrize("kind", ["llama, biases", "qwen2"])
 def test_logits_and_gradients_equal_those_of_peft(kind, tmp_path):
+    import peft  # takes seconds, and would do so in each process of pytest
+
     theirs, ours = made(kind, tmp_path)
     adapted = with_trained_adapters(ours, rank=4)
     config = peft.LoraConfig(r=4, lora_alpha=LORA_ALPHA, target_modules="all-linear")

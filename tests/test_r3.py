@@ -19,7 +19,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
-import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -27,8 +26,8 @@ import transformers
 from conftest import (
     countdown_file,
     enlarge_weights,
-    one_layer_model,
     one_thread,
+    shallow_model,
     shrink_r3,
     verdict_by_chance,
 )
@@ -96,7 +95,7 @@ def agent(task):
 
 
 def make_agent(task) -> Agent:
-    model, tokenizer = one_layer_model(task.words(), seed=1)
+    model, tokenizer = shallow_model(task.words(), seed=1)
     enlarge_weights(model)
     return Agent(model, tokenizer, task, max_new_tokens=12, seed=5)
 
@@ -531,7 +530,7 @@ def test_another_recipe_makes_another_tiny_model(runs_folder, task, base_folder,
 
 def test_the_cold_start_learns(task, monkeypatch, tmp_path):
     """The loss falls well below that of random words, which is log 150 = 5."""
-    monkeypatch.setattr(r3, "tiny_model", one_layer_model)
+    monkeypatch.setattr(r3, "tiny_model", shallow_model)
     monkeypatch.setitem(r3.COLD_START, "steps", 16)
     monkeypatch.setattr(r3, "RUNS", tmp_path)
     path, problems = r3.make_tiny_model(task, 0), task.load(split="cold")
@@ -1225,7 +1224,7 @@ def test_plot_draws_one_run_or_several(plotted_runs, monkeypatch, capsys):
         figures.append(figure)
         paths.append(path)
 
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", record)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", record)
     r3.main(["plot", one, two])
     assert paths == [Path("curves.png")] and "curves.png" in capsys.readouterr().out
     panels = ("within two", "reward", "reflection_tokens", "kl")  # those that have data

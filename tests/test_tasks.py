@@ -409,12 +409,12 @@ def test_files_that_hold_no_problems_do_not_block_a_folder(tmp_path):
 
 
 @cache
-def all_values(numbers: tuple[int, ...]) -> dict[Fraction, str]:
+def all_values(numbers: tuple[int, ...]) -> dict[int, str]:
     """All integers that the numbers make, each with an expression. A brute force for comparison: it
-    divides the numbers into two groups in every way, and uses exact fractions. Intermediate results
-    must be integers, but may be negative."""
+    divides the numbers into two groups in every way. Intermediate results must be integers, but may
+    be negative."""
     if len(numbers) == 1:
-        return {Fraction(numbers[0]): str(numbers[0])}
+        return {numbers[0]: str(numbers[0])}
     values = {}
     for in_left in itertools.product((True, False), repeat=len(numbers)):
         left = tuple(itertools.compress(numbers, in_left))
@@ -422,10 +422,11 @@ def all_values(numbers: tuple[int, ...]) -> dict[Fraction, str]:
         if left and right:
             operands = itertools.product(all_values(left).items(), all_values(right).items())
             for (a, a_text), (b, b_text) in operands:
-                results = {"+": a + b, "-": a - b, "*": a * b, "/": b and a / b}
+                results = {"+": a + b, "-": a - b, "*": a * b}
+                if b and a % b == 0:
+                    results["/"] = a // b
                 for symbol, result in results.items():
-                    if result.denominator == 1 and (symbol != "/" or b != 0):
-                        values[result] = f"({a_text} {symbol} {b_text})"
+                    values[result] = f"({a_text} {symbol} {b_text})"
     return values
 
 

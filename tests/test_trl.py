@@ -16,9 +16,6 @@ import grpo
 from grpo import Agent, TrainConfig
 from model import Model
 
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
-
 BETA, CLIP, TEMPERATURE, MAX_NEW_TOKENS = 0.04, 0.2, 0.9, 16
 REWARDS = torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]])
 
@@ -37,6 +34,8 @@ def rollouts(vocabulary: int, seed: int) -> dict[str, list | None]:
 
 
 def trl_trainer(path, loss_type: str, scale: bool, rows: dict):
+    # Imported here, because it takes seconds, and would do so in each process of pytest.
+    trl, datasets = (pytest.importorskip(name) for name in ("trl", "datasets"))
     config = trl.GRPOConfig(
         output_dir=str(path / "trl"), use_cpu=True, bf16=False, report_to=[],
         per_device_train_batch_size=REWARDS.numel(), num_generations=REWARDS.shape[1],

@@ -5,14 +5,11 @@ The long tests are behind `pytest -m slow`.
 """
 
 import contextlib
-import json
 import os
 import random
-import select
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,33 +18,20 @@ import pytest
 
 import r3
 
-TESTS = Path(__file__).parent
-# Python code of a process that imports everything once, and then forks for each run, because the
-# imports take seconds. It reads a JSON line with the arguments of `RunServer.start`, and prints the
-# id of the run's process, and its exit status when it has ended.
-SERVER = f"""
-import sys
-sys.path[:0] = [{str(TESTS.parent)!r}, {str(TESTS)!r}]
-import json, os, resource, signal, traceback
+# The program of a process that runs r3.py in a folder (see `forks` in conftest.py). Its variables
+# are `paths` and the arguments of `Runner.start`.
+PROGRAM = """
+import os, resource, signal, sys
 import pytest
-import torch._dynamo  # Otherwise the optimizer would import it in each run.
+sys.path[:0] = paths
 import grpo, r3
 from conftest import shrink_r3, verdict_by_chance
-
-for line in sys.stdin:
-    folder, flags, cold_start_steps, max_file_size = json.loads(line)
-    process = os.fork()
-    if not process:
-        break
-    print(process, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-else:
-    sys.exit()
 
 os.chdir(folder)
 for descriptor, name in ((1, "stdout"), (2, "stderr")):
     os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Background processes ignore it.
+r3.torch.set_num_threads(1)
 shrink_r3(pytest.MonkeyPatch())
 grpo.Agent.verify = verdict_by_chance
 r3.plot_command = lambda folders: (folders[0] / "curves.png").touch()  # saves a second
@@ -57,17 +41,10 @@ if max_file_size:  # A write beyond this size fails, as on a full disk.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # What is printed takes no disk space.
-status = 1
-try:
-    r3.main(flags)
-    status = 0
-except SystemExit as stop:
-    print(stop, file=sys.stderr)
-except BaseException:
-    traceback.print_exc()
-print(flush=True)
-os._exit(status)  # Without this, a fork of torch takes a second to end.
+sys.argv = ["r3.py"]
+r3.main(flags)
 """
+PATHS = [str(Path(r3.__file__).parent), str(Path(__file__).parent)]
 FLAGS = [
     "train", "--steps=3", "--batch-size=3", "--group-size=3", "--limit=3", "--num-samples=2",
     "--max-attempts=2", "--num-problems=16", "--max-new-tokens=12", "--lr=1e-3",
@@ -80,14 +57,11 @@ REPRODUCIBLE = (
 )  # fmt: skip
 
 
-class RunServer:
+class Runner:
     """Runs r3.py in processes of their own, one at a time."""
 
-    def __init__(self):
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-        )  # fmt: skip
+    def __init__(self, forks):
+        self.forks = forks
 
     def start(
         self,
@@ -98,14 +72,17 @@ class RunServer:
     ) -> None:
         """Start a run of r3.py with these flags in a folder."""
         folder.mkdir(exist_ok=True)
+        (folder / "stderr").unlink(missing_ok=True)
         self.folder = folder
-        request = json.dumps([str(folder), flags, cold_start_steps, max_file_size])
-        self.server.stdin.write(request.encode() + b"\n")
-        self.process = int(self.server.stdout.readline())
+        variables = {"paths": PATHS, "folder": str(folder), "flags": flags}
+        variables |= {"cold_start_steps": cold_start_steps, "max_file_size": max_file_size}
+        self.process = self.forks.Process(target=exec, args=(PROGRAM, variables))
+        self.process.start()
 
     def is_running(self, seconds: float = 0) -> bool:
         """Whether the run is still running after this time. If it ends earlier, return at once."""
-        return not select.select([self.server.stdout], [], [], seconds)[0]
+        self.process.join(seconds)
+        return self.process.is_alive()
 
     def wait_for_file(self, name: str, text: str = "") -> None:
         """Wait until a file of the folder exists and contains a text."""
@@ -116,14 +93,15 @@ class RunServer:
     def send(self, signal_number: int) -> None:
         if self.is_running():
             with contextlib.suppress(ProcessLookupError):  # It may have ended in this moment.
-                os.kill(self.process, signal_number)
+                os.kill(self.process.pid, signal_number)
 
     def wait(self, seconds: float = 200) -> int:
         """Wait until the run has ended, and return its exit status, which is negative for a signal.
         After this time the run is killed."""
         if self.is_running(seconds):
-            os.kill(self.process, signal.SIGKILL)
-        return int(self.server.stdout.readline())
+            self.process.kill()
+        self.process.join()
+        return self.process.exitcode
 
     def stderr(self) -> str:
         return (self.folder / "stderr").read_text(errors="replace")
@@ -148,19 +126,16 @@ class RunServer:
 
 
 @pytest.fixture(scope="module")
-def server():
-    server = RunServer()
-    yield server
-    server.server.stdin.close()
-    assert server.server.wait(60) == 0
+def runner(forks):
+    return Runner(forks)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server, tmp_path_factory) -> tuple[Path, float]:
+def undisturbed(runner, tmp_path_factory) -> tuple[Path, float]:
     """The folder of a run that nothing disturbs, and the seconds that it took."""
     folder = tmp_path_factory.mktemp("undisturbed")
     start_time = time.time()
-    server.succeed(folder, FLAGS)
+    runner.succeed(folder, FLAGS)
     return folder / "runs" / "x", time.time() - start_time
 
 
@@ -176,25 +151,25 @@ def assert_same_files(run: Path, other: Path) -> None:
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def resume_and_compare(server: RunServer, folder: Path, undisturbed: Path) -> None:
+def resume_and_compare(runner: Runner, folder: Path, undisturbed: Path) -> None:
     """Resume the run in this folder, or start it if it had not begun. It must leave the same files
     as the run that was not disturbed."""
     run = folder / "runs" / "x"
     if not (run / "report.json").exists():
-        server.succeed(folder, RESUME if (run / "config.json").exists() else FLAGS)
+        runner.succeed(folder, RESUME if (run / "config.json").exists() else FLAGS)
     assert_same_files(run, undisturbed)
 
 
 # -- Kills and Ctrl-C ------------------------------------------------------------------------------
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, server, undisturbed):
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, runner, undisturbed):
     """At a random time, the cold start included."""
     seconds = random.SystemRandom().uniform(0.1, 0.9) * undisturbed[1]
     print(f"killed after {seconds:.2f} of {undisturbed[1]:.2f} s")
-    server.start(tmp_path, FLAGS)
-    server.is_running(seconds)
-    server.send(signal.SIGKILL)
-    assert server.wait() in (-signal.SIGKILL, 0)
-    resume_and_compare(server, tmp_path, undisturbed[0])
+    runner.start(tmp_path, FLAGS)
+    runner.is_running(seconds)
+    runner.send(signal.SIGKILL)
+    assert runner.wait() in (-signal.SIGKILL, 0)
+    resume_and_compare(runner, tmp_path, undisturbed[0])
 
 
 FILES_IN_ORDER = [
@@ -206,18 +181,18 @@ FILES_IN_ORDER = [
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES_IN_ORDER)
 def test_a_run_that_is_killed_at_any_moment_resumes_bit_for_bit(
-    tmp_path, server, undisturbed, file
+    tmp_path, runner, undisturbed, file
 ):
     """Twice: as soon as the file exists, and a little later."""
     for delay in (0, random.SystemRandom().uniform(0, 0.05)):
         folder = tmp_path / f"{delay}"
-        server.start(folder, FLAGS)
-        server.wait_for_file(f"runs/x/{file}")
-        server.is_running(delay)
-        server.send(signal.SIGKILL)
+        runner.start(folder, FLAGS)
+        runner.wait_for_file(f"runs/x/{file}")
+        runner.is_running(delay)
+        runner.send(signal.SIGKILL)
         # After the delay, the run may have ended, if the file is one of the last.
-        assert server.wait() in ((-signal.SIGKILL, 0) if delay else (-signal.SIGKILL,)), file
-        resume_and_compare(server, folder, undisturbed[0])
+        assert runner.wait() in ((-signal.SIGKILL, 0) if delay else (-signal.SIGKILL,)), file
+        resume_and_compare(runner, folder, undisturbed[0])
 
 
 @pytest.mark.parametrize(
@@ -229,34 +204,34 @@ def test_a_run_that_is_killed_at_any_moment_resumes_bit_for_bit(
         pytest.param("model/model.safetensors", marks=pytest.mark.slow),
     ],
 )
-def test_ctrl_c_prints_the_command_that_resumes(folder_with_base, server, undisturbed, file):
-    server.start(folder_with_base, FLAGS)
-    server.wait_for_file(f"runs/x/{file}")
-    server.send(signal.SIGINT)
-    assert server.wait() == 1
-    message, command = server.error_line().split("; to resume: ")
+def test_ctrl_c_prints_the_command_that_resumes(folder_with_base, runner, undisturbed, file):
+    runner.start(folder_with_base, FLAGS)
+    runner.wait_for_file(f"runs/x/{file}")
+    runner.send(signal.SIGINT)
+    assert runner.wait() == 1
+    message, command = runner.error_line().split("; to resume: ")
     assert message == "r3.py: interrupted" and command.endswith(f"r3.py {shlex.join(RESUME)}")
     run = folder_with_base / "runs" / "x"
     assert not (run / "report.json").exists()
-    server.succeed(folder_with_base, RESUME)
+    runner.succeed(folder_with_base, RESUME)
     assert_same_files(run, undisturbed[0])
 
 
-def test_ctrl_c_ends_the_cold_start_within_a_step(tmp_path, server):
-    server.start(tmp_path, FLAGS, cold_start_steps=1_000_000)
-    server.wait_for_file("stderr", "cold start: 0 of 1000000")
-    server.send(signal.SIGINT)
-    assert server.wait(seconds=60) == 1  # A million steps would take hours.
-    assert server.error_line() == "r3.py: interrupted"  # There is nothing to resume.
+def test_ctrl_c_ends_the_cold_start_within_a_step(tmp_path, runner):
+    runner.start(tmp_path, FLAGS, cold_start_steps=1_000_000)
+    runner.wait_for_file("stderr", "cold start: 0 of 1000000")
+    runner.send(signal.SIGINT)
+    assert runner.wait(seconds=60) == 1  # A million steps would take hours.
+    assert runner.error_line() == "r3.py: interrupted"  # There is nothing to resume.
     assert not list((tmp_path / "runs").glob("*"))
 
 
 # -- Full disks and damaged files ------------------------------------------------------------------
 @pytest.mark.parametrize("file", ["config.json", "failures.jsonl", "checkpoint.safetensors"])
-def test_a_full_disk_ends_in_one_line(folder_with_base, server, undisturbed, file):
+def test_a_full_disk_ends_in_one_line(folder_with_base, runner, undisturbed, file):
     """Half of this file can be written, and all of the files before it."""
     limit = (undisturbed[0] / file).stat().st_size // 2
-    message = server.fail(folder_with_base, FLAGS, max_file_size=limit)
+    message = runner.fail(folder_with_base, FLAGS, max_file_size=limit)
     assert "File too large" in message
     expected_files = {
         "config.json": set(),
@@ -269,7 +244,7 @@ def test_a_full_disk_ends_in_one_line(folder_with_base, server, undisturbed, fil
     run = folder_with_base / "runs" / "x"
     files = {path.name for path in run.glob("*") if path.suffix != ".tmp"}
     assert files - {".lock"} == expected_files[file]
-    resume_and_compare(server, folder_with_base, undisturbed[0])
+    resume_and_compare(runner, folder_with_base, undisturbed[0])
 
 
 def truncate(path: Path, fraction: float = 0.5) -> None:
@@ -313,12 +288,12 @@ def base_weights(run: Path) -> Path:
         (lambda run: truncate(base_weights(run)), "is damaged"),
     ],
 )
-def test_a_damaged_file_ends_in_one_line(tmp_path, server, unfinished, damage, message):
+def test_a_damaged_file_ends_in_one_line(tmp_path, runner, unfinished, damage, message):
     damage(unfinished)
-    assert message in server.fail(tmp_path, RESUME)
+    assert message in runner.fail(tmp_path, RESUME)
 
 
-def test_incomplete_files_are_completed(tmp_path, server, unfinished, undisturbed):
+def test_incomplete_files_are_completed(tmp_path, runner, unfinished, undisturbed):
     """Files with an incomplete last line, and what was written of a checkpoint and a base model."""
     for name in ("failures.jsonl", "vanilla.jsonl", "trained.jsonl"):
         truncate(unfinished / name, 0.9)
@@ -328,13 +303,13 @@ def test_incomplete_files_are_completed(tmp_path, server, unfinished, undisturbe
     (unfinished / "checkpoint.safetensors.tmp").write_bytes(b"half a checkpoint")
     weights = base_weights(unfinished)
     weights.rename(weights.with_name("model.safetensors.tmp"))
-    server.succeed(tmp_path, RESUME)
+    runner.succeed(tmp_path, RESUME)
     assert_same_files(unfinished, undisturbed[0])
 
 
-def test_a_file_in_place_of_the_folder_ends_in_one_line(tmp_path, server):
+def test_a_file_in_place_of_the_folder_ends_in_one_line(tmp_path, runner):
     (tmp_path / "runs").write_text("")
-    assert "runs" in server.fail(tmp_path, FLAGS)
+    assert "runs" in runner.fail(tmp_path, FLAGS)
 
 
 @pytest.mark.parametrize(
