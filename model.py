@@ -4,7 +4,7 @@
     generate     the sampler: it reads each prompt once, samples several continuations of it, and
                  returns the KV cache, so that only new tokens have to be read in the next turn
     Tokenizer    text to token ids and back; conversations to text, with the model's chat template
-    tiny_model   builds a Llama with 300,000 random weights, and a tokenizer for a list of words
+    tiny_model   builds a Llama with 260,000 random weights, and a tokenizer for a list of words
 
 To add an architecture, add an entry to `ARCHITECTURES` below and a test case to
 tests/test_architectures.py, which compares the model with the one in `transformers`.
@@ -405,7 +405,10 @@ class Model(nn.Module):
         self.config = config = ModelConfig.from_dict(config_dict)
         # This is not a buffer, because model.to(torch.bfloat16) would round it.
         self.inv_freq = rope_frequencies(config)
-        embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # The random values of nn.Embedding itself would import torch._dynamo on the device "meta",
+        # which takes seconds.
+        embeddings = torch.randn(config.vocab_size, config.hidden_size)
+        embed_tokens = nn.Embedding.from_pretrained(embeddings, freeze=False)
         layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=norm))
@@ -1286,13 +1289,15 @@ TINY_TEMPLATE = (
 
 
 def tiny_model(
-    words: list[str], seed: int = 0, context_length: int = 512
+    words: list[str], seed: int = 0, context_length: int = 512, width: int = 1
 ) -> tuple[Model, Tokenizer]:
-    """A Llama with about 300,000 random weights, and a tokenizer for `words` separated by spaces.
+    """A Llama with about 260,000 random weights, and a tokenizer for `words` separated by spaces.
 
     The tokenizer raises an exception for any other word. The embeddings of numbers are a random
-    projection of sines and cosines of the number, so that nearby numbers have similar embeddings.
-    With these, the model learns to add in fewer steps.
+    projection of sines and cosines of the number and of its logarithm. With these, the model learns
+    in fewer steps to add and, because multiplication adds logarithms, to multiply.
+
+    width: multiplies the sizes of all vectors, and the number of heads.
     """
     special = ["<|end|>", "<|user|>", "<|assistant|>"]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(special + words))}
@@ -1307,8 +1312,9 @@ def tiny_model(
     )  # fmt: skip
     config = dict(
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=len(vocabulary),
-        hidden_size=96, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=24, hidden_act="silu",
+        hidden_size=96 * width, intermediate_size=192 * width, num_hidden_layers=3,
+        num_attention_heads=4 * width, num_key_value_heads=2 * width, head_dim=24,
+        hidden_act="silu",
         max_position_embeddings=context_length, rms_norm_eps=1e-6, rope_theta=10_000.0,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
@@ -1318,11 +1324,14 @@ def tiny_model(
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=rng)
     ids_of_numbers = {int(word): i for word, i in vocabulary.items() if word.isdigit()}
+    numbers = torch.tensor(list(ids_of_numbers))[:, None].float()  # (numbers, 1)
     # Short periods tell neighbors apart. The longest is 400: its cosine decreases from 0 to 200, so
-    # that no two numbers in this range have the same features.
-    periods = torch.logspace(math.log10(2), math.log10(400), 24)
-    angles = torch.tensor(list(ids_of_numbers))[:, None] * 2 * math.pi / periods  # (numbers, 24)
-    features = torch.cat([angles.sin(), angles.cos()], dim=1)  # (numbers, 48)
+    # that no two numbers in this range have the same features. (The logarithm of 0.5 stands for
+    # that of 0.)
+    angles = numbers / torch.logspace(math.log10(2), math.log10(400), 24)
+    log_angles = numbers.clamp(min=0.5).log() / torch.logspace(math.log10(0.2), math.log10(8), 12)
+    angles = 2 * math.pi * torch.cat([angles, log_angles], dim=1)  # (numbers, 36)
+    features = torch.cat([angles.sin(), angles.cos()], dim=1)  # (numbers, 72)
     projection = torch.randn(features.shape[1], config["hidden_size"], generator=rng)
     # Here, the entries have a standard deviation of 1. Below, they get that of other embeddings.
     embeddings = features @ projection / features.norm(dim=1, keepdim=True)  # (numbers, E)

@@ -158,7 +158,7 @@ def check_setting(name: str, value: Any) -> None:
 # and dtype on a GPU, these are the defaults of Config: the paper's values where the paper states
 # them. It does not state the group size and the maximum turn length.
 TINY = Config(
-    steps=18, batch_size=32, lr=3e-4, save_every=1, num_samples=4, max_attempts=4,
+    steps=12, batch_size=32, lr=3e-4, save_every=1, num_samples=4, max_attempts=4,
     max_new_tokens=134, cache_tokens=131_072, log_failures=None,
 )  # fmt: skip
 PAPER = Config(device="cuda", dtype="bfloat16") if torch.cuda.is_available() else Config()
@@ -167,32 +167,37 @@ CURVE_PROBLEMS, CURVE_SAMPLES = 200, 2  # what is evaluated for a point of the l
 
 # -- The cold start: how the tiny model is made ----------------------------------------------------
 COLD_START = {
-    "version": 1,  # of the dialogues: increase it if their texts change
-    "steps": 2_800,
-    "batch_size": 16,  # dialogues per step
+    "version": 2,  # of the dialogues: increase it if their texts change
+    "steps": 4_000,
+    "batch_size": 8,  # dialogues per step
     # In this first part of the steps, every reflection searches until it succeeds.
-    "full_search_fraction": 0.7,
+    "full_search_fraction": 0.8,
     "lr": 4e-3,
     "betas": [0.9, 0.99],
+    "weight_decay": 0.1,
 }
 STEPS_PER_CHUNK = 8  # the number of steps whose dialogues are drawn together
 
 
-def make_tiny_model(task: TinyCountdown, seed: int) -> Path:
-    """Make the tiny model for a seed, unless it exists already; return its folder.
+def make_tiny_model(task: TinyCountdown, seed: int, width: int = 1) -> Path:
+    """Make the tiny model for a seed, unless it exists already; return its folder. A larger width
+    makes a larger model, with a lower learning rate.
 
     It is trained from random weights on dialogues that a program writes, with the cross-entropy of
     the assistant's tokens. The folder's name contains a hash of the recipe, so that a changed
     recipe makes a new model.
     """
-    model, tokenizer = tiny_model(task.words(), seed)
+    model, tokenizer = tiny_model(task.words(), seed, width=width)
     recipe = json.dumps([COLD_START, model.config_dict, tokenizer.settings, task.words()])
     path = RUNS / f"base-seed{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if (path / "model.safetensors").exists():
         return path
     problems = task.load(split="cold", seed=seed)
     steps, betas = COLD_START["steps"], COLD_START["betas"]
-    adamw = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=0, fused=True)
+    weight_decay = COLD_START["weight_decay"]
+    adamw = torch.optim.AdamW(
+        model.parameters(), betas=betas, weight_decay=weight_decay, fused=True
+    )
     with progress_bar(range(steps), "cold start") as bar:
         for step in bar:
             if step % STEPS_PER_CHUNK == 0:
@@ -207,7 +212,7 @@ def make_tiny_model(task: TinyCountdown, seed: int) -> Path:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             multiplier = grpo.lr_multiplier(step, steps, warmup=0.03)
-            adamw.param_groups[0]["lr"] = COLD_START["lr"] * multiplier
+            adamw.param_groups[0]["lr"] = COLD_START["lr"] / width * multiplier
             adamw.step()
             adamw.zero_grad()
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)

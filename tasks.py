@@ -17,6 +17,7 @@ and APIGen compares strictly decoded JSON.
 """
 
 import ast
+import functools
 import inspect
 import itertools
 import json
@@ -422,7 +423,7 @@ def random_result(numbers: tuple[int, ...], rng: random.Random) -> int:
 
 
 # -- TinyCountdown: problems for a tiny model, and the dialogues that teach it to play -------------
-MAX_RESULT = 60  # the largest result of a step, and therefore the largest target
+MAX_RESULT = 40  # the largest result of a step, and therefore the largest target
 
 
 class Step(NamedTuple):
@@ -485,6 +486,7 @@ def all_plans(numbers: tuple[int, int, int]) -> list[Plan]:
     return list(dict.fromkeys(plans))
 
 
+@functools.cache  # The cold start asks for the same ones again and again.
 def nearest_plans(numbers: tuple[int, int, int], target: int) -> list[Plan]:
     """One plan for each first step: the one whose result is nearest to the target."""
     nearest: dict[Step, Plan] = {}
@@ -514,16 +516,19 @@ def search_plans(
 
 
 class TinyCountdown(Countdown):
-    """Countdown with 3 numbers from 1 to 10 and targets from 1 to 60, and all that is needed to
-    train a tiny model from scratch: short texts, a vocabulary, and dialogues to imitate."""
+    """Countdown with 3 numbers from 1 to 10 and targets from 1 to 40, and all that is needed to
+    train a tiny model from scratch: short texts, a vocabulary, and dialogues to imitate.
+
+    The question lists the numbers in descending order, so that a plan combines the first two, the
+    first and the third, or the last two. The model learns that in fewer steps."""
 
     drawn_splits = SPLITS  # "cold" problems are for the cold start alone
     reflection_instruction = "Wrong. Reflect."
     retry_instruction = "Again."
     question = "Make {target} from {numbers[0]} {numbers[1]} {numbers[2]} ."
     generic_reflection = "I will be careful ."
-    input_format = "3 numbers from 1 to 10 and a target up to 60, such as 6 10 2 32"
-    input_pattern = re.compile(r"((10|[1-9])\s+){3}(60|[1-5]?[0-9])")  # also accepts target 0
+    input_format = "3 numbers from 1 to 10 and a target up to 40, such as 10 6 2 32"
+    input_pattern = re.compile(r"((10|[1-9])\s+){3}(40|[1-3]?[0-9])")  # also accepts target 0
 
     def draw_problems(self, split: str, limit: int | None, rng: random.Random) -> list:
         """All problems of a split in random order (there are few), or the first `limit` of them."""
@@ -532,9 +537,13 @@ class TinyCountdown(Countdown):
             key = self.problem_key(CountdownProblem(id=0, numbers=numbers, target=0))
             if split_of(key) == split:  # the key does not depend on the target
                 targets = {plan.result for plan in all_plans(numbers)} - {0}  # from 1 to MAX_RESULT
-                pairs += [(tuple(rng.sample(numbers, 3)), target) for target in sorted(targets)]
+                pairs += [(numbers[::-1], target) for target in sorted(targets)]
         rng.shuffle(pairs)
         return [CountdownProblem(i, *pair) for i, pair in enumerate(pairs[:limit])]
+
+    def parse_input(self, line: str) -> CountdownProblem:
+        problem = super().parse_input(line)
+        return replace(problem, numbers=tuple(sorted(problem.numbers, reverse=True)))
 
     def words(self) -> list[str]:
         """The vocabulary: all words of questions, instructions and dialogues. Each is one token."""
@@ -542,20 +551,19 @@ class TinyCountdown(Countdown):
             "+ - * / = ( ) , . <answer> </answer> yes no Make from Start with I need That is not "
             f"{self.reflection_instruction} {self.retry_instruction} will be careful"
         )
-        # Numbers above MAX_RESULT are not needed, but saved models have tokens for them.
-        return [*map(str, range(101)), *words.split()]
+        return [*map(str, range(MAX_RESULT + 1)), *words.split()]
 
     def cold_start_dialogue(
         self, problems: list[CountdownProblem], rng: random.Random, always_full_search: bool
     ) -> tuple[CountdownProblem, list[str]]:
-        """Draw a problem, shuffle its numbers, and write a dialogue about it for the cold start.
-        Returns the problem and the assistant's turns: [attempt] if the attempt is correct, else
-        [attempt, reflection, retry]. For example, for the numbers 6, 10 and 2 and the target 32:
+        """Draw a problem, and write a dialogue about it for the cold start. Returns the problem and
+        the assistant's turns: [attempt] if the attempt is correct, else [attempt, reflection,
+        retry]. For example, for the numbers 10, 6 and 2 and the target 32:
 
             attempt:     I need 32 . Start with 6 * 2 = 12 . <answer> ( 6 * 2 ) + 10 </answer>
-            reflection:  That is 22 , not 32 . 10 / 2 = 5 , 5 * 6 = 30 no
-                         6 + 10 = 16 , 16 * 2 = 32 yes Start with 6 + 10 = 16 .
-            retry:       <answer> ( 6 + 10 ) * 2 </answer>
+            reflection:  That is 22 , not 32 . 6 / 2 = 3 , 3 * 10 = 30 no
+                         10 + 6 = 16 , 16 * 2 = 32 yes Start with 10 + 6 = 16 .
+            retry:       <answer> ( 10 + 6 ) * 2 </answer>
 
         All plans here are from `nearest_plans`, so that a first step determines its plan. The
         attempt uses a random one of them. In 8% of the dialogues it first searches for one, as the
@@ -571,7 +579,6 @@ class TinyCountdown(Countdown):
             full search          100%     18%   continues until a plan reaches the target
         """
         problem = rng.choice(problems)
-        problem = replace(problem, numbers=tuple(rng.sample(problem.numbers, 3)))
         target = problem.target
         plans = nearest_plans(problem.numbers, target)
 

@@ -7,6 +7,9 @@ that running it again continues where it stopped.
     python tests/experiments.py seeds [--seeds 0 1 2]                   r3.py train on several seeds
     python tests/experiments.py heldout --runs runs/A runs/B            runs on the same problems
     python tests/experiments.py transfer --run runs/NAME                other tasks and other texts
+    python tests/experiments.py larger --run runs/NAME                  a larger vanilla model
+    python tests/experiments.py all [--tiny]                            the tables of RESULTS.md
+    python tests/experiments.py picture --run runs/NAME                 a group with its advantages
 
 runs/NAME is a finished run of `r3.py train`. Its model and its failures are used as they are.
 
@@ -25,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -715,6 +719,54 @@ def variant_row(
     return row | {"M tokens": f"{tokens:.2f}"}
 
 
+# -- A picture of a group --------------------------------------------------------------------------
+def picture(run: Path, step: int | None, out: Path) -> None:
+    """Draw what a group of a training step looks like, to a PNG file: the context in gray, then the
+    two best and the two worst reflections with their advantages and retries.
+
+    Reflections with a positive advantage are green, those with a negative one red. All that is gray
+    is outside the mask. step: by default the last one that has a group with mixed rewards. Raises
+    ValueError if there is no such group.
+    """
+    from matplotlib.figure import Figure  # imported here because other commands do not need it
+
+    groups: dict[tuple[int, str], list[dict]] = {}
+    for record in r3.read_jsonl(run / "samples.jsonl", "step", "advantage", "reflection"):
+        if record["advantage"] and step in (None, record["step"]):
+            groups.setdefault((record["step"], record["context"]), []).append(record)
+    if not groups:
+        raise ValueError(f"{run}: no group with mixed rewards was sampled")
+    # The last group in which at least two reflections are better, and two worse, than the mean.
+    balanced = {
+        key: group
+        for key, group in groups.items()
+        if 2 <= sum(record["advantage"] > 0 for record in group) <= len(group) - 2
+    }
+    (shown_step, context), group = list((balanced or groups).items())[-1]
+    group.sort(key=lambda record: -record["advantage"])
+    turns = [("context", context, "gray")]  # (label, text, color)
+    for record in group[:2] + group[-2:]:
+        advantage, reason = record["advantage"], record["retry_verdict"]["reason"]
+        color = "green" if advantage > 0 else "red"
+        turns.append((f"{advantage:+.2f}  reflection", record["reflection"]["text"], color))
+        turns.append(("retry", f"{record['retry']['text']}   <- {reason}", "gray"))
+    lines = []  # (label, one line of text, color)
+    for label, text, color in turns:
+        wrapped = textwrap.wrap(text, 110)
+        lines += [(label if i == 0 else "", line, color) for i, line in enumerate(wrapped)]
+    height = 0.22 * (len(lines) + 2)  # inches
+    figure = Figure(figsize=(11, height))
+    figure.text(0.01, 1 - 0.25 / height, f"{run.name}, step {shown_step}", weight="bold")
+    for i, (label, line, color) in enumerate(lines):
+        y = 1 - 0.22 * (i + 2.2) / height
+        figure.text(0.16, y, label, color=color, family="monospace", size=9, ha="right")
+        # Dollar signs would start a formula.
+        text = line.replace("$", r"\$")
+        figure.text(0.18, y, text, color=color, family="monospace", size=9)
+    figure.savefig(out, dpi=110)
+    print(f"The picture is in {out}")
+
+
 # -- README's diffs, links and example -------------------------------------------------------------
 Hunk = tuple[str, str]  # old text and new text, whole lines
 LINK = re.compile(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)")  # [`code`](file.py#L12)
@@ -833,12 +885,7 @@ def seeds_table(seeds: list[int]) -> Tables:
     tables: dict[str, dict[str, Rows]] = {}  # {title: {seed: rows}}
     for seed in seeds:
         run = r3.RUNS / f"test-seed{seed}"
-        if not (run / "report.json").exists():
-            flags = ["--seed", str(seed), "--split", "test", "--name", run.name]
-            if (run / "config.json").exists():
-                flags = ["--resume", str(run)]
-            if subprocess.run([sys.executable, str(ROOT / "r3.py"), "train", *flags]).returncode:
-                raise ValueError(f"{run} did not finish; run the same command again to resume it")
+        train_unless_finished(ROOT / "r3.py", run, ["--seed", str(seed), "--split", "test"])
         for title, rows in read_json(run / "report.json")["tables"].items():
             if "gain" in rows:
                 tables.setdefault(title, {})[f"seed {seed}"] = rows
@@ -860,12 +907,107 @@ def seed_rows(by_seed: dict[str, Rows]) -> Rows:
     return rows
 
 
+# -- A larger vanilla model ------------------------------------------------------------------------
+def larger(run: Path, width: int = 3) -> Tables:
+    """Make a vanilla model that is several times as wide as that of a run of the tiny model, by the
+    same cold start on the same dialogues, and evaluate it on the run's problems, beside the vanilla
+    and the trained model of the run.
+
+    A width of 3 means about 8 times the parameters. Raises ValueError if the run's model is not
+    the tiny one.
+    """
+    config, vanilla = open_run(run)
+    if config.model != "tiny":
+        raise ValueError(f"{run} is not a run of the tiny model")
+    conversations = {
+        name: sort_conversations(r3.load_conversations(run / f"{name}.jsonl", vanilla))
+        for name in ("vanilla", "trained")
+    }
+    folder = r3.make_tiny_model(vanilla.task, config.seed, width)
+    agent = load_trained(config, vanilla, folder)
+    problems = distinct_problems(conversations["vanilla"])
+    path = run / f"vanilla-width-{width}.jsonl"
+    conversations["larger"] = evaluate(agent, problems, config.num_samples, path)
+    models = {"vanilla": vanilla.model, "larger": agent.model}
+    count = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    count["trained"] = count["vanilla"]
+    rows: Rows = {
+        f"{name}, {count[name]:,} parameters": r3.accuracy({name: of_model})[name]
+        for name, of_model in conversations.items()
+    }
+    subset = f"{len(problems)} {config.split} problems, seed {config.seed}"
+    losses = {
+        name: {"nats per token": f"{cold_start_nll(replace(vanilla, model=model)):.3f}"}
+        for name, model in models.items()
+    }
+    return {
+        f"A larger vanilla model, {subset}: {CORRECT}": rows,
+        "Dialogues like those of the cold start, about development problems": losses,
+    }
+
+
+# -- Everything ------------------------------------------------------------------------------------
+SENTENCE_FLAGS = (  # of README's run on a pretrained model
+    "--task sentence --max-new-tokens 24 --beta 0 --steps 30 --batch-size 8 --limit 32 "
+    "--num-samples 2 --num-problems 120 --max-attempts 2"
+)
+SENTENCE_MODES = {"all-weights": "--lr 2e-5", "lora": "--lora-rank 32 --lr 2e-4"}
+
+
+def everything(seeds: list[int], tiny: bool, model: str) -> None:
+    """Print the tables of README and tests/RESULTS.md, one after another: those of the tiny model
+    and, without --tiny, those of a pretrained model on tests/sentence.py (hours on a laptop).
+
+    Whatever has been measured already is read from runs/.
+    """
+    print_tables(seeds_table(seeds))
+    for seed in seeds:
+        print_tables(controls(r3.RUNS / f"test-seed{seed}"), f"Seed {seed}. ")
+    for seed in seeds:
+        print_tables(larger(r3.RUNS / f"test-seed{seed}"))
+    if tiny:
+        return
+    runs = []
+    for mode, flags in SENTENCE_MODES.items():
+        for seed in seeds:
+            run = r3.RUNS / f"sentence-{mode}-seed{seed}"
+            new = [*SENTENCE_FLAGS.split(), *flags.split(), "--model", model, "--seed", str(seed)]
+            train_unless_finished(ROOT / "tests/sentence.py", run, new)
+            runs.append(run)
+    print_tables(heldout(runs, split="test", limit=200, num_samples=2, temperature=1.0))
+    failures = runs[0] / "vanilla-heldout/test-200-temperature-1.jsonl"
+    print_tables(controls(runs[0], failures))
+    for run in runs[1:]:
+        print_tables(controls(run, failures, crossed_only=True), f"{run.name}. ")
+    turns(runs[0], "attempt", group_size=16, steps=None, out=None)
+    print_tables(transfer(runs[0], split="test", limit=60, num_samples=2))
+
+
+def print_tables(tables: Tables, prefix: str = "") -> None:
+    """Print tables as Markdown, with a prefix before each title."""
+    print("\n" + r3.markdown({prefix + title: rows for title, rows in tables.items()}), flush=True)
+
+
+def train_unless_finished(program: Path, run: Path, flags: list[str]) -> None:
+    """Make a training run with these flags, or resume it. Does nothing if it has finished. Raises
+    ValueError if it fails."""
+    if (run / "report.json").exists():
+        return
+    flags = [*flags, "--name", str(run.relative_to(r3.RUNS))]
+    if (run / "config.json").exists():
+        flags = ["--resume", str(run)]
+    if subprocess.run([sys.executable, str(program), "train", *flags]).returncode:
+        raise ValueError(f"{run} did not finish; run the same command again to resume it")
+
+
 # -- The command line ------------------------------------------------------------------------------
 TABLES: dict[str, Callable[..., Tables]] = {
     "controls": controls, "variants": variants, "seeds": seeds_table, "heldout": heldout,
-    "transfer": transfer,
+    "transfer": transfer, "larger": larger,
 }  # fmt: skip
-COMMANDS = {**TABLES, "turns": turns, "readme": renew_readme}
+COMMANDS = {
+    **TABLES, "all": everything, "turns": turns, "picture": picture, "readme": renew_readme,
+}  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -876,7 +1018,7 @@ def parser() -> argparse.ArgumentParser:
     for name, function in COMMANDS.items():
         summary = function.__doc__.partition("\n\n")[0]
         commands[name] = subparsers.add_parser(name, help=summary, description=summary)
-    for name in ("controls", "turns", "transfer"):
+    for name in ("controls", "turns", "transfer", "larger", "picture"):
         help_text = "folder of a finished run of r3.py train"
         commands[name].add_argument("--run", type=Path, required=True, help=help_text)
 
@@ -893,6 +1035,10 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="number of training steps (default: the run's)")
     add("--out", type=Path, help="folder for the results (default: a folder within the run's)")
 
+    add = commands["picture"].add_argument
+    add("--step", type=int, help="the step (default: the last one that has a mixed group)")
+    add("--out", type=Path, default=Path("group.png"), help="PNG file (default: group.png)")
+
     add = commands["heldout"].add_argument
     add("--runs", type=Path, nargs="+", required=True, help="folders of finished runs")
     help_text = "sampling temperature; 0, the default, means greedy decoding"
@@ -904,11 +1050,17 @@ def parser() -> argparse.ArgumentParser:
         help_text = "attempts at each problem (default: 2)"
         add("--num-samples", type=int, default=2, help=help_text)
 
-    for name in ("variants", "seeds"):
+    for name in ("variants", "seeds", "all"):
         help_text = "default: 0 1 2"
         commands[name].add_argument(
             "--seeds", type=int, nargs="+", default=[0, 1, 2], help=help_text
         )
+    help_text = "width of the larger model, relative to the tiny one (default: 3)"
+    commands["larger"].add_argument("--width", type=int, default=3, help=help_text)
+    add = commands["all"].add_argument
+    add("--tiny", action="store_true", help="only the experiments with the tiny model")
+    model = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    add("--model", default=model, help=f"folder or hub id (default: {model})")
     add = commands["variants"].add_argument
     add(
         "--jobs", type=int, default=2, help="number of runs at a time, one thread each (default: 2)"
@@ -925,7 +1077,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         result = COMMANDS[command](**flags)
         if command in TABLES:
-            print("\n" + r3.markdown(result))
+            print_tables(result)
     except (ValueError, OSError) as error:  # JSONDecodeError is a ValueError
         sys.exit(f"experiments.py: {error}")
 

@@ -772,7 +772,7 @@ def test_play(runs_folder, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: next(typed_lines))
     r3.main(["play", "--model", "tiny", "--max-new-tokens", "12"])
     printed = capsys.readouterr().out
-    assert len(re.findall(r"user  Make 32 from 6 10 2 \.", printed)) == 2
+    assert len(re.findall(r"user  Make 32 from 10 6 2 \.", printed)) == 2
     assert "reflection  " in printed and "<- no_answer" in printed
     assert printed.count("  type 3 numbers from 1 to 10") == 2  # nonsense, and a target of 99
     attempts = re.findall(r"attempt  (.*)", printed)
