@@ -15,7 +15,7 @@ runs/NAME is a finished run of `r3.py train`. Its model and its failures are use
 
 One command is for authors of variants, who move lines that README.md quotes:
 
-    python tests/experiments.py readme    renew README's line numbers and its example of a task
+    python tests/experiments.py readme    renew README's line numbers
 """
 
 import argparse
@@ -767,7 +767,7 @@ def picture(run: Path, step: int | None, out: Path) -> None:
     print(f"The picture is in {out}")
 
 
-# -- README's diffs, links and example -------------------------------------------------------------
+# -- README's diffs and links -------------------------------------------------------------
 Hunk = tuple[str, str]  # old text and new text, whole lines
 LINK = re.compile(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)")  # [`code`](file.py#L12)
 
@@ -823,21 +823,20 @@ def apply_hunks(source: str, hunks: list[Hunk]) -> tuple[str, list[str]]:
 
 
 def renew_readme(path: Path | None = None) -> None:
-    """Renew README.md in place after the code has changed: the line numbers of its links to code,
-    and the Python block that shows tests/sentence.py whole. Then check that all diffs apply.
+    """Renew the line numbers of README.md's links to code, after the code has changed. Then check
+    that all diffs apply.
 
     The diffs are those of README.md and of tests/VARIANTS.md. Raises ValueError with a list of what
-    the author has to mend: linked code that does not stand on exactly one line of its file, an
-    example that is not found, and diffs that no longer apply, with the lines that are the cause.
+    the author has to mend: linked code that does not stand on exactly one line of its file, and
+    diffs that no longer apply, with the lines that are the cause.
     """
     path = path or ROOT / "README.md"
     root = path.parent
     readme, misfits = renew_links(path.read_text(), root)
-    readme, example_misfits = renew_example(readme, root / "tests/sentence.py")
     if readme != path.read_text():
         replace_file(path, readme)
         print(f"{path.name} was renewed")
-    misfits = [f"{path.name}: {misfit}" for misfit in misfits + example_misfits]
+    misfits = [f"{path.name}: {misfit}" for misfit in misfits]
     for page in (path, root / "tests/VARIANTS.md"):
         for title, (file, hunks) in diffs(page.read_text() if page.exists() else "").items():
             _, reasons = apply_hunks((root / file).read_text(), hunks)
@@ -864,18 +863,6 @@ def renew_links(readme: str, root: Path) -> tuple[str, list[str]]:
         return link[0]
 
     return LINK.sub(renew, readme), misfits
-
-
-def renew_example(readme: str, path: Path) -> tuple[str, list[str]]:
-    """Replace the Python block that begins with the docstring of a file by the whole file. Returns
-    the new text, and a line if there is not exactly one such block."""
-    source = path.read_text()
-    docstring = source[: source.index('"""', 3) + 3]
-    block = re.compile(rf"(?<=^```python\n){re.escape(docstring)}.*?(?=^```$)", re.M | re.S)
-    count = len(block.findall(readme))
-    if count != 1:
-        return readme, [f"{count} Python blocks begin with the docstring of {path.name}, not one"]
-    return block.sub(lambda _: source, readme), []
 
 
 # -- Seeds -----------------------------------------------------------------------------------------

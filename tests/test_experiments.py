@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 import shutil
 from dataclasses import replace
 
@@ -318,7 +319,7 @@ def test_the_controls_of_a_run_and_its_other_turns(
     monkeypatch.setattr(grpo.Agent, "verify", LenientAgent.verify)
     monkeypatch.chdir(tmp_path)
     flags = "--steps 2 --batch-size 3 --group-size 3 --limit 4 --num-samples 2"
-    flags += " --max-attempts 1 --num-problems 6 --max-new-tokens 12 --name run"
+    flags += " --max-attempts 1 --num-problems 20 --max-new-tokens 12 --name run"
     data = countdown_file(tmp_path / "countdown.jsonl")
     model_flags = ["--model", str(folder), "--data", data] if model == "letters" else []
     r3.main(["train", *flags.split(), *model_flags])
@@ -332,11 +333,50 @@ def test_the_controls_of_a_run_and_its_other_turns(
     assert "Trained: attempt" in capsys.readouterr().out
     gained, tokens = experiments.gains([run / "attempt-group3-steps1"])
     assert tokens > 0 and gained["1st try"].shape == (1,)
+    experiments.main(["picture", "--run", str(run), "--out", "group.png"])
+    assert (tmp_path / "group.png").read_bytes().startswith(b"\x89PNG")
+    if model == "tiny":
+        accuracies, losses = experiments.larger(run, width=2).values()
+        assert [name.split(",")[0] for name in accuracies] == ["vanilla", "trained", "larger"]
+        table, _ = r3.read_json(run / "report.json")["tables"].values()
+        assert list(accuracies.values())[:2] == [table["vanilla"], table["trained"]]
+        sizes = [int(re.sub("[^0-9]", "", name)) for name in accuracies]
+        assert sizes[0] == sizes[1] < sizes[2] / 3 and len(losses) == 2
+    else:
+        with pytest.raises(ValueError, match="not a run of the tiny model"):
+            experiments.larger(run)
     monkeypatch.setattr(grpo, "generate", None)
     assert str(experiments.controls(run)) == str(tables)
     assert list(experiments.controls(run, crossed_only=True)) == list(tables)[:2]
     experiments.main(["controls", "--run", str(run)])
     assert "| its own reflection " in capsys.readouterr().out
+
+
+def test_all_tiny_prints_the_tables_of_every_seed(monkeypatch, capsys):
+    """Without training: each experiment is replaced by a table that names it."""
+    called = []
+
+    def table(name):
+        return lambda *arguments, **options: called.append((name, *arguments)) or {name: {}}
+
+    for name in ("seeds_table", "controls", "larger", "heldout", "transfer", "turns"):
+        monkeypatch.setattr(experiments, name, table(name))
+    runs = []
+    monkeypatch.setattr(
+        experiments, "train_unless_finished", lambda program, run, flags: runs.append((run, flags))
+    )
+    experiments.main(["all", "--tiny", "--seeds", "4", "5"])
+    folders = [r3.RUNS / f"test-seed{seed}" for seed in (4, 5)]
+    expected = [("seeds_table", [4, 5])]
+    expected += [("controls", folder) for folder in folders]
+    expected += [("larger", folder) for folder in folders]
+    assert called == expected and not runs
+    assert "Seed 5. controls" in capsys.readouterr().out
+    experiments.main(["all", "--seeds", "4"])
+    assert [run.name for run, _ in runs] == ["sentence-all-weights-seed4", "sentence-lora-seed4"]
+    for _, flags in runs:  # r3 knows these flags, and tests/sentence.py has this task
+        given = r3.read_command_line(["train", *flags])
+        assert given.pop("command") == "train" and r3.Config(**given).seed == 4
 
 
 def test_an_unfinished_run_is_refused(tmp_path):
@@ -370,19 +410,8 @@ def second(x):
     y = x + 1
     return 2 * y
 """
-EXAMPLE = '"""A task."""\n\nANSWER = 42\n'
-README = '''\
+README = """\
 See [`def second(`](code.py#L2), and [`return 2`](code.py#L8).
-
-```python
-"""Another example."""
-```
-
-```python
-"""A task."""
-
-ANSWER = 41
-```
 
 ```diff
 --- code.py: triple
@@ -392,7 +421,7 @@ ANSWER = 41
  def first(x):
 +    print(x)
 ```
-'''
+"""
 
 
 @pytest.fixture
@@ -400,14 +429,13 @@ def readme(tmp_path):
     """A small repository with a README that quotes its code. Returns the README's path."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "code.py").write_text(SOURCE)
-    (tmp_path / "tests/sentence.py").write_text(EXAMPLE)
     (tmp_path / "README.md").write_text(README)
     return tmp_path / "README.md"
 
 
-def test_readme_gets_new_line_numbers_and_the_new_example(readme, capsys):
+def test_readme_gets_new_line_numbers(readme, capsys):
     experiments.renew_readme(readme)
-    expected = README.replace("#L2", "#L6").replace("ANSWER = 41", "ANSWER = 42")
+    expected = README.replace("#L2", "#L6")
     assert readme.read_text() == expected
     assert capsys.readouterr().out == "README.md was renewed\n"
     experiments.renew_readme(readme)
@@ -415,7 +443,6 @@ def test_readme_gets_new_line_numbers_and_the_new_example(readme, capsys):
 
 
 def test_what_cannot_be_renewed_in_readme_is_named(readme):
-    (readme.parent / "tests/sentence.py").write_text(EXAMPLE.replace("A task", "A new task"))
     link = "[`y = x + 1`](code.py#L2) and [`return 4`](code.py#L8) and [`def second(`](code.py#L2)."
     readme.write_text(README.replace("[`return 2`](code.py#L8).", link))
     with pytest.raises(ValueError) as error:
@@ -424,7 +451,6 @@ def test_what_cannot_be_renewed_in_readme_is_named(readme):
         "  README.md: the link 'y = x + 1' must stand on one line of code.py; it is on the lines "
         "2, 7",
         "  README.md: the link 'return 4' must stand on one line of code.py; it is nowhere",
-        "  README.md: 0 Python blocks begin with the docstring of sentence.py, not one",
     ]
     renewed = README.replace("#L2", "#L6")  # what can be renewed is
     assert readme.read_text() == renewed.replace(

@@ -23,7 +23,7 @@ from tasks import Verdict
 ROOT = Path(r3.__file__).parent
 README = (ROOT / "README.md").read_text()
 DIFFS = experiments.diffs(README)
-RENEW = "; to renew README's line numbers and its copy of tests/sentence.py, run: "
+RENEW = "; to renew README's line numbers, run: "
 RENEW += "python tests/experiments.py readme"
 MODULES = ("r3", "grpo", "model", "tasks")
 
@@ -136,13 +136,39 @@ def test_the_commands_for_a_checkpoint_run(short_experiment, problems, folder, w
     assert "% correct" in capsys.readouterr().out
 
 
-def test_the_example_of_a_task_is_the_file_and_runs(short_experiment, folder, monkeypatch, capsys):
-    """tests/sentence.py is shown as it is; README's command runs it, here with another model."""
-    [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert block == Path(sentence.__file__).read_text(), f"it is another file{RENEW}"
+def test_the_command_for_a_pretrained_model_runs(short_experiment, folder, monkeypatch, capsys):
+    """README's command for tests/sentence.py, with another model and smaller sizes."""
     monkeypatch.setattr(sentence.Sentence, "verify", verdict_by_chance)
     [words] = commands_of("tests/sentence.py")
     r3.main([*words, *FEW, "--model", str(folder)])
+    assert "% correct" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["drawn", "file"])
+def test_the_example_of_a_task_runs(short_experiment, source, folder, monkeypatch, capsys):
+    """The task that README shows: first as it is, then with the method that reads a file."""
+    whole, method = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(whole.splitlines()) <= 30 and len(method.splitlines()) <= 6
+    flags = ["train", "--model", str(folder), "--task", "multiply", *FEW]
+    if source == "file":
+        line = "    Problem = Product\n"
+        assert whole.count(line) == 1
+        whole = whole.replace(line, f"{line}\n{method}")
+        questions = [f"{a} * {a + 7}" for a in range(11, 90)]
+        records = [json.dumps({"question": question}) + "\n" for question in questions]
+        Path("questions.jsonl").write_text("".join(records))
+        flags += ["--data", "questions.jsonl"]
+    Path("multiply.py").write_text(whole)
+    monkeypatch.syspath_prepend(Path.cwd())
+    monkeypatch.setitem(tasks.TASKS, "multiply", None)  # so that it is removed after the test
+    monkeypatch.delitem(sys.modules, "multiply", raising=False)
+    example = importlib.import_module("multiply")
+    problem = example.Product(0, 12, 34)
+    for text, reason in (("12 * 34\n= 408", "wrong_value"), ("It is:\n408\n", "wrong_value")):
+        assert example.Multiply().verify(problem, text).reason == reason
+    assert example.Multiply().verify(problem, "It is:\n408").correct
+    monkeypatch.setattr(example.Multiply, "verify", verdict_by_chance)
+    r3.main(flags)
     assert "% correct" in capsys.readouterr().out
 
 
@@ -181,7 +207,7 @@ def test_the_diffs_apply_and_run(title, tmp_path, folder, monkeypatch):
     """Two steps with each variant do not give the weights that the code as it is gives."""
     assert len(DIFFS) >= 4
     _, hunks = DIFFS[title]
-    assert sum(len(set(new.splitlines()) ^ set(old.splitlines())) for old, new in hunks) <= 15
+    assert sum(len(set(new.splitlines()) ^ set(old.splitlines())) for old, new in hunks) <= 25
     varied = two_steps(tmp_path / "varied", title, folder, monkeypatch)
     scaled = "--no-scale-advantages" not in title
     if scaled not in PLAIN:
