@@ -158,7 +158,7 @@ def check_setting(name: str, value: Any) -> None:
 # and dtype on a GPU, these are the defaults of Config: the paper's values where the paper states
 # them. It does not state the group size and the maximum turn length.
 TINY = Config(
-    steps=12, batch_size=32, lr=3e-4, save_every=1, num_samples=4, max_attempts=4,
+    steps=16, batch_size=32, lr=3e-4, save_every=1, num_samples=4, max_attempts=4,
     max_new_tokens=134, cache_tokens=131_072, log_failures=None,
 )  # fmt: skip
 PAPER = Config(device="cuda", dtype="bfloat16") if torch.cuda.is_available() else Config()
