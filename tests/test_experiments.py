@@ -36,7 +36,7 @@ class LenientAgent(grpo.Agent):
 @pytest.fixture
 def agent(tiny, task):
     model, tokenizer = tiny
-    tokenizer.stop_ids = list(range(40))  # so that many turns end before the length limit
+    tokenizer.stop_ids = list(range(20))  # so that many turns end before the length limit
     return LenientAgent(model, tokenizer, task, max_new_tokens=10, seed=3)
 
 

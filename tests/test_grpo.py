@@ -781,7 +781,7 @@ class LenientAgent(Agent):
 @pytest.fixture
 def agent(tiny, task):
     model, tokenizer = tiny
-    tokenizer.stop_ids = list(range(40))  # so that turns end at different times
+    tokenizer.stop_ids = list(range(20))  # so that turns end at different times
     return LenientAgent(model, tokenizer, task, max_new_tokens=10, seed=3)
 
 

@@ -212,6 +212,9 @@ def test_transformers_loads_the_tiny_model(tiny, tmp_path):
 
 
 # -- The sampler -----------------------------------------------------------------------------------
+STOPS = set(range(1, 72, 4))  # so many that most turns of an untrained model end early
+
+
 def plain_generate(model, prompt, rng_key, max_new_tokens, temperature=1.0, stop=(), seed=0):
     """The sampler without cache and batch, which reads the whole text again for every token."""
     ids = list(prompt)
@@ -241,7 +244,7 @@ def flat(nested):
 def test_the_sampler_equals_the_plain_one(tiny, task, temperature):
     """In two turns, the second of them with the cache; rows finish at different times."""
     model, _ = tiny
-    prompts, options = tiny_prompts(tiny, task), dict(temperature=temperature, stop=range(25))
+    prompts, options = tiny_prompts(tiny, task), dict(temperature=temperature, stop=STOPS)
     first = generate(model, prompts, 3, max_new_tokens=12, seed=2, **options)
     keys = [(p, s) for p in range(5) for s in range(3)]
     turns, conversations = flat(first.tokens), []
@@ -267,14 +270,14 @@ def test_the_trainer_computes_what_the_sampler_records(tiny, task, temperature):
     model, _ = tiny
     prompts, cache = tiny_prompts(tiny, task), None
     conversations = [prompt for prompt in prompts for _ in range(3)]
-    options = dict(max_new_tokens=12, temperature=temperature, stop=range(40))
+    options = dict(max_new_tokens=12, temperature=temperature, stop=STOPS)
     for turn in range(3):
         num_samples = 1 if turn else 3
         generation = generate(model, prompts, num_samples, seed=turn, cache=cache, **options)
         cache, prompts = generation.cache, []
         turns, recorded = flat(generation.tokens), flat(generation.logprobs)
         assert len(turns) == 15
-        assert len(set(map(len, turns))) > 3  # they do finish at different times
+        assert len(set(map(len, turns))) > 2  # they do finish at different times
         for row, (tokens, logprobs) in enumerate(zip(turns, recorded, strict=True)):
             ids = conversations[row]
             with torch.no_grad():
@@ -284,8 +287,8 @@ def test_the_trainer_computes_what_the_sampler_records(tiny, task, temperature):
             assert (expected - torch.tensor(logprobs)).abs().max() < 1e-5 * log_p.abs().max()
             if temperature == 0:
                 assert tokens == logits.argmax(-1).tolist()
-            assert all(token >= 40 for token in tokens[:-1])  # it stopped at the first stop token
-            assert len(tokens) == 12 or tokens[-1] < 40
+            assert STOPS.isdisjoint(tokens[:-1])  # it stopped at the first stop token
+            assert len(tokens) == 12 or tokens[-1] in STOPS
             bridge = [5, 6, 7, 8][: 1 + (row + turn) % 4]
             conversations[row] = ids + tokens + bridge
             prompts.append(tokens[-1:] + bridge)
@@ -295,7 +298,7 @@ def test_a_sample_does_not_depend_on_its_batch(tiny, task):
     """Alone or in a batch, with few samples or many: the same tokens for the same key."""
     model, _ = tiny
     prompts = tiny_prompts(tiny, task, 8)
-    options = dict(max_new_tokens=20, stop=range(25), seed=3)
+    options = dict(max_new_tokens=20, stop=range(14), seed=3)
     together = generate(model, prompts, num_samples=4, **options).tokens
     for p, prompt in enumerate(prompts):
         keys = [(p, s) for s in range(4)]
@@ -312,13 +315,13 @@ def test_a_sample_does_not_depend_on_its_batch(tiny, task):
 def test_the_append_bridge_on_a_cache_equals_reading_the_conversation_again(tiny, task):
     model, tokenizer = tiny
     prompts = tiny_prompts(tiny, task, 4)
-    first = generate(model, prompts, num_samples=2, max_new_tokens=9, stop=range(30))
+    first = generate(model, prompts, num_samples=2, max_new_tokens=9, stop=range(16))
     bridge = tokenizer.bridge("Again.")
     turns = flat(first.tokens)
     continued = [tokenizer.append_bridge(turn, bridge) for turn in turns]
     new = [ids[len(turn) - 1 :] for ids, turn in zip(continued, turns, strict=True)]
     assert first.cache.num_contexts == 4  # the keys of each prompt are stored once
-    options = dict(max_new_tokens=9, stop=range(30), rng_keys=[(7, i) for i in range(8)])
+    options = dict(max_new_tokens=9, stop=range(16), rng_keys=[(7, i) for i in range(8)])
     cached = generate(model, new, cache=first.cache, **options)
     whole = generate(model, [prompts[i // 2] + continued[i] for i in range(8)], **options)
     assert cached.tokens == whole.tokens
@@ -367,7 +370,7 @@ def test_finished_rows_are_dropped_and_continue_in_the_append_bridge(tiny, task)
     sizes = []
     prompts = tiny_prompts(tiny, task, 6)
     model.hidden = lambda ids, **k: sizes.append(len(ids)) or Model.hidden(model, ids, **k)
-    first = generate(model, prompts, num_samples=5, max_new_tokens=40, stop=range(12))
+    first = generate(model, prompts, num_samples=5, max_new_tokens=40, stop=range(7))
     assert sizes[:2] == [6, 30] and sizes[1:] == sorted(sizes[1:], reverse=True)
     assert 0 < sizes[-1] < 10
     turns = flat(first.tokens)

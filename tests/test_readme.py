@@ -205,7 +205,7 @@ PLAIN: dict[bool, bytes] = {}  # with --no-scale-advantages or without
 @pytest.mark.parametrize("title", DIFFS)
 def test_the_diffs_apply_and_run(title, tmp_path, folder, monkeypatch):
     """Two steps with each variant do not give the weights that the code as it is gives."""
-    assert len(DIFFS) >= 4
+    assert len(DIFFS) >= 2
     _, hunks = DIFFS[title]
     assert sum(len(set(new.splitlines()) ^ set(old.splitlines())) for old, new in hunks) <= 25
     varied = two_steps(tmp_path / "varied", title, folder, monkeypatch)
