@@ -900,7 +900,7 @@ def larger(run: Path, width: int = 3) -> Tables:
     same cold start on the same dialogues, and evaluate it on the run's problems, beside the vanilla
     and the trained model of the run.
 
-    A width of 3 means about 8 times the parameters. Raises ValueError if the run's model is not
+    A width of 3 means about 9 times the parameters. Raises ValueError if the run's model is not
     the tiny one.
     """
     config, vanilla = open_run(run)
