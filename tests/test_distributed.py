@@ -73,7 +73,9 @@ def fail_in_one_process(patch: pytest.MonkeyPatch, fault: str, rank: int) -> Non
             if fault == "out of memory":
                 raise torch.OutOfMemoryError("CUDA out of memory")
             if fault == "nan":
-                next(w for w in optimizer.weights if w.grad is not None).grad.fill_(float("nan"))
+                # It may have no gradients yet, if no group of its share had mixed rewards.
+                weight = optimizer.weights[0]
+                weight.grad = torch.full_like(weight, float("nan"))
         return update(optimizer, *arguments)
 
     patch.setattr(grpo.MasterAdamW, "update", failing_update)
