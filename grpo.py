@@ -22,7 +22,7 @@ A conversation is stored as token ids from beginning to end. The tokens that are
 the tokens that were sampled: they are never decoded to text and tokenized again.
 
 Shapes: P failures per step with G reflections each; C tokens of context; T tokens after the
-context; L tokens of a packed sequence; N trained tokens; E the hidden size; V the vocabulary.
+context; L tokens of a packed sequence; N trained tokens in it; E the hidden size; V the vocabulary.
 """
 
 import json
@@ -92,7 +92,7 @@ def train(
         groups = rollout(agent, batch, G, rng_prefix=(TRAIN, step))  # P groups of G conversations
         rollout_seconds = time.perf_counter() - start_time
 
-        # 3. A reflection that was not truncated earns the reward 1 if its retry is correct, else 0.
+        # 3. A reflection earns 1 if it was not truncated and its retry is correct, else 0.
         rewards = torch.tensor([reward(c) for group in groups for c in group]).view(-1, G)
 
         # 4. The advantage compares each reflection with the others about the same failure.
@@ -140,7 +140,7 @@ def backpropagate_step(
     """
     policy, temperature = agent.model, agent.temperature
     packed_groups = [pack_group(group) for group in groups]
-    lengths = torch.tensor([rows.mask.sum(dim=1).tolist() for rows in packed_groups])  # (P, G)
+    lengths = torch.tensor([packed.mask.sum(dim=1).tolist() for packed in packed_groups])  # (P, G)
     # The most trained tokens that a conversation can have. In R3, one of its turns is trained.
     num_turns = [len(c.trained_turns()) for group in groups for c in group]
     max_length = max(num_turns, default=0) * agent.max_new_tokens
@@ -148,21 +148,22 @@ def backpropagate_step(
     terms = []
     inputs_of_groups = share(list(zip(packed_groups, advantages, weights, strict=True)))
     # The progress bar appears on a terminal, if this takes more than 5 seconds.
-    for rows, A, w in tqdm(inputs_of_groups, "update", leave=False, disable=None, delay=5):
+    for packed, A, w in tqdm(inputs_of_groups, "update", leave=False, disable=None, delay=5):
         if not A.any() and not config.beta:
             continue  # The rewards of this group are all equal: its gradient is zero.
         ref_logprobs = None
         if config.beta:
             with torch.no_grad():
-                ref_logprobs = token_logprobs(reference, rows, temperature)  # (G, T)
-        logprobs = token_logprobs(policy, rows, temperature)  # (G, T)
-        old_logprobs, mask, A = (x.to(policy.device) for x in (rows.old_logprobs, rows.mask, A))
+                ref_logprobs = token_logprobs(reference, packed, temperature)  # (G, T)
+        logprobs = token_logprobs(policy, packed, temperature)  # (G, T)
+        tensors = packed.old_logprobs, packed.mask, A
+        old_logprobs, mask, A = (tensor.to(policy.device) for tensor in tensors)
         # Convert the float64 token weights before moving them, because MPS has no float64.
         w = w.to(logprobs.dtype).to(policy.device)
         inputs = logprobs, old_logprobs, ref_logprobs, A, mask
         loss = grpo_loss(*inputs, weights=w, clip=config.clip, beta=config.beta)
         loss.backward()
-        optimizer.accumulate_gradients()
+        optimizer.after_backward()
         terms.append(loss_terms(loss, *inputs, clip=config.clip))
     return loss_metrics(terms)
 
@@ -243,9 +244,9 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(pi || pi_ref) for each token, (G, T): exp(d) - 1 - d, where
-    d = log pi_ref - log pi. It is never negative. Its value and its gradient belong to different
-    divergences: on samples from pi, the expected value is KL(pi || pi_ref), but the expected
-    gradient is that of KL(pi_ref || pi)."""
+    d = log pi_ref - log pi. It is never negative. On samples from pi, its expected value is
+    KL(pi || pi_ref), but its expected gradient is that of KL(pi_ref || pi), because the gradient
+    does not take into account that the samples depend on pi, too."""
     d = torch.where(mask, ref_logprobs - logprobs, 0.0)
     return torch.expm1(d) - d
 
@@ -339,8 +340,8 @@ def pack_group(group: "Group") -> PackedGroup:
     return PackedGroup(context, branches, targets, mask, old_logprobs)
 
 
-def token_logprobs(model: Model, rows: PackedGroup, temperature: float = 1.0) -> Tensor:
-    """The log-probabilities of the tokens where rows.mask is True: (G, T), 0 elsewhere.
+def token_logprobs(model: Model, packed: PackedGroup, temperature: float = 1.0) -> Tensor:
+    """The log-probabilities of the tokens where packed.mask is True: (G, T), 0 elsewhere.
 
     The context is computed once for all G branches, because they are packed into one sequence, in
     which each branch sees the context and itself. With three tokens of context and two branches:
@@ -350,14 +351,14 @@ def token_logprobs(model: Model, rows: PackedGroup, temperature: float = 1.0) ->
         positions  [ 0  1  2 |  3  4 |  3 ]        each branch continues after the context
         predictors             2  3     2          token 9 predicts 10 and 12; 10 predicts 11
     """
-    C, branch_lengths = len(rows.context), [len(branch) for branch in rows.branches]
-    ids = torch.tensor([rows.context + sum(rows.branches, [])], device=model.device)  # (1, L)
+    C, branch_lengths = len(packed.context), [len(branch) for branch in packed.branches]
+    ids = torch.tensor([packed.context + sum(packed.branches, [])], device=model.device)  # (1, L)
     # From the lengths, the model derives the positions, and which tokens see each other.
     hidden = model.hidden(ids, lengths=[C, *branch_lengths])[0]  # (L, E)
-    predictors = predictor_indices(C, branch_lengths)[rows.mask].to(model.device)  # (N,)
-    targets = rows.targets[rows.mask].to(model.device)  # (N,)
+    predictors = predictor_indices(C, branch_lengths)[packed.mask].to(model.device)  # (N,)
+    targets = packed.targets[packed.mask].to(model.device)  # (N,)
     logprobs = target_logprobs(model, hidden[predictors], targets, temperature)  # (N,)
-    mask = rows.mask.to(model.device)
+    mask = packed.mask.to(model.device)
     return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)  # (G, T)
 
 
@@ -373,7 +374,8 @@ def predictor_indices(context_length: int, branch_lengths: list[int]) -> Tensor:
     start = context_length
     for g, length in enumerate(branch_lengths):
         indices[g, :length] = torch.arange(start - 1, start + length - 1)
-        indices[g, 0] = context_length - 1  # The line above is wrong for the first token if g > 0.
+        # A branch's first token follows the context. In the line above, it follows branch g - 1.
+        indices[g, 0] = context_length - 1
         start += length
     return indices
 
@@ -418,7 +420,9 @@ class Conversation:
     attempt_index: int  # which attempt at the problem this is
     attempt: Turn
     attempt_verdict: Verdict
-    reflection_index: int = 0  # the number of the reflection, or of the first one to come
+    # The number of the reflection among those on the same attempt. While there is no reflection:
+    # the number that the first one will get (see `sample_reflections`).
+    reflection_index: int = 0
     reflection: Turn | None = None
     retry: Turn | None = None
     retry_verdict: Verdict | None = None
@@ -462,7 +466,8 @@ class Agent:
 
     def reflection_prompt(self, conversation: Conversation) -> list[int]:
         """The question, the attempt, and the instruction to reflect. A bridge is the text between
-        two turns of the assistant, with the user's instruction; see `Tokenizer.bridge`."""
+        two turns of the assistant, with the user's instruction. Before it, `append_bridge` adds the
+        end-of-turn token, if the attempt lacks it because it was truncated."""
         bridge = self.tokenizer.bridge(self.task.reflection_instruction)
         attempt = conversation.attempt
         return attempt.prompt + self.tokenizer.append_bridge(attempt.tokens, bridge)
@@ -681,7 +686,8 @@ class FailureStream:
         would get the same random numbers. Raises ValueError if there are no failures."""
         if not self.failures:
             raise ValueError("there are no failures to train on")
-        # 2n draws from n failures contain a whole epoch. More of them would be duplicates.
+        # A batch can start in the middle of an epoch. Wherever it starts, 2n draws from n failures
+        # contain a whole epoch, and so every failure: further draws could only be duplicates.
         size = min(size, 2 * len(self.failures))
         epoch, start = divmod(self.position, len(self.failures))
         order: list[Conversation] = []  # from the beginning of this epoch
@@ -868,10 +874,11 @@ def lr_multiplier(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# The number of backward passes whose gradients are added up in bfloat16 (see accumulate_gradients).
-# The relative error of a sum of 64 gradients of SmolLM2-135M is 0.77% if all are added in bfloat16,
-# 0.37% with 8, and 0.17% with 1, because each gradient is itself rounded to bfloat16.
-MAX_GATHERED = 8
+# The number of backward passes whose gradients are added up in bfloat16 (see after_backward). The
+# relative error of a sum of 64 gradients of SmolLM2-135M is 0.77% if all of them are added up in
+# bfloat16, 0.37% with 8 passes, and 0.17% with 1. The last is not 0, because each gradient itself
+# is rounded to bfloat16.
+PASSES_PER_MOVE = 8
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -890,21 +897,21 @@ class MasterAdamW(torch.optim.AdamW):
         if offload or self.weights[0].dtype != torch.float32:
             device = "cpu" if offload else model.device
             self.masters = [w.detach().to(device, torch.float32, copy=True) for w in self.weights]
-        self.num_gathered = 0  # backward passes since gradients were moved to the masters
+        self.passes_since_move = 0  # backward passes since gradients were moved to the masters
         super().__init__(self.masters, lr=lr, weight_decay=0.0, fused=True)
 
-    def accumulate_gradients(self) -> None:
-        """Count a backward pass. The passes add up their gradients in the `grad` of the weights.
-        bfloat16 sums lose precision, so they are moved to the float32 masters after every
-        MAX_GATHERED passes. Moving them after each pass would be more precise, but slow, because
-        with `offload` each move copies all gradients to CPU memory."""
-        self.num_gathered += 1
-        if self.weights[0].dtype != torch.float32 and self.num_gathered == MAX_GATHERED:
+    def after_backward(self) -> None:
+        """Call this after each backward pass. The passes add up their gradients in the `grad` of
+        the weights. bfloat16 sums lose precision, so they are moved to the float32 masters after
+        every PASSES_PER_MOVE passes. Moving them after each pass would be more precise, but slow,
+        because with `offload` each move copies all gradients to CPU memory."""
+        self.passes_since_move += 1
+        if self.weights[0].dtype != torch.float32 and self.passes_since_move == PASSES_PER_MOVE:
             self.move_gradients()
 
     def move_gradients(self) -> None:
         """Move the gradients of the weights, in float32, to the masters."""
-        self.num_gathered = 0
+        self.passes_since_move = 0
         if self.masters is self.weights:
             return
         for weight, master in zip(self.weights, self.masters, strict=True):
@@ -973,7 +980,7 @@ def load_checkpoint(folder: Path, optimizer: MasterAdamW) -> tuple[int, dict]:
         if log.exists() and is_rank_0():
             # If a log has become shorter, os.truncate would extend it with zeros: hence min.
             os.truncate(log, min(lengths.get(log.name, 0), log.stat().st_size))
-    gather([])  # Wait until all processes have read the checkpoint: it may soon be deleted.
+    gather([])  # Wait until all have read the checkpoint: rank 0 may soon replace or delete it.
     return step, state
 
 
@@ -1019,11 +1026,13 @@ def join_processes() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # Usually, rank 0 has the same error and reports it, or this process has lost the connection
-        # to one that failed. In both cases torchrun ends this process while it sleeps.
+        # Rank 0 reports its error at once, unless it is a RuntimeError: that may only mean that the
+        # connection to a process that failed was lost. The others usually have the same error as
+        # rank 0, or have lost a connection. They sleep, so that torchrun ends them before they
+        # report it, too.
         if not is_rank_0() or isinstance(error, RuntimeError):
             time.sleep(5)
-        sys.stderr = sys.__stderr__  # This process alone has the error, so it reports it.
+        sys.stderr = sys.__stderr__  # torchrun has not ended this process, so it has to report.
         raise
     dist.destroy_process_group()
 

@@ -118,7 +118,8 @@ class ModelConfig:
         # In older files, some parameters of RoPE, such as rope_theta, are at the top level.
         entries = {**config, **rope, "rope_scaling": rope}
         entries["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        entries["model_type"] = config.get("model_type") or "none"  # check_supported skips None
+        # check_supported skips None. The word "none" makes it refuse a missing model_type.
+        entries["model_type"] = config.get("model_type") or "none"
         check_supported(entries)
         implied = ("qkv_bias", "qk_norm", "norm_after")
         names = [field.name for field in fields(cls) if field.name not in implied]
@@ -405,8 +406,8 @@ class Model(nn.Module):
         self.config = config = ModelConfig.from_dict(config_dict)
         # This is not a buffer, because model.to(torch.bfloat16) would round it.
         self.inv_freq = rope_frequencies(config)
-        # The random values of nn.Embedding itself would import torch._dynamo on the device "meta",
-        # which takes seconds.
+        # nn.Embedding(V, E) would draw the initial values itself. On the device "meta", this would
+        # import torch._dynamo, which takes seconds. torch.randn does not.
         embeddings = torch.randn(config.vocab_size, config.hidden_size)
         embed_tokens = nn.Embedding.from_pretrained(embeddings, freeze=False)
         layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
@@ -469,11 +470,11 @@ class Model(nn.Module):
         return self.model.norm(x)
 
     def with_lora(self, rank: int, seed: int = 0) -> "Model":
-        """This model with a LoRA adapter in each linear layer of its blocks (see `Linear`).
+        """A copy of this model, with a LoRA adapter in each linear layer of the copy's blocks.
 
-        The two models share the weights, which are frozen in both: only the adapters are trained.
-        This model's outputs never change, so it can serve as the reference model of the training,
-        without a copy of the weights.
+        The copy shares the weights with this model, and they are frozen in both: only the adapters
+        (see `Linear`) are trained. The outputs of this model, which has no adapters, never change.
+        So it can serve as the reference model of the training, without a copy of the weights.
         """
         self.requires_grad_(False)
         memo = {id(p): p for p in self.parameters()}  # deepcopy does not copy what is in memo
@@ -581,7 +582,7 @@ class KVCache:
     contexts: list[Tensor]  # for each layer, keys and values of the prompts: (2, P, K, C, D)
     suffixes: list[Tensor]  # for each layer, keys and values of the rows: (2, R, K, capacity, D)
     # (R, C + L), False for padding. When `generate` has returned, also False for the last token of
-    # each turn, and for what was sampled after it.
+    # each turn, with which the next prompt begins (see `generate`), and for what was sampled after.
     visible: Tensor
 
     @property
@@ -682,7 +683,8 @@ def shared_context_attention(q: Tensor, context: Tensor, suffix: Tensor, mask: T
     context_scores = (prompt_queries @ context_keys.mT).view(P, K, S, Q, C).transpose(1, 2)
     suffix_scores = queries @ suffix_keys.mT  # (P, S, K, Q, L)
     scores = torch.cat([context_scores, suffix_scores], dim=-1)  # (P, S, K, Q, C + L)
-    # K * Q is H * T, and the scores are in the order of H and T, as in q.
+    # Q stands for H / K heads times T tokens, in this order. So the dimensions (K, Q) can be viewed
+    # as (H, T), to add the mask in place.
     scores.view(P, S, H, T, C + L).add_(mask.view(P, S, 1, T, C + L))
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     context_weights, suffix_weights = weights.split([C, L], dim=-1)
@@ -726,10 +728,11 @@ def generate(
     """Sample `num_samples` turns after each prompt. A turn ends with the first stop token.
 
     Each prompt is read and stored once, however many turns are sampled from it. For the next turn
-    of the conversations, pass the returned cache, and one prompt for each of its rows. The last
-    token of each turn is not visible in this cache, even if the row has read it (a finished row
-    continues until it is dropped). So the next prompt must begin with this token or, if it is a
-    stop token, with any stop token. `Tokenizer.append_bridge(turn[-1:], bridge)` is such a prompt.
+    of the conversations, pass the returned cache, and one prompt for each of its rows. This prompt
+    must begin with the last token of the row's turn or, if that is a stop token, with any stop
+    token. The reason is that some rows have not read their last token. Other rows have, because a
+    finished row continues until it is dropped. For these, the token is hidden in the cache.
+    `Tokenizer.append_bridge(turn[-1:], bridge)` is such a prompt.
 
     Each row has a random stream of its own, keyed by (seed, *rng_key), and uses one number for each
     token. A sample therefore does not depend on the other rows in the batch, apart from rounding:
@@ -880,8 +883,9 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
         # The total is 1, up to rounding. (searchsorted warns if it is not contiguous.)
         total = cumulative[:, -1:].contiguous()  # (N, 1)
         token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
-        # If uniform * total is rounded up to total, this index is past the end. So it is limited to
-        # the first token at which the sum is the total: later tokens add nothing to it.
+        # uniform is below 1, but uniform * total may be rounded up to total. No sum exceeds it, so
+        # the index is past the end. Then take the last token that adds something to the sum: it is
+        # the first one at which the sum is the total.
         token = token.minimum(torch.searchsorted(cumulative, total))
         token = token.clamp(max=logits.shape[1] - 1)  # nan would give an index past the end
     return token.squeeze(-1), log_probs.gather(-1, token).squeeze(-1)
@@ -1006,7 +1010,8 @@ def local_path(path_or_id: str | Path, files: list[str], repo_type: str = "model
         if getattr(getattr(cause, "response", None), "status_code", None) == 401:
             message += ", and the hub refuses your token (401): log in again with `hf auth login`, "
             message += "or unset HF_TOKEN"
-        elif hasattr(error, "snapshot_path"):  # Only a part of the files has been downloaded.
+        # snapshot_download adds this attribute if it has downloaded only a part of the files.
+        elif hasattr(error, "snapshot_path"):
             message += f"; its download is incomplete: {' '.join(str(error).split())}"
         elif isinstance(error, hub_errors.LocalEntryNotFoundError):
             message += "; it has not been downloaded before, and the hub cannot be reached: "
@@ -1051,7 +1056,8 @@ def replace_file(
             # save_file writes to its own file, .tmp and six characters, and then renames it.
             for leftover in [temporary, *path.parent.glob(".tmp??????")]:
                 leftover.unlink(missing_ok=True)
-            # Only its owner could read that file. So take the permissions of an ordinary new file.
+            # save_file gives its file permissions for the owner alone. So create an ordinary file
+            # first, and restore its permissions after save_file has replaced it.
             temporary.touch()
             mode = temporary.stat().st_mode
             safetensors.torch.save_file(content, temporary, metadata or {"format": "pt"})
@@ -1325,9 +1331,9 @@ def tiny_model(
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=rng)
     ids_of_numbers = {int(word): i for word, i in vocabulary.items() if word.isdigit()}
     numbers = torch.tensor(list(ids_of_numbers))[:, None].float()  # (numbers, 1)
-    # Short periods tell neighbors apart. The longest is 400: its cosine decreases from 0 to 200, so
-    # that no two numbers in this range have the same features. (The logarithm of 0.5 stands for
-    # that of 0.)
+    # Short periods tell neighbors apart. The longest period is 400. For the numbers from 0 to 200,
+    # half of this period, its cosine only decreases, so that no two of them have the same features.
+    # (The logarithm of 0.5 stands for that of 0.)
     angles = numbers / torch.logspace(math.log10(2), math.log10(400), 24)
     log_angles = numbers.clamp(min=0.5).log() / torch.logspace(math.log10(0.2), math.log10(8), 12)
     angles = 2 * math.pi * torch.cat([angles, log_angles], dim=1)  # (numbers, 36)

@@ -64,7 +64,8 @@ RUNS = Path("runs")
 @dataclass
 class Config(grpo.TrainConfig):
     """All settings of a run. The command line is generated from this class: each setting is a flag,
-    and the text beside its type is the flag's help."""
+    and the text beside its type is the flag's help. The values here are the defaults for pretrained
+    models. TINY, below, has others for the tiny model."""
 
     model: Annotated[str, "Hugging Face folder or hub id; tiny: a model made from scratch"] = "tiny"
     task: Annotated[str, "the task to solve"] = "countdown"
@@ -154,9 +155,9 @@ def check_setting(name: str, value: Any) -> None:
             raise ValueError(f"{flag} {value}: must be {bound}")
 
 
-# TINY has the defaults for the tiny model, and PAPER those for pretrained models. Apart from device
-# and dtype on a GPU, these are the defaults of Config: the paper's values where the paper states
-# them. It does not state the group size and the maximum turn length.
+# TINY has the defaults for the tiny model, and PAPER those for pretrained models. PAPER has the
+# values of Config and, if there is a GPU, its device and dtype. The values are the paper's, except
+# for the group size and the maximum turn length, which it does not state.
 TINY = Config(
     steps=16, batch_size=32, lr=3e-4, save_every=1, num_samples=4, max_attempts=4,
     max_new_tokens=134, cache_tokens=131_072, log_failures=None,
@@ -170,7 +171,8 @@ COLD_START = {
     "version": 2,  # of the dialogues: increase it if their texts change
     "steps": 4_000,
     "batch_size": 8,  # dialogues per step
-    # In this first part of the steps, every reflection searches until it succeeds.
+    # In this first part of the steps, every reflection searches: it tries one way to combine the
+    # numbers after another, until one reaches the target.
     "full_search_fraction": 0.8,
     "lr": 4e-3,
     "betas": [0.9, 0.99],
@@ -258,16 +260,17 @@ def dialogue_batches(
 def find_failures(
     agent: Agent, problems: list, max_attempts: int, path: Path
 ) -> list[Conversation]:
-    """Collect a dataset of failures: for each problem, in this order, the first wrong attempt among
-    at most `max_attempts`. They are appended to a file in batches, longest problems first. If the
-    file exists, the search resumes after the last problem on which it found a failure."""
+    """Collect a dataset of failures: the first wrong attempt at each problem, among at most
+    `max_attempts`. The result is in the order of `problems`. The file, to which each batch is
+    appended, has the longest problems first. If it exists, the search resumes after the last
+    problem in it."""
     saved = load_conversations(path, agent) if path.exists() else []
     found = {c.problem.id: c for c in saved}
     write_conversations(path, list(found.values()), agent)  # This drops an incomplete last line.
-    remaining = longest_first(agent, problems)
-    searched = max((i + 1 for i, p in enumerate(remaining) if p.id in found), default=0)
-    rng_prefix = (grpo.COLLECT, 0)  # of the random numbers: (purpose, step)
-    for batch in batches(agent, remaining[searched:], 1, "failures", searched):
+    by_length = longest_first(agent, problems)
+    searched = max((i + 1 for i, p in enumerate(by_length) if p.id in found), default=0)
+    rng_prefix = (grpo.COLLECT, 0)  # (purpose, step): how the keys of the random numbers begin
+    for batch in batches(agent, by_length[searched:], 1, "failures", searched):
         for attempt_index in range(max_attempts):
             without_failure = [problem for problem in batch if problem.id not in found]
             attempts = attempt_all(agent, without_failure, 1, rng_prefix, attempt_index)
@@ -316,8 +319,9 @@ def evaluate(
 def batches(
     agent: Agent, remaining: list, num_samples: int, title: str, num_done: int = 0
 ) -> Iterator[list]:
-    """Split problems into batches that fit into the memory of all processes together, and show the
-    progress. remaining: problems sorted by `longest_first`; num_done: how many came before them."""
+    """Split problems into batches whose attempts fit into the memory of all processes together, and
+    show the progress. remaining: problems sorted by `longest_first`; num_done: how many came before
+    them. (`rollout` divides the failures of a batch into batches of its own.)"""
     with progress_bar(desc=title, total=num_done + len(remaining), initial=num_done) as bar:
         while remaining:
             batch = grpo.next_batch(agent, remaining, num_samples, turns=1)
@@ -330,7 +334,8 @@ def batches(
 def write_conversations(
     path: Path, conversations: list[Conversation], agent: Agent, **extra_fields: Any
 ) -> None:
-    """Write conversations to a file, one line each. The file is replaced atomically."""
+    """Write conversations to a file, one line each. The file is replaced atomically. (Of several
+    processes, only the first one writes, in `replace_file` and `append_jsonl`.)"""
     records = [{**extra_fields, **grpo.to_json(c, agent.tokenizer)} for c in conversations]
     replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
 
@@ -495,13 +500,15 @@ def model_path(config: Config, task: Task) -> str | Path:
     """The folder or hub id of a run's model. The tiny one is made first, if necessary."""
     if config.model != "tiny":
         return config.model
+    # Of several processes, the first one makes it. The others wait, and get the path from it.
     return gather([is_rank_0() and make_tiny_model(task, config.seed)])[0]
 
 
 def load_shapes(config: Config, task: Task) -> Model:
-    """The run's model without weights, on the device "meta". Only its config.json is read, but the
-    tiny model is made first if it does not exist. Raises OSError if there is no such model, and
-    ValueError if it is not supported, or if --device is not available."""
+    """Select and try the device, and return the run's model without weights, on the device "meta".
+    Of the model, only config.json is read, but the tiny one is made first if it does not exist.
+    Raises OSError if there is no such model, and ValueError if it is not supported, or if --device
+    is not available."""
     try:
         if config.device == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -552,8 +559,9 @@ def memory_needed(config: Config, model: Model, training: bool) -> Memory:
         # With LoRA, the reference model needs no copy: it is the policy without the adapters.
         "reference model": weights if config.beta and not config.lora_rank else 0,
     }
-    # AdamW has two float32 moments of each float32 master weight. Without --offload, weights in
-    # float32 are their own masters, so their gradients are counted in update_memory.
+    # AdamW has two float32 moments of each float32 master weight. Masters and their gradients are
+    # copies, except for float32 weights without --offload, which are updated themselves. (The
+    # gradients of the weights are counted in update_memory.)
     num_masters = num_trained if config.offload or config.dtype != "float32" else 0
     optimizer = {"master weights": 4 * num_masters, "moments": 8 * num_trained}
     gradients = {"gradients of the master weights": 4 * num_masters}
@@ -562,8 +570,9 @@ def memory_needed(config: Config, model: Model, training: bool) -> Memory:
         always, update = always | optimizer, gradients | update
     else:
         cpu = optimizer | gradients
-    # What is saved is first copied to main memory: the checkpoint, unless it is there already, and
-    # at the end the model. It takes the place of the optimizer, so only the excess counts.
+    # A checkpoint and, at the end, the model are copied to main memory before they are written.
+    # With --offload, the checkpoint is there already. The model takes the place of the optimizer,
+    # so that only what exceeds it counts.
     if config.device != "cpu":
         checkpoint = 0 if config.offload else 12 * num_trained  # master weights and moments
         cpu["copies to be saved"] = max(checkpoint, weights - sum(cpu.values()))
@@ -588,16 +597,16 @@ def rollout_memory(config: Config, model: Model) -> dict[str, float]:
     E, width, V = shape.hidden_size, shape.intermediate_size, model.vocab_size
     # Each layer has a key and a value of each token.
     kv = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
-    # When rows have finished, the others are copied to a smaller cache, once no more than 3/4 are
-    # left (see drop_finished in model.py). The cache of all rows is kept, and at the next copy both
-    # smaller ones exist for a moment, with 3/4 and 9/16 of the rows.
+    # Once at most 3/4 of the rows are unfinished, these are copied to a smaller cache, and so on
+    # (see drop_finished in model.py). The first cache is kept. So three exist during the second
+    # copy: with all rows, 3/4 and 9/16 of them.
     copies = 1 + 3 / 4 + 9 / 16
-    # A decode step computes four float32 arrays for each row: logits, log-probabilities,
+    # A decode step has four float32 arrays of V numbers for each row: logits, log-probabilities,
     # probabilities, and cumulative probabilities. A row has at least one turn in the cache.
     logits = 4 * 4 * V / (config.max_new_tokens + 50)
     first_turn = {"keys and values": copies * kv, "logits of a decode step": logits}
-    # Now rows are twice as long, so there are half as many. The cache of the first turn is kept as
-    # well, which is half as long.
+    # In the second turn, rows are twice as long, so half as many fill the cache. The cache of their
+    # first turn, which is half as long, is kept: 0.5.
     second_turn = {"keys and values": (copies + 0.5) * kv, "logits of a decode step": logits / 2}
     # Prefill, the reading of prompts, needs the block's input, the sum after attention, its
     # normalization, and three vectors of the MLP. If prompts are padded, there is also a row of the
@@ -616,6 +625,7 @@ def update_memory(config: Config, model: Model) -> dict[str, float]:
     T, G = config.max_new_tokens, config.group_size  # T: tokens of a turn
     context = 2 * T  # a question and an attempt
     tokens = context + G * T
+    # `block`, `kept` and `block_backward` count numbers of the model's dtype.
     # A block keeps, for each token: its input and the sum after attention, both normalized as well
     # (4 E); the queries, the repeated keys and values, and the output of attention, before and
     # after it is transposed (5 q_size); the gate before and after silu, the other projection, and
@@ -628,17 +638,18 @@ def update_memory(config: Config, model: Model) -> dict[str, float]:
     kept = tokens * 2 * E + G * T * E
     if config.device == "cpu":
         # RMSNorm is several operators there, which also keep the input divided by its root mean
-        # square. With bfloat16, both are in float32, and the bfloat16 input is not kept: 4 - 1.
+        # square. With bfloat16, they keep both in float32, which counts as 4 arrays, instead of the
+        # bfloat16 input: 3 more.
         norm = tokens * E * (1 if size == 4 else 3)
         block, kept = block + 2 * norm, kept + norm
-    block += tokens * 7 * config.lora_rank  # the inputs of the matrices B of the adapters
+    block += tokens * 7 * config.lora_rank  # the inputs of the matrices B of 7 adapters
     if shape.qk_norm:  # queries and keys before their normalization
         block += tokens * (q_size + shape.num_key_value_heads * shape.head_dim)
     block_backward = tokens * (2 * width + 2 * E)  # gradients, while they pass through a block
     if config.checkpointing:
         # Only the inputs of the blocks are kept. The backward pass computes one block again.
         kept += shape.num_hidden_layers * tokens * E
-        block_backward += block - tokens * E
+        block_backward += block - tokens * E  # Its input is in `kept` already.
     else:
         kept += shape.num_hidden_layers * block
     # The logits of a chunk exist three times, in float32: as log-probabilities, and as gradients
@@ -722,15 +733,15 @@ def choose_cache_tokens(config: Config, memory: Memory, free: float | None) -> i
 def smaller_configs(config: Config, training: bool) -> Iterator[Config]:
     """Variants of the settings that may need less memory, beginning with the settings themselves.
     Those come first that do not change the result of the run, apart from rounding."""
-    changes: list[dict[str, Any]] = [{}]
-    savings: list[dict[str, Any]] = [{}]
+    harmless: list[dict[str, Any]] = [{}]
+    costly: list[dict[str, Any]] = [{}]  # These change the result of the run.
     if training:  # Offloading saves memory of the device; not offloading saves main memory.
-        other = {"offload": not config.offload}
-        savings += [{"checkpointing": True}, other, {"checkpointing": True, **other}]
+        toggled = {"offload": not config.offload}
+        harmless += [{"checkpointing": True}, toggled, {"checkpointing": True, **toggled}]
         if not config.lora_rank:
-            changes += [{"beta": 0.0}, {"lora_rank": 32}]
-    for dtype, change, saving in itertools.product([config.dtype, "bfloat16"], changes, savings):
-        yield replace(config, dtype=dtype, **change, **saving)
+            costly += [{"beta": 0.0}, {"lora_rank": 32}]
+    for dtype, cost, change in itertools.product([config.dtype, "bfloat16"], costly, harmless):
+        yield replace(config, dtype=dtype, **cost, **change)
 
 
 def fit_memory(
@@ -794,8 +805,9 @@ def check_disk(
     T = config.max_new_tokens
     # A turn is written as text and as token ids. A conversation has the fields of the problem, a
     # context (the question again, and the attempt), and three turns; a failure has a context
-    # without the attempt, and one turn. Questions that leave no room for three turns are dropped.
+    # without the attempt, and one turn.
     turn = T * (TEXT_BYTES + len(f"{model.vocab_size}, "))
+    # Questions that leave no room for three turns in the model's context are dropped.
     question = min(max(T, QUESTION_TOKENS), max(T, model.context_length - 3 * T)) * TEXT_BYTES
     conversation = FIELD_BYTES + 2 * question + T * TEXT_BYTES + 3 * turn
     failure = FIELD_BYTES + 2 * question + turn
@@ -843,7 +855,7 @@ def load_agent(config: Config, task: Task, training: bool = False) -> Agent:
     # is_tiny recognizes a tiny model only in a local folder, not on the hub.
     if tokenizer.settings.get("tiny") and not isinstance(task, TinyCountdown):
         raise ValueError(f"{path}: this is a tiny model; download it, and pass its folder")
-    model.vocab_size = tokenizer.vocab_size  # Extra embeddings are padding.
+    model.vocab_size = tokenizer.vocab_size  # Compute no logits for padding of the embeddings.
     return Agent(
         model, tokenizer, task, max_new_tokens=config.max_new_tokens, seed=config.seed,
         temperature=config.temperature, cache_tokens=cache_tokens,
@@ -902,8 +914,8 @@ def train_command(config: Config, folder: Path) -> None:
     if config.failures and not has_failures and not Path(config.failures).is_file():
         raise FileNotFoundError(f"--failures {config.failures}: there is no such file")
     task = load_task(config)
-    problems = load_problems(config, task, config.split, config.limit)
-    to_search = []
+    problems = load_problems(config, task, config.split, config.limit)  # to evaluate on
+    to_search = []  # the problems on which to search for failures
     if not config.failures:
         to_search = load_problems(config, task, "train", config.num_problems)
     check_disk(config, load_shapes(config, task), folder, len(problems), len(to_search))
@@ -959,12 +971,12 @@ def collect_failures(
     path = folder / "failures.jsonl"
     if not config.failures:
         to_search = drop_long_problems(vanilla, to_search)
-        write_config(folder, "train", config)
+        write_config(folder, "train", config)  # From here on, the run can be resumed.
         failures = find_failures(vanilla, to_search, config.max_attempts, path)
     else:
         source = path if path.exists() else Path(config.failures)
         failures = usable_failures(source, vanilla, problems)
-        write_config(folder, "train", config)
+        write_config(folder, "train", config)  # not if the file was refused
     gather([])  # Write the file only after all processes have read it.
     write_conversations(path, failures, vanilla)  # in the order in which training uses them
     if not failures:
@@ -1121,6 +1133,7 @@ def show_command(folder: Path | None, step: int | None, limit: int) -> None:
     """Read what was sampled at a step: the reflections, their advantages, and the retries. Groups
     with mixed rewards, the ones that R3 learns from, come first. On a terminal, reflections with a
     positive advantage are green, those with a negative one red, and what is not trained is dim."""
+    # A record's context is what comes before its reflection or, if it has none, its attempt.
     folder = folder or newest_file("**/samples.jsonl").parent
     path = folder / "samples.jsonl"  # written by train
     if not path.is_file():
@@ -1140,7 +1153,7 @@ def show_command(folder: Path | None, step: int | None, limit: int) -> None:
     ordered = sorted(groups.values(), key=lambda group: not any(r.get("advantage") for r in group))
     for group in ordered[:limit]:
         print_turn("context", group[0]["context"], DIM)
-        if "reflection" in group[0]:  # The context ends with the attempt: print its verdict below.
+        if "reflection" in group[0]:  # The context has shown the attempt. Its verdict follows.
             attempt, reason = group[0]["attempt"], group[0]["attempt_verdict"]["reason"]
             print_turn("", "", DIM, attempt["truncated"], reason)
         for record in group:
@@ -1259,6 +1272,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 def delete_temporary_files(folder: Path) -> None:
     """Delete the temporary files that a killed process left in the folder of its run."""
     for directory in (folder, folder / "model"):
+        # The last pattern is that of the safetensors library.
         for pattern in ("*.json.tmp", "*.jsonl.tmp", "*.safetensors.tmp", ".tmp??????"):
             for leftover in directory.glob(pattern):
                 leftover.unlink()
@@ -1304,7 +1318,7 @@ def load_config(folder: Path, command: str) -> Config:
     if unknown:
         names = ", ".join(sorted(unknown))
         raise ValueError(f"{path} has settings of another version of this code: {names!r}")
-    Config(**record)  # Check the values: default_config needs a valid model.
+    Config(**record)  # This checks the values, before default_config opens the model's folder.
     return replace(default_config(record.get("model", "tiny")), **record)
 
 
@@ -1315,8 +1329,10 @@ def check_resumable(folder: Path, config: Config) -> None:
         return
     if (folder / "report.json").exists():
         raise ValueError(f"{folder} has finished; its results are in {folder / 'report.json'}")
+    # Without a checkpoint, a run starts again at step 0. That is right if none was due yet: the
+    # first one is written before the metrics of step save_every + 1.
     steps = metrics.read_bytes().count(b"\n") - 1  # There is also a line for step 0.
-    if steps > config.save_every:  # A checkpoint is written before the line of the next step.
+    if steps > config.save_every:
         raise ValueError(
             f"{checkpoint} is missing, so the run cannot be resumed; to start a new run from its "
             f"failures: {restart_command(config, folder)}"

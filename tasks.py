@@ -84,10 +84,10 @@ class Task:
         self, path: str | None = None, split: str = "train", limit: int | None = None, seed: int = 0
     ) -> list:
         """Load the problems of a split, at most `limit` of them, in random order. The seed sets the
-        order and, with a limit or if the task draws its problems at random, also which they are.
-        Without a path, they come from `draw_problems`, and the split is one of `drawn_splits`.
-        Otherwise the path is a file (JSON, JSONL or parquet) or a folder of files, and the split is
-        one of `MERGED_SPLITS`.
+        order. With a limit, or if the task draws its problems at random, another seed also gives
+        other problems. Without a path, the problems come from `draw_problems`, and the split is one
+        of `drawn_splits`. Otherwise the path is a file (JSON, JSONL or parquet) or a folder of
+        files, and the split is one of `MERGED_SPLITS`.
 
         Raises ValueError if there is no such split, if a record is invalid, or if the file has no
         problem in the split. Raises OSError if a file cannot be read."""
@@ -519,8 +519,9 @@ class TinyCountdown(Countdown):
     """Countdown with 3 numbers from 1 to 10 and targets from 1 to 40, and all that is needed to
     train a tiny model from scratch: short texts, a vocabulary, and dialogues to imitate.
 
-    The question lists the numbers in descending order, so that a plan combines the first two, the
-    first and the third, or the last two. The model learns that in fewer steps."""
+    The question lists the numbers in descending order. The two numbers that a plan combines first
+    are therefore always in the order of the question, even for - and /, where the larger one has to
+    come first. That takes the model less training to learn."""
 
     drawn_splits = SPLITS  # "cold" problems are for the cold start alone
     reflection_instruction = "Wrong. Reflect."
@@ -577,6 +578,9 @@ class TinyCountdown(Countdown):
             no search              0%     54%   suggests a random plan
             short search           0%     18%   continues with probability 0.7 after a failed check
             full search          100%     18%   continues until a plan reaches the target
+
+        A retry with a random plan usually fails. This is intended: reflections that search help
+        more often than others, and that is what R3 can discover.
         """
         problem = rng.choice(problems)
         target = problem.target
@@ -676,9 +680,9 @@ class APIGen(Task):
 
 
 def parse_call(value: object) -> tuple[str, str]:
-    """Split a function call that `STRICT_JSON` has decoded into its name and the canonical JSON of
-    its arguments. Equal arguments have equal texts: 5 equals 5.0, but 5 does not equal "5", and 1
-    does not equal true. Raises ValueError if the value is not a call.
+    """The name of a function call, and the canonical JSON of its arguments. The value is the call
+    as `STRICT_JSON` has decoded it. Equal arguments have equal texts: 5 equals 5.0, but 5 does not
+    equal "5", and 1 does not equal true. Raises ValueError if the value is not a call.
 
     >>> parse_call({"name": "add", "arguments": {"b": 2, "a": 1}})
     ('add', '{"a": 1, "b": 2}')
@@ -705,9 +709,9 @@ CALL_START = re.compile(
     # cuts off each call that it has read, so that \A matches in both cases.
     | (?: \[TOOL_CALLS\] | \A ) \s* (?P<named> [\w.-]+ )
       (?: \[CALL_ID\] \w+ )? (?: \[ARGS\] )? (?= \{ \s* ["}] )
-    # [{…}, {…}] or [] (older Mistral; any model whose chat template ignores tools). "[add(" is
-    # matched too, so that STRICT_JSON will raise ValueError: a Python list of calls is an error
-    # unless it is the whole text (see PYTHON_CALLS).
+    # [{…}, {…}] or [] (older Mistral; any model whose chat template ignores tools). "[add(" starts
+    # a Python list of calls. extract_calls has already dealt with one that is the whole text (see
+    # PYTHON_CALLS). Anywhere else it is an error: it is matched, so that STRICT_JSON will raise.
     | (?P<list> (?= \[ \s* (?: [{\]] | [\w.]+\( ) ) )
     # {…} (Llama 3). Several are on lines of their own or separated by semicolons.
     | (?P<object> (?= \{ \s* " ) )
@@ -733,7 +737,7 @@ def extract_calls(text: str) -> list[tuple[str, str]] | None:
     if python_calls := PYTHON_CALLS.fullmatch(text):
         return parse_python_calls(python_calls[1])
     calls, formats = [], []
-    prose = []  # the text before the first call, between two calls, and after the last one
+    prose = []  # the text before, between and after the calls, with their closing tags, if any
     while match := CALL_START.search(text):
         formats.append(match.lastgroup)
         prose.append(text[: match.start()])
@@ -745,8 +749,8 @@ def extract_calls(text: str) -> list[tuple[str, str]] | None:
             value = {"name": match["named"], "arguments": value}
         calls += value if isinstance(value, list) else [value]
     prose.append(text)
-    # "tool_call>" counts opening and closing tags. The opening tag of each call was in its match,
-    # and its closing tag is in the prose. Any further tag has no call.
+    # The prose has the closing tag of each tagged call, and no opening tag: those were in the
+    # matches. Any further "tool_call>" is a tag without a call.
     if " ".join(prose).count("tool_call>") != formats.count("tagged"):
         raise ValueError("there are tags without a call")
     if len(set(formats)) > 1 or formats.count("list") > 1:
@@ -764,7 +768,8 @@ def parse_python_calls(text: str) -> list[tuple[str, str]]:
     [('add', '{"a": 1}'), ('find', '{"type": "x"}')]
     """
     calls = []
-    # Positions in ast nodes count lines that end in "\n", and columns in UTF-8 bytes.
+    # Names will be cut out of the text by their positions in the syntax tree. There, only "\n" ends
+    # a line, and columns are counted in UTF-8 bytes.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     lines = text.encode().split(b"\n")
     try:

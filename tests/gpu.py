@@ -542,7 +542,7 @@ def step(work: Workload, mode: str, rate: float) -> Rows:
     def one_step(optimizer: grpo.MasterAdamW) -> None:
         for group in groups:
             backward(agent, reference, group, num_tokens)
-            optimizer.accumulate_gradients()
+            optimizer.after_backward()
         norms.append(optimizer.update(LR, MAX_GRAD_NORM))
 
     def make_optimizer() -> grpo.MasterAdamW:
@@ -627,7 +627,7 @@ def changed_weights(work: Workload, with_masters: bool) -> float:
     for _ in range(10):
         backward(agent, model, group, num_tokens=64)
         if with_masters:
-            optimizer.accumulate_gradients()
+            optimizer.after_backward()
             optimizer.update(LR, MAX_GRAD_NORM)
         else:
             torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)

@@ -649,11 +649,11 @@ def test_gradients_add_up_in_float32(tiny):
         for p in model.parameters():
             gradient = torch.full_like(p, 2**-9 if number else 1.0)
             p.grad = gradient if p.grad is None else p.grad.add_(gradient)
-        optimizer.accumulate_gradients()
-        is_gathered = (number + 1) % grpo.MAX_GATHERED > 0
-        assert all((p.grad is not None) == is_gathered for p in model.parameters())
+        optimizer.after_backward()
+        waits = (number + 1) % grpo.PASSES_PER_MOVE > 0
+        assert all((p.grad is not None) == waits for p in model.parameters())
     optimizer.move_gradients()
-    lost = (grpo.MAX_GATHERED - 1) * 2**-9
+    lost = (grpo.PASSES_PER_MOVE - 1) * 2**-9
     for master in optimizer.masters:
         assert master.dtype == master.grad.dtype == torch.float32
         assert (master.grad == 1.5 - lost).all()
@@ -662,7 +662,7 @@ def test_gradients_add_up_in_float32(tiny):
 def test_a_steps_gradients_add_up_in_float32(tiny, task, tmp_path, monkeypatch):
     """The gradients of two groups of a bfloat16 model are added up in bfloat16, and their sums in
     float32."""
-    monkeypatch.setattr(grpo, "MAX_GATHERED", 2)
+    monkeypatch.setattr(grpo, "PASSES_PER_MOVE", 2)
     model = copy.deepcopy(tiny[0]).bfloat16()
     groups, wanted = conversations_of(draw_groups(tiny[0], GROUPS, 4), mixed(5, 4)), 0.0
     lengths = torch.tensor([[len(c.reflection.tokens) for c in group] for group in groups])
