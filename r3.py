@@ -294,7 +294,7 @@ def evaluate(
     file already holds these attempts by the model after `trained_steps` training steps, the result
     is read from it instead.
     """
-    if path and path.exists():
+    if path and path.exists() and path.stat().st_size > 0:
         conversations = load_conversations(path, agent)
         steps = {record["trained_steps"] for record in read_jsonl(path, "trained_steps")}
         attempts_in_file = [(c.problem, c.attempt_index) for c in conversations]
@@ -1349,10 +1349,10 @@ def resumed_config(folder: Path, command: str, flags: dict[str, Any]) -> Config:
             allowed = ", ".join(map(flag_name, RESUME_FLAGS))
             message = "cannot be given with --resume, which uses the settings of the run"
             raise ValueError(f"{flag_name(name)} {message}; it allows only {allowed}")
-    config = replace(load_config(folder, command), **flags)
+    config = load_config(folder, command)
     if command == "train":
         check_resumable(folder, config)
-    return config
+    return replace(config, **flags)
 
 
 def resume_command(command: str, folder: Path) -> str:
@@ -1364,7 +1364,10 @@ def restart_command(config: Config, folder: Path, **changes: Any) -> str:
     """The command that starts a new run with a run's settings, some changes, and its failures."""
     changes |= {"failures": str(folder / "failures.jsonl"), "name": None}
     config = replace(config, **changes)
-    return f"{program()} train {flags_for(config, default_config(config.model))}"
+    # The default of --lr depends on --lora-rank.
+    default_lr = new_config({"model": config.model, "lora_rank": config.lora_rank}).lr
+    defaults = replace(default_config(config.model), lr=default_lr)
+    return f"{program()} train {flags_for(config, defaults)}"
 
 
 def flags_for(config: Config, defaults: Config) -> str:

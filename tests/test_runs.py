@@ -277,6 +277,25 @@ def test_a_run_without_its_checkpoint_is_not_started_over(train, finished, base_
     assert configs[1] == expected and configs[1].model == str(base_folder)
 
 
+def test_a_run_is_resumed_before_its_first_checkpoint(train, finished):
+    """Also if a lower --save-every is given, with which there would have been one."""
+    weights = Path("runs/x/model/model.safetensors").read_bytes()
+    for name in ("checkpoint.safetensors", "report.json", "trained.jsonl"):
+        (finished / name).unlink()
+    config = json.loads((finished / "config.json").read_text())
+    config["save_every"] = 100
+    (finished / "config.json").write_text(json.dumps(config))
+    train("--resume", "runs/x", "--save-every", "1")
+    assert Path("runs/x/model/model.safetensors").read_bytes() == weights
+
+
+def test_an_evaluation_whose_file_is_empty_is_made_again(train, finished):
+    text = (finished / "trained.jsonl").read_text()
+    (finished / "trained.jsonl").write_text("")
+    train("--resume", "runs/x")
+    assert (finished / "trained.jsonl").read_text() == text
+
+
 def test_a_finished_run_has_no_checkpoint(train, finished):
     assert Path("runs/x/checkpoint.safetensors").exists()  # because of --keep-checkpoint
     train("--resume", "runs/x", "--no-keep-checkpoint")
@@ -562,6 +581,22 @@ def test_a_run_that_diverges_says_how_to_start_again(train, monkeypatch):
     assert given.pop("command") == "train"
     config = r3.new_config(given)
     assert config.failures == "runs/x/failures.jsonl" and config.group_size == 3
+
+
+@pytest.mark.parametrize("lora_rank", [0, 8])
+@pytest.mark.parametrize("lr", [None, r3.PAPER.lr, 5e-6, 3e-6])
+def test_a_command_to_start_again_keeps_the_learning_rate(lora_rank, lr):
+    """Its default depends on --lora-rank."""
+    given = {"model": "org/x", "lora_rank": lora_rank, "lr": lr}
+    config = r3.new_config({name: value for name, value in given.items() if value is not None})
+    command = r3.restart_command(config, Path("runs/x"))
+    flags = r3.read_command_line(shlex.split(command)[2:])
+    assert flags.pop("command") == "train"
+    assert r3.new_config(flags) == replace(config, failures="runs/x/failures.jsonl")
+    adapters = r3.restart_command(config, Path("runs/x"), lora_rank=32, lr=10 * config.lr)
+    flags = r3.read_command_line(shlex.split(adapters)[2:])
+    flags.pop("command")
+    assert r3.new_config(flags).lr == pytest.approx(10 * config.lr)
 
 
 def test_progress_in_a_log_file_is_a_line_a_minute(monkeypatch):
