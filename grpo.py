@@ -69,8 +69,8 @@ def train(
     it gets, for example an evaluation: it is written to the log only when the caller asks for the
     next pair. The entry "seconds" says what took how long. It is logged to a file of its own, so
     that all other files depend on the seed alone. The numbered comments match the six steps in the
-    README. Raises DivergenceError if a gradient is not finite or, before a checkpoint is saved,
-    if the updated model's outputs are not.
+    README. Raises DivergenceError if a gradient is not finite. Before a checkpoint is saved, also
+    raises it if the outputs of the updated model are not finite.
     """
     policy, G = agent.model, config.group_size
     policy.gradient_checkpointing = config.checkpointing
@@ -236,9 +236,9 @@ def grpo_loss(
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log(pi / pi_old) of each token, (G, T), and 0 outside the mask, whatever the arguments are
-    there. Otherwise the exponential could overflow, and the gradient of a token outside the mask
-    would be 0 * inf, which is nan."""
+    """log(pi / pi_old) of each token, (G, T). Outside the mask it is set to 0 before `grpo_loss`
+    takes its exponential. To mask only the finished loss would not be enough: if the exponential of
+    a value outside the mask overflowed, its gradient would be 0 * inf, which is nan."""
     return torch.where(mask, logprobs - old_logprobs, 0.0)
 
 
@@ -310,11 +310,11 @@ class PackedGroup(NamedTuple):
 def pack_group(group: "Group") -> PackedGroup:
     """Pack a group; `Conversation.trained_turns` says which tokens are trained.
 
-    The context is the longest common prefix of the prompts of the first trained turns. In R3, these
-    prompts are all equal. A trained turn includes the end-of-turn token that the model sampled. The
-    mask is computed from positions, never by comparing ids with a padding id, because the padding
-    id can also occur as a real token. Raises ValueError if there is no common prefix, or if a turn
-    was not sampled in this run.
+    The context is the longest common prefix of G prompts: from each conversation, the prompt of its
+    first trained turn. In R3, these prompts are all equal. A trained turn includes the end-of-turn
+    token that the model sampled. The mask is computed from positions, never by comparing ids with a
+    padding id, because the padding id can also occur as a real token. Raises ValueError if there is
+    no common prefix, or if a turn was not sampled in this run.
     """
     trained_turns = [conversation.trained_turns() for conversation in group]
     first_prompts = [turns[0].prompt for turns in trained_turns]
@@ -349,7 +349,8 @@ def token_logprobs(model: Model, packed: PackedGroup, temperature: float = 1.0) 
         index      [ 0  1  2 |  3  4 |  5 ]        in the packed sequence
         ids        [ 7  8  9 | 10 11 | 12 ]        context | branch_1 | branch_2
         positions  [ 0  1  2 |  3  4 |  3 ]        each branch continues after the context
-        predictors             2  3     2          token 9 predicts 10 and 12; 10 predicts 11
+        predictors              2  3     2         the index of the token that predicts this one:
+                                                   index 2 (id 9) predicts the ids 10 and 12
     """
     C, branch_lengths = len(packed.context), [len(branch) for branch in packed.branches]
     ids = torch.tensor([packed.context + sum(packed.branches, [])], device=model.device)  # (1, L)
@@ -374,7 +375,8 @@ def predictor_indices(context_length: int, branch_lengths: list[int]) -> Tensor:
     start = context_length
     for g, length in enumerate(branch_lengths):
         indices[g, :length] = torch.arange(start - 1, start + length - 1)
-        # A branch's first token follows the context. In the line above, it follows branch g - 1.
+        # For the branch's first token, the line above has the last token of branch g - 1 (unless g
+        # is 0). It has to be the last token of the context.
         indices[g, 0] = context_length - 1
         start += length
     return indices
@@ -420,8 +422,8 @@ class Conversation:
     attempt_index: int  # which attempt at the problem this is
     attempt: Turn
     attempt_verdict: Verdict
-    # The number of the reflection among those on the same attempt. While there is no reflection:
-    # the number that the first one will get (see `sample_reflections`).
+    # The number of this reflection among those on the same attempt. In a failure, which has no
+    # reflection yet: where `sample_reflections` starts to count. In R3 that is always 0.
     reflection_index: int = 0
     reflection: Turn | None = None
     retry: Turn | None = None
@@ -433,8 +435,8 @@ class Conversation:
         return [self.reflection]
 
     @property
-    def identity(self) -> tuple[int, int]:
-        """Identifies the attempt: the same for all conversations that continue it."""
+    def attempt_id(self) -> tuple[int, int]:
+        """(problem id, attempt index). All conversations that continue one attempt share it."""
         return self.problem.id, self.attempt_index
 
     @property
@@ -547,12 +549,13 @@ def sample_reflections(
     agent: Agent, failures: list[Conversation], num_samples: int, rng_prefix: RngPrefix
 ) -> tuple[list[Conversation], KVCache]:
     """Reflect `num_samples` times on each failure. The new reflections are numbered from
-    failure.reflection_index, which is 0 in R3. (A variant that reflects on an attempt again sets it
-    to an unused number, because the random numbers depend on it.) Returns the conversations,
-    failure by failure, and the cache from which the retries can be sampled."""
+    failure.reflection_index, which is 0 in R3. (A variant that reflects on the same attempt a
+    second time has to set it to a number that was not used yet: otherwise the same random numbers
+    are drawn again.) Returns the conversations, failure by failure, and the cache from which the
+    retries can be sampled."""
     prompts = [agent.reflection_prompt(failure) for failure in failures]
     rng_keys = [
-        (*rng_prefix, REFLECTION, *failure.identity, failure.reflection_index + g)
+        (*rng_prefix, REFLECTION, *failure.attempt_id, failure.reflection_index + g)
         for failure in failures
         for g in range(num_samples)
     ]
@@ -577,7 +580,7 @@ def sample_retries(
     example if another model wrote the reflections, the whole prompts go through the model.
     """
     prompts = [agent.retry_prompt(c) for c in conversations]
-    rng_keys = [(*rng_prefix, RETRY, *c.identity, c.reflection_index) for c in conversations]
+    rng_keys = [(*rng_prefix, RETRY, *c.attempt_id, c.reflection_index) for c in conversations]
     cached_lengths = None
     if cache is not None:
         # The last token of a reflection has been sampled, but has not gone through the model.
@@ -618,7 +621,7 @@ def rollout(
     number of failures, in batches that fit in memory. Returns a group of conversations for each
     failure, in the order of the failures."""
     remaining = share(longest_first(agent, failures))
-    groups: dict[tuple[int, int], Group] = {failure.identity: [] for failure in remaining}
+    groups: dict[tuple[int, int], Group] = {failure.attempt_id: [] for failure in remaining}
     new_turns = MAX_TURNS - 1  # The attempt has been made already.
     while remaining:
         batch = next_batch(agent, remaining, group_size, new_turns)
@@ -626,14 +629,14 @@ def rollout(
         try:
             reflected, cache = sample_reflections(agent, batch, group_size, rng_prefix)
             for conversation in sample_retries(agent, reflected, rng_prefix, cache):
-                groups[conversation.identity].append(conversation)
+                groups[conversation.attempt_id].append(conversation)
             remaining = remaining[len(batch) :]
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             lower_cache_limit(agent, batch, group_size, new_turns)
     groups = dict(gather(list(groups.items())))  # the groups of all processes
-    return [groups[failure.identity] for failure in failures]
+    return [groups[failure.attempt_id] for failure in failures]
 
 
 def longest_first(agent: Agent, items: list) -> list:
@@ -682,12 +685,13 @@ class FailureStream:
 
     def draw(self, size: int) -> list[Conversation]:
         """The next `size` failures. If the batch crosses an epoch boundary, a failure may be drawn
-        twice. Then the batch is smaller: the duplicate is dropped, because in the same step it
-        would get the same random numbers. Raises ValueError if there are no failures."""
+        more than once. Then the batch is smaller: duplicates are dropped, because in the same step
+        they would get the same random numbers. Raises ValueError if there are no failures."""
         if not self.failures:
             raise ValueError("there are no failures to train on")
-        # A batch can start in the middle of an epoch. Wherever it starts, 2n draws from n failures
-        # contain a whole epoch, and so every failure: further draws could only be duplicates.
+        # With n failures, make at most 2n draws. Wherever in an epoch the batch starts, at most n
+        # draws complete this epoch, and the next n draws are all failures. So more draws could only
+        # add duplicates.
         size = min(size, 2 * len(self.failures))
         epoch, start = divmod(self.position, len(self.failures))
         order: list[Conversation] = []  # from the beginning of this epoch
@@ -697,7 +701,7 @@ class FailureStream:
             epoch += 1
         self.position += size
         drawn = order[start : start + size]
-        return list({failure.identity: failure for failure in drawn}.values())  # no duplicates
+        return list({failure.attempt_id: failure for failure in drawn}.values())  # no duplicates
 
 
 # -- Metrics and samples ---------------------------------------------------------------------------
@@ -762,9 +766,9 @@ def loss_metrics(terms: list[dict[str, Tensor]]) -> dict[str, float]:
 
     nll (an estimate of the policy's entropy), clipped and kl are means over the trained tokens;
     there is a kl only with a reference model. mismatch is the largest |log pi - log pi_old| of a
-    token. In the first update of a step, both are of the same weights: it then measures only the
-    numerical difference between sampling, token by token with a KV cache, and training on a packed
-    sequence. If a step has several updates, the metrics are those of the last one.
+    token. In the first update of a step, pi and pi_old have the same weights. The mismatch then
+    measures only the numerical difference between sampling, token by token with a KV cache, and
+    training on a packed sequence. If a step has several updates, the metrics are those of the last.
     """
     rows: list[dict[str, float]] = []
     if terms:
@@ -990,11 +994,13 @@ def read_checkpoint(path: Path, optimizer: MasterAdamW) -> tuple[int, dict, dict
         record = json.loads(file.metadata()["run"])
         step, lengths, state = int(record["step"]), dict(record["logs"]), dict(record["state"])
         keys = list(file.keys())  # "0.weight", "0.step", "0.exp_avg", "0.exp_avg_sq", "1.weight", …
-        names = {key.partition(".")[2] for key in keys}
-        # Each master has a tensor of each name: "weight" and, after an update, AdamW's state.
-        if len(keys) != len(names) * len(optimizer.masters):
-            raise ValueError("it has the wrong number of tensors")
+        if sum(key.endswith(".weight") for key in keys) != len(optimizer.masters):
+            raise ValueError("it has the wrong number of weights")
         for i, master in enumerate(optimizer.masters):
+            names = [key.removeprefix(f"{i}.") for key in keys if key.startswith(f"{i}.")]
+            # A master that has never had a gradient has no state of AdamW.
+            if len(names) not in (1, 4):
+                raise ValueError(f"some of the tensors {i}.… are missing")
             tensors = {name: file.get_tensor(f"{i}.{name}") for name in names}
             for name, tensor in tensors.items():
                 if tensor.shape != (() if name == "step" else master.shape):
@@ -1026,13 +1032,13 @@ def join_processes() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # Rank 0 reports its error at once, unless it is a RuntimeError: that may only mean that the
-        # connection to a process that failed was lost. The others usually have the same error as
-        # rank 0, or have lost a connection. They sleep, so that torchrun ends them before they
-        # report it, too.
+        # When one process fails, the others lose their connection to it, which is a RuntimeError.
+        # Only the original error should be printed. So rank 0 reports any other error at once, but
+        # all other processes, and rank 0 after a RuntimeError, wait first: meanwhile, torchrun
+        # usually ends them. A process that is still alive then has to report its error itself.
         if not is_rank_0() or isinstance(error, RuntimeError):
             time.sleep(5)
-        sys.stderr = sys.__stderr__  # torchrun has not ended this process, so it has to report.
+        sys.stderr = sys.__stderr__  # This undoes the redirection above.
         raise
     dist.destroy_process_group()
 

@@ -155,9 +155,9 @@ def check_setting(name: str, value: Any) -> None:
             raise ValueError(f"{flag} {value}: must be {bound}")
 
 
-# TINY has the defaults for the tiny model, and PAPER those for pretrained models. PAPER has the
-# values of Config and, if there is a GPU, its device and dtype. The values are the paper's, except
-# for the group size and the maximum turn length, which it does not state.
+# TINY has the defaults for the tiny model, and PAPER those for pretrained models: the values of
+# Config but, if there is a GPU, on the GPU and in bfloat16. They are the paper's, except for the
+# group size and the maximum turn length, which it does not state.
 TINY = Config(
     steps=16, batch_size=32, lr=3e-4, save_every=1, num_samples=4, max_attempts=4,
     max_new_tokens=134, cache_tokens=131_072, log_failures=None,
@@ -261,9 +261,9 @@ def find_failures(
     agent: Agent, problems: list, max_attempts: int, path: Path
 ) -> list[Conversation]:
     """Collect a dataset of failures: the first wrong attempt at each problem, among at most
-    `max_attempts`. The result is in the order of `problems`. The file, to which each batch is
-    appended, has the longest problems first. If it exists, the search resumes after the last
-    problem in it."""
+    `max_attempts`. The result is in the order of `problems`. The longest problems are searched
+    first, and the failures of each batch are appended to the file. If the file exists, the search
+    resumes after the last problem, in the order of the search, that is in it."""
     saved = load_conversations(path, agent) if path.exists() else []
     found = {c.problem.id: c for c in saved}
     write_conversations(path, list(found.values()), agent)  # This drops an incomplete last line.
@@ -310,7 +310,7 @@ def evaluate(
         failures = [c for c in attempts if not c.attempt_verdict.correct]
         for group in rollout(agent, failures, 1, rng_prefix):
             conversations += group  # one conversation for each failure
-    conversations.sort(key=lambda c: c.identity)  # (problem id, attempt index)
+    conversations.sort(key=lambda c: c.attempt_id)  # (problem id, attempt index)
     if path:
         write_conversations(path, conversations, agent, trained_steps=trained_steps)
     return conversations
@@ -319,9 +319,10 @@ def evaluate(
 def batches(
     agent: Agent, remaining: list, num_samples: int, title: str, num_done: int = 0
 ) -> Iterator[list]:
-    """Split problems into batches whose attempts fit into the memory of all processes together, and
-    show the progress. remaining: problems sorted by `longest_first`; num_done: how many came before
-    them. (`rollout` divides the failures of a batch into batches of its own.)"""
+    """Split problems into batches, so that results can be saved and progress shown after each. The
+    attempts at a batch just fit into the memory of all processes together. remaining: problems
+    sorted by `longest_first`; num_done: how many came before them. (The failures of a batch need
+    more memory: `rollout` divides them again.)"""
     with progress_bar(desc=title, total=num_done + len(remaining), initial=num_done) as bar:
         while remaining:
             batch = grpo.next_batch(agent, remaining, num_samples, turns=1)
@@ -368,7 +369,7 @@ def load_conversations(path: Path, agent: Agent) -> list[Conversation]:
 def usable_failures(path: Path, agent: Agent, problems: list) -> list[Conversation]:
     """The failures in another run's file that can be trained on here. Failures on the problems
     that this run evaluates, and those that would outgrow the model's context, are dropped, and
-    the number of each is printed. If two failures have the same identity, because files of
+    the number of each is printed. If two failures have the same attempt_id, because files of
     several runs were joined, the problem of the second one gets a new id."""
     failures = [c for c in load_conversations(path, agent) if not c.attempt_verdict.correct]
     evaluated = {agent.task.problem_key(problem) for problem in problems}
@@ -382,10 +383,10 @@ def usable_failures(path: Path, agent: Agent, problems: list) -> list[Conversati
     usable: dict[tuple[int, int], Conversation] = {}
     next_id = 1 + max((failure.problem.id for failure in fitting), default=0)
     for failure in fitting:
-        if failure.identity in usable:
+        if failure.attempt_id in usable:
             failure = replace(failure, problem=replace(failure.problem, id=next_id))
             next_id += 1
-        usable[failure.identity] = failure
+        usable[failure.attempt_id] = failure
     return list(usable.values())
 
 
@@ -413,8 +414,9 @@ def mean_with_interval(values: np.ndarray, conversations: list[Conversation]) ->
 
 
 def accuracy(by_model: dict[str, list[Conversation]]) -> dict[str, dict[str, list[float]]]:
-    """The paper's numbers: a row for each model, with the accuracy on the first try and within two
-    tries. With two models, a row "gain" has the difference, paired by problem and attempt."""
+    """The two accuracies that the paper reports, measured on these conversations: a row for each
+    model, with the accuracy on the first try and within two tries. With two models, a row "gain"
+    has the difference, paired by problem and attempt."""
     rows: dict[str, dict[str, list[float]]] = defaultdict(dict)
     for column, verdict in (("1st try", "attempt_verdict"), ("within two", "final_verdict")):
         correct = []  # for each model, an array with a 1 or a 0 for each conversation
@@ -559,9 +561,9 @@ def memory_needed(config: Config, model: Model, training: bool) -> Memory:
         # With LoRA, the reference model needs no copy: it is the policy without the adapters.
         "reference model": weights if config.beta and not config.lora_rank else 0,
     }
-    # AdamW has two float32 moments of each float32 master weight. Masters and their gradients are
-    # copies, except for float32 weights without --offload, which are updated themselves. (The
-    # gradients of the weights are counted in update_memory.)
+    # AdamW has two float32 moments for each trained weight. The masters that it updates are float32
+    # copies with gradients of their own. Float32 weights without --offload are their own masters,
+    # so there are no copies. (The gradients of the weights are counted in update_memory.)
     num_masters = num_trained if config.offload or config.dtype != "float32" else 0
     optimizer = {"master weights": 4 * num_masters, "moments": 8 * num_trained}
     gradients = {"gradients of the master weights": 4 * num_masters}
@@ -570,9 +572,9 @@ def memory_needed(config: Config, model: Model, training: bool) -> Memory:
         always, update = always | optimizer, gradients | update
     else:
         cpu = optimizer | gradients
-    # A checkpoint and, at the end, the model are copied to main memory before they are written.
-    # With --offload, the checkpoint is there already. The model takes the place of the optimizer,
-    # so that only what exceeds it counts.
+    # What is saved is first copied to main memory: each checkpoint (with --offload, it is there
+    # already) and, at the end, the model. By then, the optimizer has been freed, so the model needs
+    # more memory only if it is larger than what the optimizer took.
     if config.device != "cpu":
         checkpoint = 0 if config.offload else 12 * num_trained  # master weights and moments
         cpu["copies to be saved"] = max(checkpoint, weights - sum(cpu.values()))
@@ -602,15 +604,18 @@ def rollout_memory(config: Config, model: Model) -> dict[str, float]:
     # copy: with all rows, 3/4 and 9/16 of them.
     copies = 1 + 3 / 4 + 9 / 16
     # A decode step has four float32 arrays of V numbers for each row: logits, log-probabilities,
-    # probabilities, and cumulative probabilities. A row has at least one turn in the cache.
+    # probabilities, and cumulative probabilities. Here they are divided by the number of tokens
+    # that a row has in the cache: at least one turn.
     logits = 4 * 4 * V / (config.max_new_tokens + 50)
     first_turn = {"keys and values": copies * kv, "logits of a decode step": logits}
-    # In the second turn, rows are twice as long, so half as many fill the cache. The cache of their
-    # first turn, which is half as long, is kept: 0.5.
+    # The first turn of a batch is an attempt or a reflection. The second one is a retry: its rows
+    # hold two turns, so half as many fill the cache. The cache of the first turn, which is half as
+    # large, is kept: 0.5.
     second_turn = {"keys and values": (copies + 0.5) * kv, "logits of a decode step": logits / 2}
     # Prefill, the reading of prompts, needs the block's input, the sum after attention, its
     # normalization, and three vectors of the MLP. If prompts are padded, there is also a row of the
-    # attention mask. Prompts are at most about half of the cache; the rest is allocated later.
+    # attention mask, as long as a prompt: 2 * max_new_tokens (see memory_needed). Prompts are at
+    # most about half of the cache; the rest is allocated later.
     prompt = size * (3 * E + 3 * width + 2 * config.max_new_tokens)
     prefill = {"keys and values": kv / 2, "reading of prompts": prompt / 2}
     return max(first_turn, second_turn, prefill, key=lambda phase: sum(phase.values()))
@@ -637,9 +642,9 @@ def update_memory(config: Config, model: Model) -> dict[str, float]:
     # predict the tokens of the reflections.
     kept = tokens * 2 * E + G * T * E
     if config.device == "cpu":
-        # RMSNorm is several operators there, which also keep the input divided by its root mean
-        # square. With bfloat16, they keep both in float32, which counts as 4 arrays, instead of the
-        # bfloat16 input: 3 more.
+        # RMSNorm is several operators there. With float32, they also keep x / rms(x): 1 more array.
+        # With bfloat16, they keep x and x / rms(x) in float32, as large as 4 bfloat16 arrays, but
+        # no longer x in bfloat16: 3 more.
         norm = tokens * E * (1 if size == 4 else 3)
         block, kept = block + 2 * norm, kept + norm
     block += tokens * 7 * config.lora_rank  # the inputs of the matrices B of 7 adapters
@@ -657,7 +662,9 @@ def update_memory(config: Config, model: Model) -> dict[str, float]:
     # three times: that of a chunk, and the sum before and after it is added.
     num_logits = min(G * T * V, grpo.MAX_LOGITS)
     head = 0 if config.lora_rank else size * V * E
-    # The backward pass begins with the head, and continues with the last block.
+    # The backward pass begins with the head, and continues with the last block. The gradient of the
+    # head is at first a tensor of its own. If the embeddings share the head's weights, it is added
+    # to the "gradients of the weights" only at the end of the backward pass.
     at_head = {
         "activations": size * kept,
         "logits": 3 * 4 * num_logits,
@@ -679,7 +686,8 @@ def free_memory(device: str) -> float | None:
     meminfo = Path("/proc/meminfo")  # Linux has it
     if device == "cpu" and meminfo.is_file():
         kilobytes = re.search(r"^MemAvailable: +(\d+) kB", meminfo.read_text(), re.MULTILINE)
-        num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine: of torchrun
+        # torchrun says how many processes it has started on this machine.
+        num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return 1024 * int(kilobytes[1]) / num_processes if kilobytes else None
     return None
 
@@ -709,12 +717,12 @@ def check_memory(config: Config, model: Model, training: bool) -> int:
     if has_amx and in_float32 and not is_tiny(config.model):
         print("This processor multiplies bfloat16 matrices: --dtype bfloat16 may be faster")
 
-    device_memory = "main memory" if config.device == "cpu" else f"memory on {config.device}"
-    needs = [(device_memory, device_bytes, free), ("main memory", cpu_bytes, main_free)]
+    device_name = "main memory" if config.device == "cpu" else f"memory on {config.device}"
+    needs = [(device_name, device_bytes, free), ("main memory", cpu_bytes, main_free)]
     lacking = [
-        f"{gigabytes(needed)} GB of {name}, where {gigabytes(there)} GB can be used"
-        for name, needed, there in needs
-        if there is not None and needed > there
+        f"{gigabytes(needed)} GB of {name}, where {gigabytes(usable)} GB can be used"
+        for name, needed, usable in needs
+        if usable is not None and needed > usable
     ]
     if lacking:
         hint = what_would_fit(config, model, training, free, main_free)
@@ -781,8 +789,8 @@ def what_would_fit(
 
 
 def gigabytes(size: float) -> str:
-    """Bytes as a number of gigabytes (10**9 bytes), with up to three digits."""
-    return f"{size / 1e9:.3g}" if size < 1e12 else f"{size / 1e9:,.0f}"
+    """Bytes as a number of gigabytes (10**9 bytes), to three digits, or to whole gigabytes."""
+    return f"{size / 1e9:.3g}" if size < 100e9 else f"{size / 1e9:,.0f}"
 
 
 def list_gigabytes(sizes: dict[str, float]) -> str:
@@ -808,7 +816,8 @@ def check_disk(
     # without the attempt, and one turn.
     turn = T * (TEXT_BYTES + len(f"{model.vocab_size}, "))
     # Questions that leave no room for three turns in the model's context are dropped.
-    question = min(max(T, QUESTION_TOKENS), max(T, model.context_length - 3 * T)) * TEXT_BYTES
+    longest_question = max(T, model.context_length - 3 * T)  # in tokens
+    question = min(max(T, QUESTION_TOKENS), longest_question) * TEXT_BYTES
     conversation = FIELD_BYTES + 2 * question + T * TEXT_BYTES + 3 * turn
     failure = FIELD_BYTES + 2 * question + turn
     logged = min(config.batch_size, config.log_failures or config.batch_size) * config.group_size
@@ -927,11 +936,11 @@ def train_command(config: Config, folder: Path) -> None:
     policy, reference = copy_for_training(vanilla, config)
     curve_problems = problems[:CURVE_PROBLEMS]
     curve_steps = {round(config.steps * i / config.curve) for i in range(1, config.curve)}
+    curve_steps -= {0, config.steps}  # These ends of the curve are evaluated anyway.
     print(f"Training on {plural(len(failures), 'failure')}")
     durations = []
     # grpo.train logs the metrics after each pass of this loop, with what is added to them here.
     for step, metrics in grpo.train(policy, reference, failures, config, folder):
-        # The vanilla and the trained model are evaluated anyway: they are the ends of the curve.
         if step == 0:
             metrics |= curve_point(config, curve_problems, before)
             continue
@@ -998,8 +1007,8 @@ def copy_for_training(vanilla: Agent, config: Config) -> tuple[Agent, Model | No
 def curve_point(
     config: Config, problems: list, conversations: list[Conversation]
 ) -> dict[str, list[float]]:
-    """The accuracies of a point of the learning curve, from conversations about its problems and
-    perhaps others. Empty if --curve is 0."""
+    """The accuracies of a point of the learning curve: those on `problems`, with CURVE_SAMPLES
+    attempts each. `conversations` may have more problems and attempts. Empty if --curve is 0."""
     if config.curve == 0:
         return {}
     ids = {problem.id for problem in problems}
@@ -1103,8 +1112,8 @@ def play_command(config: Config) -> None:
         try:
             if line.isdecimal():
                 if problems is None:
-                    problems = load_problems(config, task, config.split, None)
-                    problems = drop_long_problems(agent, problems)
+                    loaded = load_problems(config, task, config.split, None)
+                    problems = drop_long_problems(agent, loaded)
                 if int(line) >= len(problems):
                     raise ValueError(f"the problems are numbered from 0 to {len(problems) - 1}")
                 problem = problems[int(line)]
@@ -1195,6 +1204,7 @@ def print_turn(
         line = "".join(character if character.isprintable() else " " for character in line)
         start = f"{label:>20}  "
         line = textwrap.fill(line, width, initial_indent=start, subsequent_indent=" " * 22)
+        line = line or start.rstrip()  # textwrap makes nothing of an empty line.
         print(f"\033[{color}m{line}\033[0m" if colored else line)
         label = ""  # Only the first line has the label.
 
@@ -1441,7 +1451,7 @@ RESUME_FLAGS = (
     "device", "offload", "checkpointing", "cache_tokens", "save_every", "keep_checkpoint",
 )  # fmt: skip
 TRAIN_FLAGS = " ".join(field.name for field in fields(grpo.TrainConfig))
-FLAG_GROUPS = {  # title in --help: the commands that have these flags, and their settings
+FLAG_GROUPS = {  # title in --help: (the commands that have these flags, the settings they set)
     "model and task": ("train failures eval play", "model task data seed device dtype"),
     "sampling": ("train failures eval play", "temperature max_new_tokens cache_tokens"),
     "run": ("train failures eval", "name"),

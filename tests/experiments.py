@@ -79,7 +79,7 @@ def load_trained(config: r3.Config, vanilla: Agent, folder: Path) -> Agent:
 
 def sort_conversations(conversations: list[Conversation]) -> list[Conversation]:
     """Sort by problem and attempt, the order in which two models' conversations are paired."""
-    return sorted(conversations, key=attrgetter("identity"))
+    return sorted(conversations, key=attrgetter("attempt_id"))
 
 
 def distinct_problems(conversations: list[Conversation]) -> list:
@@ -252,8 +252,8 @@ def second_attempts(agent: Agent, failures: list[Conversation], path: Path) -> l
         problems = distinct_problems(failures)
         attempts = grpo.attempt_all(agent, problems, num_samples, (grpo.PLAY, 0))
         r3.write_conversations(path, attempts, agent)
-    failed = {failure.identity for failure in failures}
-    attempts = [c for c in r3.load_conversations(path, agent) if c.identity in failed]
+    failed = {failure.attempt_id for failure in failures}
+    attempts = [c for c in r3.load_conversations(path, agent) if c.attempt_id in failed]
     correct = np.array([c.attempt_verdict.correct for c in attempts], float)
     return r3.mean_with_interval(correct, attempts)
 

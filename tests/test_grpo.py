@@ -844,7 +844,7 @@ def test_the_reward_is_for_a_correct_retry_after_a_reflection_that_ended(agent, 
         records = [line for line in lines if line["step"] == step + 1]
         drawn = stream.draw(3)
         identities = [(line["problem"]["id"], line["attempt_index"]) for line in records]
-        assert identities == [failure.identity for failure in drawn for _ in range(6)]
+        assert identities == [failure.attempt_id for failure in drawn for _ in range(6)]
         assert [line["reflection_index"] for line in records] == [*range(6)] * 3
         values = [line["reward"] for line in records]
         assert statistics.fmean(values) == pytest.approx(rewards[step])
@@ -888,7 +888,9 @@ def test_every_step_samples_anew_and_every_sample_is_its_own(agent, failures):
 def test_groups_are_in_the_order_of_their_failures(agent, failures):
     failures = failures[3:] + failures[:3]
     groups = grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))
-    assert [[c.identity for c in group] for group in groups] == [[f.identity] * 3 for f in failures]
+    assert [[c.attempt_id for c in group] for group in groups] == [
+        [f.attempt_id] * 3 for f in failures
+    ]
     assert [[c.reflection_index for c in group] for group in groups] == [[0, 1, 2]] * 7
 
 
@@ -915,7 +917,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(agent, task, failure
         return attempts, grpo.rollout(agent, failures, 3, (grpo.TRAIN, 0))
 
     wanted = sampled()
-    assert [c.identity for c in wanted[0]] == [(p.id, i) for p in problems for i in (2, 3, 4)]
+    assert [c.attempt_id for c in wanted[0]] == [(p.id, i) for p in problems for i in (2, 3, 4)]
     agent.cache_tokens = 10_000
     calls = limit_rows(agent.model, 12)  # a batch of 7, with 3 samples each, is too large
     assert sampled() == wanted and max(calls) == 21
@@ -982,7 +984,7 @@ def test_batches_hold_what_the_budget_allows_the_longest_first(agent, task, fail
 
 
 def identities(conversations) -> list[tuple[int, int]]:
-    return [c.identity for c in conversations]
+    return [c.attempt_id for c in conversations]
 
 
 def test_every_failure_is_drawn_once_an_epoch_and_never_twice_a_step(failures):
@@ -1153,6 +1155,38 @@ def test_train_keeps_the_state_of_a_variant(agent, failures, tmp_path):
     run(agent, failures, tmp_path, agent.model, steps=3)
     state["position"] = 6
     assert grpo.load_checkpoint(tmp_path, MasterAdamW(agent.model, 1e-3)) == (3, state)
+
+
+def test_weights_that_never_had_a_gradient_have_no_moments(tiny, tmp_path):
+    """A variant may leave some of them out of the loss."""
+    optimizer = MasterAdamW(tiny[0], 1e-3)
+    for master in optimizer.masters[:3]:
+        master.grad = torch.ones_like(master)
+    optimizer.update(1e-3, 1.0)
+    grpo.save_checkpoint(tmp_path, 1, optimizer, {})
+    other = MasterAdamW(copy.deepcopy(tiny[0]), 1e-3)
+    assert grpo.load_checkpoint(tmp_path, other) == (1, {})
+    for one, two in zip(optimizer.masters, other.masters, strict=True):
+        assert torch.equal(one, two)
+        kept = optimizer.state.get(one, {})
+        assert other.state[two].keys() == kept.keys()
+        assert all(torch.equal(kept[name], other.state[two][name]) for name in kept)
+    other.masters[5].grad = torch.ones_like(other.masters[5])
+    other.update(1e-3, 1.0)  # It begins with moments of zero.
+    assert other.state[other.masters[5]]["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["0.exp_avg", "2.weight", "1.step"])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tiny, tmp_path, name):
+    saved(tiny[0], tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load_file(path)
+    del tensors[name]
+    safetensors.torch.save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match="is damaged or belongs to another model"):
+        grpo.load_checkpoint(tmp_path, MasterAdamW(tiny[0], 1e-3))
 
 
 def test_a_damaged_checkpoint_is_named(tiny, tmp_path):

@@ -445,3 +445,8 @@ def test_the_table_of_what_fits_where():
     assert flags[QWEN, "80 GB"] == "none"
     assert "--lora-rank 32" in flags["qwen2.5-7b", "24 GB"]
     assert flags["llama-3.1-8b", "12 GB"].startswith("does not fit")
+
+
+@pytest.mark.parametrize("size, text", [(7.14e8, "0.714"), (99.96e9, "100"), (999.6e9, "1,000")])
+def test_sizes_are_printed_in_gigabytes(size, text):
+    assert r3.gigabytes(size) == text

@@ -228,7 +228,9 @@ def test_a_complete_evaluation_is_read_and_not_repeated(
     agent.cache_tokens = 400  # several batches
     conversations = r3.evaluate(agent, problems, 2, "", path)
     ids = sorted(problem.id for problem in problems)
-    assert [c.identity for c in conversations] == [(i, attempt) for i in ids for attempt in (0, 1)]
+    assert [c.attempt_id for c in conversations] == [
+        (i, attempt) for i in ids for attempt in (0, 1)
+    ]
     assert attempted_problems and len(read_lines(path)) == 16
     attempted_problems.clear()
     assert r3.evaluate(agent, problems, 2, "", path) == conversations and not attempted_problems

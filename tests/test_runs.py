@@ -413,6 +413,13 @@ def test_play_knows_the_run_of_its_model(finished, monkeypatch):
     assert (configs[1].max_new_tokens, configs[1].temperature) == (12, 0.5)
 
 
+def test_an_empty_turn_has_its_label(capsys):
+    r3.print_turn("reflection", " \n")
+    r3.print_turn("retry", "", reason="wrong")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["reflection"], ["retry", "<-", "wrong"]]
+
+
 def test_any_problem_can_be_played_by_its_number(finished, monkeypatch, capsys):
     problems = TinyCountdown().load(split="dev", seed=1)
     play(monkeypatch, "7", "100000", "seven")
@@ -509,7 +516,8 @@ def test_the_curve_begins_and_ends_with_the_evaluations(train, monkeypatch):
         return evaluate(agent, problems, num_samples, title, *rest, **options)
 
     monkeypatch.setattr(r3, "evaluate", record)
-    for curve, points in ((0, []), (1, [0, 4]), (2, [0, 2, 4]), (4, [0, 1, 2, 3, 4])):
+    cases = ((0, []), (1, [0, 4]), (2, [0, 2, 4]), (20, [0, 1, 2, 3, 4]), (4, [0, 1, 2, 3, 4]))
+    for curve, points in cases:
         titles.clear()
         train("--name", f"curve{curve}", "--curve", f"{curve}", "--steps", "4")
         assert titles == ["vanilla", *(f"step {step}" for step in points[1:-1]), "trained"]

@@ -154,7 +154,9 @@ def test_its_gradient_is_that_of_plain_rows(title, one_layer, task, tmp_path):
     agent = make_agent(module, one_layer, task)
     failures = find_failures(module, agent, 5)
     groups = module.rollout(agent, failures, 4, (module.TRAIN, 0))
-    assert [[c.identity for c in group] for group in groups] == [[f.identity] * 4 for f in failures]
+    assert [[c.attempt_id for c in group] for group in groups] == [
+        [f.attempt_id] * 4 for f in failures
+    ]
     if title == "train the retry, too":
 
         def turns_of(c):
@@ -262,7 +264,7 @@ def test_solved_failures_leave_and_the_others_keep_their_order(one_layer, task, 
     assert easy <= {problem_id for problem_id, _ in solved}
     stream, gone = grpo.FailureStream(failures, agent.seed), set()
     for identities in drawn:
-        expected = [f.identity for f in stream.draw(2) if f.identity not in gone]
+        expected = [f.attempt_id for f in stream.draw(2) if f.attempt_id not in gone]
         assert identities == expected
         for identity in identities:
             if identity in solved:
