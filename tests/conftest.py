@@ -3,6 +3,7 @@
 import contextlib
 import json
 import multiprocessing
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,11 +65,12 @@ def shrink_r3(patch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use a single thread. For tiny models, several threads are slower: they wait for
-    each other after each small operation, for very long if other processes use the cores."""
+def few_threads() -> Iterator[None]:
+    """Let torch use a single thread, or TEST_THREADS of them if this environment variable is set.
+    For tiny models, several threads are slower: they wait for each other after each small
+    operation, for very long if other processes use the cores."""
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
     try:
         yield
     finally:
@@ -76,8 +78,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def use_one_thread():
-    with one_thread():
+def use_few_threads():
+    with few_threads():
         yield
 
 
@@ -101,9 +103,9 @@ def forks():
 
 @pytest.fixture(scope="session")
 def base_folder(task, tmp_path_factory):
-    """The folder of the tiny model of seed 0 in quick runs. It is made with one thread, as in the
-    runs that are compared with each other, because the number of threads may change roundings."""
-    with pytest.MonkeyPatch.context() as patch, one_thread():
+    """The folder of the tiny model of seed 0 in quick runs. It is made with as many threads as the
+    runs that are compared with each other, because that number may change roundings."""
+    with pytest.MonkeyPatch.context() as patch, few_threads():
         shrink_r3(patch)
         patch.setattr(r3, "RUNS", tmp_path_factory.mktemp("base"))
         return r3.make_tiny_model(task, 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_thread, shrink_r3
+from conftest import few_threads, shrink_r3
 from safetensors.torch import load_file
 
 import grpo
@@ -97,8 +97,7 @@ def run_out_of_memory(patch: pytest.MonkeyPatch) -> None:
 
 def program() -> None:
     """r3.py with a small tiny model, and with the fault that a variable names."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, few_threads():
         prepare(patch)
         fault, rank = os.environ.get("FAULT", ""), int(os.environ["RANK"])
         if fault == "small memory" and rank == 1:
@@ -122,7 +121,7 @@ def one(tmp_path, monkeypatch):
 def reference(tmp_path_factory) -> Path:
     """The folder of a training run in this process, with which runs of others are compared."""
     folder = tmp_path_factory.mktemp("reference")
-    with pytest.MonkeyPatch.context() as patch, one_thread():
+    with pytest.MonkeyPatch.context() as patch, few_threads():
         patch.chdir(folder)
         prepare(patch)
         r3.main([*TRAIN, "--name=one"])

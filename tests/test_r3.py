@@ -26,7 +26,7 @@ import transformers
 from conftest import (
     countdown_file,
     enlarge_weights,
-    one_thread,
+    few_threads,
     shallow_model,
     shrink_r3,
     verdict_by_chance,
@@ -58,8 +58,8 @@ def shrink_runs(patch: pytest.MonkeyPatch, folder: Path, base_folder: Path) -> P
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_in_this_file():
-    with one_thread():
+def few_threads_in_this_file():
+    with few_threads():
         yield
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import one_thread
+from conftest import few_threads
 
 import grpo
 import model as models
@@ -67,7 +67,7 @@ def train(base_folder, tmp_path, monkeypatch):
 def shared_run(base_folder, tmp_path_factory) -> Path:
     """The folder of a finished run of two steps, which no test may change."""
     folder = tmp_path_factory.mktemp("shared")
-    with pytest.MonkeyPatch.context() as patch, one_thread():
+    with pytest.MonkeyPatch.context() as patch, few_threads():
         prepare_short_runs(patch, folder)
         r3.main(["train", "--model", str(base_folder), *FEW, "--name", "x"])
     return folder / "runs" / "x"

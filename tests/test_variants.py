@@ -12,7 +12,7 @@ import experiments
 import pytest
 import textbook
 import torch
-from conftest import enlarge_weights, one_thread, shallow_model
+from conftest import enlarge_weights, few_threads, shallow_model
 from textbook import Row
 
 import grpo
@@ -115,7 +115,7 @@ def plain_weights(task, tmp_path_factory) -> torch.Tensor:
     """The weights after a run of grpo.py as it is."""
     model, tokenizer = shallow_model(task.words(), seed=1)
     enlarge_weights(model)
-    with one_thread():
+    with few_threads():
         agent = make_agent(grpo, (model, tokenizer), task, divisor=2)
         failures = find_failures(grpo, agent, 6)
         return run(grpo, agent, failures, tmp_path_factory.mktemp("plain"), updates=2)
