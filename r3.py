@@ -171,8 +171,9 @@ COLD_START = {
     "version": 2,  # of the dialogues: increase it if their texts change
     "steps": 4_000,
     "batch_size": 8,  # dialogues per step
-    # In this first part of the steps, every reflection searches: it tries one way to combine the
-    # numbers after another, until one reaches the target.
+    # In this first part of the steps, every reflection is a full search: it tries one way to
+    # combine the numbers after another, until one reaches the target. In the last part, there are
+    # others, too: see TinyCountdown.cold_start_dialogue.
     "full_search_fraction": 0.8,
     "lr": 4e-3,
     "betas": [0.9, 0.99],
@@ -427,7 +428,8 @@ def accuracy(by_model: dict[str, list[Conversation]]) -> dict[str, dict[str, lis
             correct.append(values)
         if len(correct) == 2:  # Both models have attempted the same problems, in the same order.
             before, after = correct
-            # The conversations of either model tell to which problem a difference belongs.
+            # The conversations, here those of the last model, tell to which problem a difference
+            # belongs.
             rows["gain"][column] = mean_with_interval(after - before, conversations)
     return rows
 
@@ -535,6 +537,7 @@ class Memory(NamedTuple):
 
     def peak(self, cache_tokens: int) -> float:
         """Bytes on the device. Rollouts and updates alternate, so the larger of them counts."""
+        cache_tokens = max(cache_tokens, self.least_cache)  # A batch has at least one item.
         largest = max(self.per_cache_token * cache_tokens, sum(self.update.values()))
         return sum(self.always.values()) + largest
 
@@ -572,9 +575,9 @@ def memory_needed(config: Config, model: Model, training: bool) -> Memory:
         always, update = always | optimizer, gradients | update
     else:
         cpu = optimizer | gradients
-    # What is saved is first copied to main memory: each checkpoint (with --offload, it is there
-    # already) and, at the end, the model. By then, the optimizer has been freed, so the model needs
-    # more memory only if it is larger than what the optimizer took.
+    # What is saved is first copied to main memory. A checkpoint is saved during training, so its
+    # copy comes on top of `cpu` (with --offload, it is there already). The model is saved at the
+    # end, when what `cpu` counts has been freed, so only what it takes beyond that is added.
     if config.device != "cpu":
         checkpoint = 0 if config.offload else 12 * num_trained  # master weights and moments
         cpu["copies to be saved"] = max(checkpoint, weights - sum(cpu.values()))
@@ -608,16 +611,17 @@ def rollout_memory(config: Config, model: Model) -> dict[str, float]:
     # that a row has in the cache: at least one turn.
     logits = 4 * 4 * V / (config.max_new_tokens + 50)
     first_turn = {"keys and values": copies * kv, "logits of a decode step": logits}
-    # The first turn of a batch is an attempt or a reflection. The second one is a retry: its rows
-    # hold two turns, so half as many fill the cache. The cache of the first turn, which is half as
-    # large, is kept: 0.5.
+    # The first turn of a batch is an attempt or a reflection. The second one is a retry: a row of
+    # its cache holds two turns, so there are half as many rows with logits. The cache of the
+    # reflections still exists, with one turn per row. It is half as large, hence 0.5.
     second_turn = {"keys and values": (copies + 0.5) * kv, "logits of a decode step": logits / 2}
-    # Prefill, the reading of prompts, needs the block's input, the sum after attention, its
-    # normalization, and three vectors of the MLP. If prompts are padded, there is also a row of the
-    # attention mask, as long as a prompt: 2 * max_new_tokens (see memory_needed). Prompts are at
-    # most about half of the cache; the rest is allocated later.
-    prompt = size * (3 * E + 3 * width + 2 * config.max_new_tokens)
-    prefill = {"keys and values": kv / 2, "reading of prompts": prompt / 2}
+    # Prefill, the reading of prompts, needs for each token of a prompt: the block's input, the sum
+    # after attention, its normalization, and three vectors of the MLP. If prompts are padded, there
+    # is also a row of the attention mask, as long as a prompt: 2 * max_new_tokens (see
+    # memory_needed). Prompts take at most about half of the cache, and what the new tokens take is
+    # allocated after prefill. Hence both are halved.
+    prompt_token = size * (3 * E + 3 * width + 2 * config.max_new_tokens)
+    prefill = {"keys and values": kv / 2, "reading of prompts": prompt_token / 2}
     return max(first_turn, second_turn, prefill, key=lambda phase: sum(phase.values()))
 
 
@@ -642,9 +646,10 @@ def update_memory(config: Config, model: Model) -> dict[str, float]:
     # predict the tokens of the reflections.
     kept = tokens * 2 * E + G * T * E
     if config.device == "cpu":
-        # RMSNorm is several operators there. With float32, they also keep x / rms(x): 1 more array.
-        # With bfloat16, they keep x and x / rms(x) in float32, as large as 4 bfloat16 arrays, but
-        # no longer x in bfloat16: 3 more.
+        # RMSNorm is several operators there. Above, each norm counts with one array that it keeps,
+        # its input x: tokens * E numbers. With float32, x / rms(x) is kept, too: 1 array more. With
+        # bfloat16, x and x / rms(x) are kept in float32, which are as large as 4 bfloat16 arrays,
+        # instead of x in bfloat16: 3 more.
         norm = tokens * E * (1 if size == 4 else 3)
         block, kept = block + 2 * norm, kept + norm
     block += tokens * 7 * config.lora_rank  # the inputs of the matrices B of 7 adapters
@@ -664,7 +669,8 @@ def update_memory(config: Config, model: Model) -> dict[str, float]:
     head = 0 if config.lora_rank else size * V * E
     # The backward pass begins with the head, and continues with the last block. The gradient of the
     # head is at first a tensor of its own. If the embeddings share the head's weights, it is added
-    # to the "gradients of the weights" only at the end of the backward pass.
+    # to the "gradients of the weights" only at the end of the backward pass. (If they do not, it is
+    # added before the last block, and at_block counts it once too often.)
     at_head = {
         "activations": size * kept,
         "logits": 3 * 4 * num_logits,
@@ -694,7 +700,8 @@ def free_memory(device: str) -> float | None:
 
 def check_memory(config: Config, model: Model, training: bool) -> int:
     """Print how much memory the run will need, and return the size of its KV cache in tokens.
-    Raises ValueError if the run does not fit; the message names the smallest change that would."""
+    Raises ValueError if the run does not fit. The message says with which flags it would, if any.
+    """
     memory = memory_needed(config, model, training)
     free, main_free = free_memory(config.device), free_memory("cpu")
     cache_tokens = choose_cache_tokens(config, memory, free)
@@ -702,10 +709,11 @@ def check_memory(config: Config, model: Model, training: bool) -> int:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters in {config.dtype} on {config.device}")
     print(f"Estimated memory in GB: at most {gigabytes(device_bytes)} on {config.device}")
-    rollout = {name: size * cache_tokens for name, size in memory.rollout.items()}
+    largest_cache = max(cache_tokens, memory.least_cache)
+    rollout = {name: size * largest_cache for name, size in memory.rollout.items()}
     parts = {
         "always": memory.always,
-        f"while sampling, with a KV cache of {cache_tokens:,} tokens": rollout,
+        f"while sampling, with a KV cache of {largest_cache:,} tokens": rollout,
         "while updating": memory.update,
         "in main memory": memory.cpu,
     }
@@ -731,7 +739,8 @@ def check_memory(config: Config, model: Model, training: bool) -> int:
 
 
 def choose_cache_tokens(config: Config, memory: Memory, free: float | None) -> int:
-    """The size of the KV cache in tokens: --cache-tokens, or else, on a GPU, what fits there."""
+    """The size of the KV cache in tokens: --cache-tokens or, without it, what fits on a GPU, and
+    65,536 on other devices."""
     if config.cache_tokens or free is None or not config.device.startswith("cuda"):
         return config.cache_tokens or 65_536
     left = free - sum(memory.always.values())
@@ -755,8 +764,9 @@ def smaller_configs(config: Config, training: bool) -> Iterator[Config]:
 def fit_memory(
     config: Config, model: Model, training: bool, free: float | None, main_free: float | None
 ) -> Config | None:
-    """The first of the `smaller_configs` that fits into the free memory of the device and the main
-    memory, in bytes (None: unknown), perhaps with a lower cache_tokens; None if none fits."""
+    """The first of the `smaller_configs` that fits, perhaps with a lower cache_tokens; None if none
+    does. free, main_free: the bytes that can be used on the device and in main memory, or None if
+    they are not known."""
     for smaller in smaller_configs(config, training):
         memory = memory_needed(smaller, model, training)
         if main_free is not None and sum(memory.cpu.values()) > main_free:
@@ -985,9 +995,10 @@ def collect_failures(
     else:
         source = path if path.exists() else Path(config.failures)
         failures = usable_failures(source, vanilla, problems)
-        write_config(folder, "train", config)  # not if the file was refused
+        # Only now: if the file was refused above, there is no run to resume.
+        write_config(folder, "train", config)
     gather([])  # Write the file only after all processes have read it.
-    write_conversations(path, failures, vanilla)  # in the order in which training uses them
+    write_conversations(path, failures, vanilla)  # Training permutes this order.
     if not failures:
         raise ValueError("there are no failures to learn from")
     return failures
@@ -1204,7 +1215,7 @@ def print_turn(
         line = "".join(character if character.isprintable() else " " for character in line)
         start = f"{label:>20}  "
         line = textwrap.fill(line, width, initial_indent=start, subsequent_indent=" " * 22)
-        line = line or start.rstrip()  # textwrap makes nothing of an empty line.
+        line = line or start.rstrip()  # textwrap returns "" for an empty line, even with a label.
         print(f"\033[{color}m{line}\033[0m" if colored else line)
         label = ""  # Only the first line has the label.
 
@@ -1333,14 +1344,15 @@ def load_config(folder: Path, command: str) -> Config:
 
 
 def check_resumable(folder: Path, config: Config) -> None:
-    """Raise ValueError if a training run has finished, or has lost its checkpoint."""
+    """Raise ValueError if a training run's checkpoint was deleted at its end, or has been lost."""
     metrics, checkpoint = folder / "metrics.jsonl", folder / "checkpoint.safetensors"
     if checkpoint.exists() or not metrics.exists():
         return
     if (folder / "report.json").exists():
         raise ValueError(f"{folder} has finished; its results are in {folder / 'report.json'}")
-    # Without a checkpoint, a run starts again at step 0. That is right if none was due yet: the
-    # first one is written before the metrics of step save_every + 1.
+    # Without a checkpoint, a run starts again at step 0. That is right if it was interrupted before
+    # its first checkpoint was saved. But if there are metrics of step save_every + 1, a checkpoint
+    # was saved before them, and has been lost.
     steps = metrics.read_bytes().count(b"\n") - 1  # There is also a line for step 0.
     if steps > config.save_every:
         raise ValueError(
@@ -1397,7 +1409,9 @@ def flags_for(config: Config, defaults: Config) -> str:
 def memory_advice(command: str, config: Config | None, folder: Path | None) -> str:
     """What to do after a command ran out of memory."""
     if command == "train" and (folder / "failures.jsonl").exists():
-        savings = [name for name in ("checkpointing", "offload") if not getattr(config, name)]
+        # On a CPU, --offload would only add copies in the same memory.
+        useful = ("checkpointing",) if config.device == "cpu" else ("checkpointing", "offload")
+        savings = [name for name in useful if not getattr(config, name)]
         if savings:
             flags = " ".join(map(flag_name, savings))
             return f"to resume with less: {resume_command(command, folder)} {flags}"

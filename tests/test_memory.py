@@ -450,3 +450,10 @@ def test_the_table_of_what_fits_where():
 @pytest.mark.parametrize("size, text", [(7.14e8, "0.714"), (99.96e9, "100"), (999.6e9, "1,000")])
 def test_sizes_are_printed_in_gigabytes(size, text):
     assert r3.gigabytes(size) == text
+
+
+def test_a_batch_takes_at_least_one_item(config, qwen):
+    """A KV cache for one item with all its samples is counted, however low --cache-tokens is."""
+    memory = r3.memory_needed(config, qwen, training=True)
+    assert memory.least_cache > 1_000
+    assert memory.peak(1_000) == memory.peak(memory.least_cache) < memory.peak(10**7)

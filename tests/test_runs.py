@@ -607,6 +607,17 @@ def test_a_command_to_start_again_keeps_the_learning_rate(lora_rank, lr):
     assert r3.new_config(flags).lr == pytest.approx(10 * config.lr)
 
 
+def test_a_cpu_is_not_advised_to_offload(finished):
+    """There, it only adds copies in the same memory."""
+    config = r3.load_config(finished, "train")
+    advice = r3.memory_advice("train", config, finished)
+    assert "--checkpointing" in advice and "--offload" not in advice
+    on_gpu = r3.memory_advice("train", replace(config, device="cuda"), finished)
+    assert on_gpu.endswith("--checkpointing --offload")
+    advice = r3.memory_advice("train", replace(config, checkpointing=True), finished)
+    assert advice.startswith("to train adapters instead of all weights: ")
+
+
 def test_progress_in_a_log_file_is_a_line_a_minute(monkeypatch):
     times, file = iter(range(0, 6000, 20)), io.StringIO()
     monkeypatch.setattr(sys, "stderr", file)
