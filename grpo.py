@@ -445,7 +445,7 @@ class Conversation:
         return self.attempt_verdict if self.retry_verdict is None else self.retry_verdict
 
 
-MAX_TURNS = 3  # turns of the assistant in a conversation: attempt, reflection, retry
+MAX_TURNS = 3  # of the assistant: attempt, reflection, retry
 Group = list[Conversation]  # the G conversations about one failure, with different reflections
 
 
@@ -527,7 +527,7 @@ class Agent:
 # of an attempt ends with the attempt.
 RngPrefix = tuple[int, int]  # the first two entries of a key: (purpose, step)
 EVALUATE, COLLECT, TRAIN, PLAY = range(4)  # purposes
-ATTEMPT, REFLECTION, RETRY = range(MAX_TURNS)  # turns
+ATTEMPT, REFLECTION, RETRY = range(3)  # turns
 
 
 def sample_attempts(

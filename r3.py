@@ -155,9 +155,9 @@ def check_setting(name: str, value: Any) -> None:
             raise ValueError(f"{flag} {value}: must be {bound}")
 
 
-# TINY has the defaults for the tiny model, and PAPER those for pretrained models: the values of
-# Config but, if there is a GPU, on the GPU and in bfloat16. They are the paper's, except for the
-# group size and the maximum turn length, which it does not state.
+# TINY has the defaults for the tiny model, and PAPER those for pretrained models. PAPER has the
+# values of Config, but if there is a GPU, its device is cuda and its dtype bfloat16. The values of
+# Config are the paper's, except for group_size and max_new_tokens, which the paper does not state.
 TINY = Config(
     steps=16, batch_size=32, lr=3e-4, save_every=1, num_samples=4, max_attempts=4,
     max_new_tokens=134, cache_tokens=131_072, log_failures=None,
@@ -262,9 +262,9 @@ def find_failures(
     agent: Agent, problems: list, max_attempts: int, path: Path
 ) -> list[Conversation]:
     """Collect a dataset of failures: the first wrong attempt at each problem, among at most
-    `max_attempts`. The result is in the order of `problems`. The longest problems are searched
-    first, and the failures of each batch are appended to the file. If the file exists, the search
-    resumes after the last problem, in the order of the search, that is in it."""
+    `max_attempts`. The result is in the order of `problems`. The search itself goes from the
+    longest problem to the shortest, and appends the failures of each batch to the file. If the file
+    exists, the search resumes: it skips all problems up to the last one with a failure in it."""
     saved = load_conversations(path, agent) if path.exists() else []
     found = {c.problem.id: c for c in saved}
     write_conversations(path, list(found.values()), agent)  # This drops an incomplete last line.
@@ -575,9 +575,11 @@ def memory_needed(config: Config, model: Model, training: bool) -> Memory:
         always, update = always | optimizer, gradients | update
     else:
         cpu = optimizer | gradients
-    # What is saved is first copied to main memory. A checkpoint is saved during training, so its
-    # copy comes on top of `cpu` (with --offload, it is there already). The model is saved at the
-    # end, when what `cpu` counts has been freed, so only what it takes beyond that is added.
+    # What is saved is first copied to main memory: a checkpoint or the model, never both at once. A
+    # checkpoint is saved during training, so its copy comes on top of what `cpu` counts. (With
+    # --offload, its tensors are there already, and are not copied.) The model is saved after
+    # training: its copy can use the memory that `cpu` counts, which is free again, and needs more
+    # only if that does not suffice.
     if config.device != "cpu":
         checkpoint = 0 if config.offload else 12 * num_trained  # master weights and moments
         cpu["copies to be saved"] = max(checkpoint, weights - sum(cpu.values()))
@@ -611,9 +613,10 @@ def rollout_memory(config: Config, model: Model) -> dict[str, float]:
     # that a row has in the cache: at least one turn.
     logits = 4 * 4 * V / (config.max_new_tokens + 50)
     first_turn = {"keys and values": copies * kv, "logits of a decode step": logits}
-    # The first turn of a batch is an attempt or a reflection. The second one is a retry: a row of
-    # its cache holds two turns, so there are half as many rows with logits. The cache of the
-    # reflections still exists, with one turn per row. It is half as large, hence 0.5.
+    # The first turn of a batch is an attempt or a reflection. A batch of attempts has the most
+    # rows, because one turn per row fills the cache. In a batch of failures, each row has room for
+    # two turns, a reflection and a retry, so there are half as many rows, and half the logits.
+    # During the retries, the cache of the reflections still exists. It is half as large: 0.5.
     second_turn = {"keys and values": (copies + 0.5) * kv, "logits of a decode step": logits / 2}
     # Prefill, the reading of prompts, needs for each token of a prompt: the block's input, the sum
     # after attention, its normalization, and three vectors of the MLP. If prompts are padded, there
@@ -646,10 +649,10 @@ def update_memory(config: Config, model: Model) -> dict[str, float]:
     # predict the tokens of the reflections.
     kept = tokens * 2 * E + G * T * E
     if config.device == "cpu":
-        # RMSNorm is several operators there. Above, each norm counts with one array that it keeps,
-        # its input x: tokens * E numbers. With float32, x / rms(x) is kept, too: 1 array more. With
-        # bfloat16, x and x / rms(x) are kept in float32, which are as large as 4 bfloat16 arrays,
-        # instead of x in bfloat16: 3 more.
+        # RMSNorm is several operators there, which keep more than its input x, the one array (of
+        # tokens * E numbers) that is counted above. With float32, they keep x and x / rms(x): 2
+        # arrays, so 1 more. With bfloat16, they keep both of these in float32. That is as much as 4
+        # arrays in bfloat16, so 3 more.
         norm = tokens * E * (1 if size == 4 else 3)
         block, kept = block + 2 * norm, kept + norm
     block += tokens * 7 * config.lora_rank  # the inputs of the matrices B of 7 adapters
@@ -667,10 +670,10 @@ def update_memory(config: Config, model: Model) -> dict[str, float]:
     # three times: that of a chunk, and the sum before and after it is added.
     num_logits = min(G * T * V, grpo.MAX_LOGITS)
     head = 0 if config.lora_rank else size * V * E
-    # The backward pass begins with the head, and continues with the last block. The gradient of the
-    # head is at first a tensor of its own. If the embeddings share the head's weights, it is added
-    # to the "gradients of the weights" only at the end of the backward pass. (If they do not, it is
-    # added before the last block, and at_block counts it once too often.)
+    # The backward pass begins with the head, and continues with the last block. The "gradients of
+    # the weights" below include that of the head, but it is first computed as a further tensor. If
+    # the embeddings share the head's weights, this tensor exists until the end of the pass. (If
+    # they do not, it is gone before the last block, and at_block is too high by its size.)
     at_head = {
         "activations": size * kept,
         "logits": 3 * 4 * num_logits,
@@ -748,8 +751,9 @@ def choose_cache_tokens(config: Config, memory: Memory, free: float | None) -> i
 
 
 def smaller_configs(config: Config, training: bool) -> Iterator[Config]:
-    """Variants of the settings that may need less memory, beginning with the settings themselves.
-    Those come first that do not change the result of the run, apart from rounding."""
+    """Variants of the settings that may need less memory, in the order in which they are preferred:
+    the settings themselves, those with harmless changes (which change the result at most by
+    rounding), and those with a costly change as well. Then all of these again, in bfloat16."""
     harmless: list[dict[str, Any]] = [{}]
     costly: list[dict[str, Any]] = [{}]  # These change the result of the run.
     if training:  # Offloading saves memory of the device; not offloading saves main memory.
@@ -785,8 +789,8 @@ def fit_memory(
 def what_would_fit(
     config: Config, model: Model, training: bool, free: float | None, main_free: float | None
 ) -> str:
-    """A hint for a run that does not fit: flags with which it fits or, if there are none, the least
-    that it needs."""
+    """A hint for a run that does not fit: flags with which it fits or, if none of those that are
+    tried suffice, the least that it needs."""
     smaller = fit_memory(config, model, training, free, main_free)
     if smaller:
         return f"it fits with {flags_for(smaller, config)}"
@@ -795,7 +799,8 @@ def what_would_fit(
     needs = f"{gigabytes(least.peak(least.least_cache))} GB"
     if least.cpu:
         needs += f" and {gigabytes(sum(least.cpu.values()))} GB of main memory"
-    return f"no flag makes it fit: it needs at least {needs}; use a smaller model"
+    shorter = "--max-new-tokens or --group-size" if training else "--max-new-tokens"
+    return f"it needs at least {needs}; use a lower {shorter}, or a smaller model"
 
 
 def gigabytes(size: float) -> str:
@@ -929,7 +934,8 @@ def train_command(config: Config, folder: Path) -> None:
         raise ValueError(
             "--temperature 0 makes the reflections of a group equal, so there is nothing to compare"
         )
-    has_failures = (folder / "failures.jsonl").exists()  # if the run is resumed
+    # A resumed run that has its own copy of the failures does not need the file of --failures.
+    has_failures = (folder / "failures.jsonl").exists()
     if config.failures and not has_failures and not Path(config.failures).is_file():
         raise FileNotFoundError(f"--failures {config.failures}: there is no such file")
     task = load_task(config)
@@ -998,7 +1004,9 @@ def collect_failures(
         # Only now: if the file was refused above, there is no run to resume.
         write_config(folder, "train", config)
     gather([])  # Write the file only after all processes have read it.
-    write_conversations(path, failures, vanilla)  # Training permutes this order.
+    # Training permutes the failures in this order. So a new run with --failures and this file draws
+    # them in the same sequence, if it has the same seed.
+    write_conversations(path, failures, vanilla)
     if not failures:
         raise ValueError("there are no failures to learn from")
     return failures
@@ -1019,7 +1027,8 @@ def curve_point(
     config: Config, problems: list, conversations: list[Conversation]
 ) -> dict[str, list[float]]:
     """The accuracies of a point of the learning curve: those on `problems`, with CURVE_SAMPLES
-    attempts each. `conversations` may have more problems and attempts. Empty if --curve is 0."""
+    attempts each. `conversations` may have more problems and attempts, which are left out. If
+    --curve is 0, the result is {}."""
     if config.curve == 0:
         return {}
     ids = {problem.id for problem in problems}
@@ -1316,7 +1325,8 @@ def newest_file(pattern: str) -> Path:
     """The newest file in runs/ that matches a pattern. Raises FileNotFoundError if none does."""
     path = max(RUNS.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
     if path is None:
-        raise FileNotFoundError(f"there is no run in {RUNS}/ yet; to make one: {program()} train")
+        name = pattern.removeprefix("**/")
+        raise FileNotFoundError(f"no run in {RUNS}/ has {name} yet; to make one: {program()} train")
     return path
 
 
@@ -1401,7 +1411,7 @@ def flags_for(config: Config, defaults: Config) -> str:
         if isinstance(value, bool):
             flags.append(flag_name(name) if value else flag_name(f"no_{name}"))
         else:
-            text = f"{value:g}" if isinstance(value, float) else str(value)
+            text = f"{value:.15g}" if isinstance(value, float) else str(value)
             flags.append(f"{flag_name(name)} {shlex.quote(text)}")
     return " ".join(flags)
 
@@ -1418,7 +1428,12 @@ def memory_advice(command: str, config: Config | None, folder: Path | None) -> s
         if not config.lora_rank:
             again = restart_command(config, folder, lora_rank=32, lr=10 * config.lr)
             return f"to train adapters instead of all weights: {again}"
-    return "use a lower --cache-tokens, --max-new-tokens or --group-size"
+    flags = "--max-new-tokens"
+    if command != "play":
+        flags += " or --cache-tokens"
+    if command == "train":
+        flags += " or --group-size"
+    return f"use a lower {flags}"
 
 
 def is_tiny(model: str) -> bool:
@@ -1467,9 +1482,9 @@ RESUME_FLAGS = (
 TRAIN_FLAGS = " ".join(field.name for field in fields(grpo.TrainConfig))
 FLAG_GROUPS = {  # title in --help: (the commands that have these flags, the settings they set)
     "model and task": ("train failures eval play", "model task data seed device dtype"),
-    "sampling": ("train failures eval play", "temperature max_new_tokens cache_tokens"),
+    "sampling": ("train failures eval", "temperature max_new_tokens cache_tokens"),
+    "sampling and problems": ("play", "temperature max_new_tokens split"),
     "run": ("train failures eval", "name"),
-    "problems to play": ("play", "split"),
     "evaluation": ("train eval", "split limit num_samples"),
     "search for failures": ("train failures", "num_problems max_attempts"),
     "training": ("train", f"failures lora_rank {TRAIN_FLAGS} curve keep_checkpoint"),
