@@ -31,7 +31,7 @@ os.chdir(folder)
 for descriptor, name in ((1, "stdout"), (2, "stderr")):
     os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Background processes ignore it.
-r3.torch.set_num_threads(1)
+r3.torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 shrink_r3(pytest.MonkeyPatch())
 grpo.Agent.verify = verdict_by_chance
 r3.plot_command = lambda folders: (folders[0] / "curves.png").touch()  # saves a second
