@@ -502,6 +502,10 @@ def load_problems(config: Config, task: Task, split: str, limit: int | None) -> 
 
 def model_path(config: Config, task: Task) -> str | Path:
     """The folder or hub id of a run's model. The tiny one is made first, if necessary."""
+    if (Path(config.model) / "model" / "config.json").is_file():
+        raise ValueError(
+            f"--model {config.model}: this is a run; its model is {config.model}/model"
+        )
     if config.model != "tiny":
         return config.model
     # Of several processes, the first one makes it. The others wait, and get the path from it.
@@ -1001,14 +1005,13 @@ def collect_failures(
     else:
         source = path if path.exists() else Path(config.failures)
         failures = usable_failures(source, vanilla, problems)
-        # Only now: if the file was refused above, there is no run to resume.
-        write_config(folder, "train", config)
+    if not failures:
+        raise ValueError("there are no failures to learn from")
+    write_config(folder, "train", config)  # Without usable failures, there is no run to resume.
     gather([])  # Write the file only after all processes have read it.
     # Training permutes the failures in this order. So a new run with --failures and this file draws
     # them in the same sequence, if it has the same seed.
     write_conversations(path, failures, vanilla)
-    if not failures:
-        raise ValueError("there are no failures to learn from")
     return failures
 
 
@@ -1164,9 +1167,11 @@ def show_command(folder: Path | None, step: int | None, limit: int) -> None:
     positive advantage are green, those with a negative one red, and what is not trained is dim."""
     # A record's context is what comes before its reflection or, if it has none, its attempt.
     folder = folder or newest_file("**/samples.jsonl").parent
-    path = folder / "samples.jsonl"  # written by train
-    if not path.is_file():
-        path = folder / "conversations.jsonl"  # written by eval
+    # `train` writes the first of these files, and `eval` the second.
+    paths = [folder / name for name in ("samples.jsonl", "conversations.jsonl")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} is not the folder of a train or eval run with samples")
     groups: dict[str, list[dict]] = {}
     all_records = read_jsonl(path, "reflection_index", "context", "attempt_verdict")
     for record_step, records in itertools.groupby(all_records, lambda record: record.get("step")):
@@ -1244,6 +1249,9 @@ def plot_command(folders: list[Path]) -> None:
     from matplotlib.figure import Figure  # imported here because most commands do not need it
 
     folders = folders or [newest_file("**/samples.jsonl").parent]
+    for folder in folders:
+        if not (folder / "metrics.jsonl").is_file():
+            raise FileNotFoundError(f"{folder} is not the folder of a training run with metrics")
     path = folders[0] / "curves.png" if len(folders) == 1 else Path("curves.png")
     names = [folder.name for folder in folders]
     labels = names if len(set(names)) == len(names) else map(str, folders)
@@ -1286,7 +1294,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
-        hint = "wait for it, or choose another --name"
+        hint = "wait until it has finished, or use another folder"
         raise ValueError(f"another process is using {folder}; {hint}") from None
     try:
         yield

@@ -1043,10 +1043,10 @@ def test_a_settings_file_that_is_not_an_object_is_named(runs_folder, capsys, con
         ("train --device meta", "--device meta is not available here"),
         ("train --resume nowhere", "nowhere"),
         ("train --resume . --steps 3", "this is not the folder of a run"),
-        ("show nowhere", "No such file or directory: 'nowhere/conversations.jsonl'"),
+        ("show nowhere", "nowhere is not the folder of a train or eval run with samples"),
         ("show --limit x", "--limit"),
         ("show", "no run in "),
-        ("plot nowhere", "No such file or directory: 'nowhere/metrics.jsonl'"),
+        ("plot nowhere", "nowhere is not the folder of a training run with metrics"),
         ("plot", "no run in "),
     ],
 )

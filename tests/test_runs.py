@@ -607,6 +607,21 @@ def test_a_command_to_start_again_keeps_the_learning_rate(lora_rank, lr):
     assert r3.new_config(flags).lr == pytest.approx(10 * config.lr)
 
 
+def test_the_folder_of_a_run_is_not_a_model(finished):
+    message = error_of(r3.main, ["eval", "--model", "runs/x", "--limit", "2"])
+    assert message.endswith("--model runs/x: this is a run; its model is runs/x/model")
+
+
+def test_failures_that_teach_nothing_leave_no_run(train, finished):
+    """A file without wrong attempts is refused, and the run cannot be resumed."""
+    correct = [c for c in read_lines(finished / "vanilla.jsonl") if c["attempt_verdict"]["correct"]]
+    lines = [json.dumps(record) + "\n" for record in correct]
+    Path("correct.jsonl").write_text("".join(lines))
+    message = error_of(train, "--name", "y", "--failures", "correct.jsonl")
+    assert message == "r3.py: there are no failures to learn from"
+    assert not Path("runs/y").exists()
+
+
 def test_a_cpu_is_not_advised_to_offload(finished):
     """There, it only adds copies in the same memory."""
     config = r3.load_config(finished, "train")
