@@ -312,8 +312,8 @@ def test_an_error_is_reported_in_one_line(one):
     # An error in one process
     resume = f"torchrun --nproc-per-node 2 {__file__} train --resume runs/x"
     assert error_lines(*TRAIN, "--name=x", fault="error") == ["test_distributed.py: this is wrong"]
-    [line] = error_lines(*TRAIN, "--name=y", "--checkpointing", fault="out of memory")
-    assert line.endswith("train --resume runs/y --offload")
+    [line] = error_lines(*TRAIN, "--name=y", fault="out of memory")
+    assert line.endswith("train --resume runs/y --checkpointing")
     # The same error in all of them
     [line] = error_lines(*TRAIN, "--name=x")
     assert line.endswith(f"runs/x exists: choose another --name, or resume it: {resume}")

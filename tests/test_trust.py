@@ -21,7 +21,7 @@ import r3
 # The program of a process that runs r3.py in a folder (see `forks` in conftest.py). Its variables
 # are `paths` and the arguments of `Runner.start`.
 PROGRAM = """
-import os, resource, signal, sys
+import os, resource, signal, sys, threading, time
 import pytest
 sys.path[:0] = paths
 import grpo, r3
@@ -41,6 +41,12 @@ if max_file_size:  # A write beyond this size fails, as on a full disk.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # What is printed takes no disk space.
+def interrupt():
+    while not os.path.exists(interrupt_at):
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGINT)
+if interrupt_at:  # Ctrl-C as soon as this file exists
+    threading.Thread(target=interrupt, daemon=True).start()
 sys.argv = ["r3.py"]
 r3.main(flags)
 """
@@ -69,6 +75,7 @@ class Runner:
         flags: list[str],
         cold_start_steps: int | None = None,
         max_file_size: int | None = None,
+        interrupt_at: str | None = None,
     ) -> None:
         """Start a run of r3.py with these flags in a folder."""
         folder.mkdir(exist_ok=True)
@@ -76,6 +83,7 @@ class Runner:
         self.folder = folder
         variables = {"paths": PATHS, "folder": str(folder), "flags": flags}
         variables |= {"cold_start_steps": cold_start_steps, "max_file_size": max_file_size}
+        variables["interrupt_at"] = interrupt_at
         self.process = self.forks.Process(target=exec, args=(PROGRAM, variables))
         self.process.start()
 
@@ -205,9 +213,7 @@ def test_a_run_that_is_killed_at_any_moment_resumes_bit_for_bit(
     ],
 )
 def test_ctrl_c_prints_the_command_that_resumes(folder_with_base, runner, undisturbed, file):
-    runner.start(folder_with_base, FLAGS)
-    runner.wait_for_file(f"runs/x/{file}")
-    runner.send(signal.SIGINT)
+    runner.start(folder_with_base, FLAGS, interrupt_at=f"runs/x/{file}")
     assert runner.wait() == 1
     message, command = runner.error_line().split("; to resume: ")
     assert message == "r3.py: interrupted" and command.endswith(f"r3.py {shlex.join(RESUME)}")
