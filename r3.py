@@ -659,7 +659,7 @@ def update_memory(config: Config, model: Model) -> dict[str, float]:
         # arrays in bfloat16, so 3 more.
         norm = tokens * E * (1 if size == 4 else 3)
         block, kept = block + 2 * norm, kept + norm
-    block += tokens * 7 * config.lora_rank  # the inputs of the matrices B of 7 adapters
+    block += tokens * 7 * config.lora_rank  # the inputs of the matrices B of its 7 adapters
     if shape.qk_norm:  # queries and keys before their normalization
         block += tokens * (q_size + shape.num_key_value_heads * shape.head_dim)
     block_backward = tokens * (2 * width + 2 * E)  # gradients, while they pass through a block

@@ -1176,15 +1176,20 @@ def test_weights_that_never_had_a_gradient_have_no_moments(tiny, tmp_path):
     assert other.state[other.masters[5]]["step"] == 1
 
 
-@pytest.mark.parametrize("name", ["0.exp_avg", "2.weight", "1.step"])
-def test_a_checkpoint_that_lacks_a_tensor_is_refused(tiny, tmp_path, name):
-    saved(tiny[0], tmp_path)
-    path = tmp_path / "checkpoint.safetensors"
+def edit_checkpoint(folder, edit) -> None:
+    """Save the checkpoint in a folder again, after `edit` has changed the dict of its tensors."""
+    path = folder / "checkpoint.safetensors"
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = safetensors.torch.load_file(path)
-    del tensors[name]
+    edit(tensors)
     safetensors.torch.save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize("name", ["0.exp_avg", "2.weight", "1.step"])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tiny, tmp_path, name):
+    saved(tiny[0], tmp_path)
+    edit_checkpoint(tmp_path, lambda tensors: tensors.pop(name))
     with pytest.raises(ValueError, match="is damaged or belongs to another model"):
         grpo.load_checkpoint(tmp_path, MasterAdamW(tiny[0], 1e-3))
 
@@ -1226,12 +1231,12 @@ def test_a_record_with_an_entry_missing_is_damaged(tiny, tmp_path, missing):
 def test_a_tensor_of_another_shape_is_refused(tiny, tmp_path, name):
     """A moment of another shape would be read beyond its end."""
     saved(tiny[0], tmp_path)
-    path = tmp_path / "checkpoint.safetensors"
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = safetensors.torch.load_file(path)
-    tensors[name] = tensors[name].T.contiguous() if tensors[name].dim() == 2 else torch.zeros(3)
-    safetensors.torch.save_file(tensors, path, metadata)
+
+    def reshape(tensors):
+        x = tensors[name]
+        tensors[name] = x.T.contiguous() if x.dim() == 2 else torch.zeros(3)
+
+    edit_checkpoint(tmp_path, reshape)
     before = weights(tiny[0])
     with pytest.raises(ValueError, match=f"belongs to another model: {name} has the shape"):
         grpo.load_checkpoint(tmp_path, MasterAdamW(tiny[0], 1e-3))
