@@ -29,7 +29,6 @@ import json
 import math
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -117,7 +116,7 @@ def train(
             folder / "samples.jsonl", step, groups[logged], rewards[logged], advantages[logged],
             agent.tokenizer,
         )  # fmt: skip
-        if step % config.save_every == 0 or step == config.steps:
+        if is_rank_0() and (step % config.save_every == 0 or step == config.steps):
             check_outputs(agent, groups)
             state["position"] = stream.position
             save_checkpoint(folder, step, optimizer, state)
@@ -621,21 +620,22 @@ def rollout(
     number of failures, in batches that fit in memory. Returns a group of conversations for each
     failure, in the order of the failures."""
     remaining = share(longest_first(agent, failures))
-    groups: dict[tuple[int, int], Group] = {failure.attempt_id: [] for failure in remaining}
+    conversations: list[Conversation] = []
     new_turns = MAX_TURNS - 1  # The attempt has been made already.
     while remaining:
         batch = next_batch(agent, remaining, group_size, new_turns)
         cache = None  # Free the cache of the previous batch before allocating the next one.
         try:
             reflected, cache = sample_reflections(agent, batch, group_size, rng_prefix)
-            for conversation in sample_retries(agent, reflected, rng_prefix, cache):
-                groups[conversation.attempt_id].append(conversation)
+            conversations += sample_retries(agent, reflected, rng_prefix, cache)
             remaining = remaining[len(batch) :]
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             lower_cache_limit(agent, batch, group_size, new_turns)
-    groups = dict(gather(list(groups.items())))  # the groups of all processes
+    groups: dict[tuple[int, int], Group] = {failure.attempt_id: [] for failure in failures}
+    for conversation in gather(conversations):
+        groups[conversation.attempt_id].append(conversation)
     return [groups[failure.attempt_id] for failure in failures]
 
 
@@ -770,12 +770,10 @@ def loss_metrics(terms: list[dict[str, Tensor]]) -> dict[str, float]:
     measures only the numerical difference between sampling, token by token with a KV cache, and
     training on a packed sequence. If a step has several updates, the metrics are those of the last.
     """
-    rows: list[dict[str, float]] = []
-    if terms:
-        # All values go into one tensor, so that the host waits for the GPU only once.
-        table = torch.stack([torch.stack([x.float() for x in t.values()]) for t in terms])
-        rows = [dict(zip(terms[0], values, strict=True)) for values in table.tolist()]
-    rows = gather(rows)  # of all processes
+    # All values go into one tensor, so that the host waits for the GPU only once.
+    stacked = [torch.stack([x.float() for x in group_terms.values()]) for group_terms in terms]
+    table = torch.stack(stacked).tolist() if stacked else []
+    rows = gather([dict(zip(terms[0], values, strict=True)) for values in table])
     metrics = {"trained_groups": len(rows), "loss": 0.0, "mismatch": 0.0}
     if rows:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
@@ -860,11 +858,10 @@ def from_json(record: dict, agent: Agent) -> Conversation:
 
 def append_jsonl(path: Path, *records: dict) -> None:
     """Append records to a file, one line each. Only the first process writes."""
-    if not is_rank_0():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
+    if is_rank_0():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 # -- The optimizer ---------------------------------------------------------------------------------
@@ -955,8 +952,6 @@ def save_checkpoint(folder: Path, step: int, optimizer: MasterAdamW, state: dict
     """Save what training needs to resume after `step` steps, in one file that is replaced
     atomically: master weights, AdamW's moments, the lengths of the run's log files, and `state`, a
     small JSON object. No random state needs saving, because random numbers depend on the step."""
-    if not is_rank_0():
-        return
     tensors = {}
     for i, master in enumerate(optimizer.masters):
         values = {"weight": master.detach(), **optimizer.state.get(master, {})}
@@ -1023,12 +1018,11 @@ def join_processes() -> Iterator[None]:
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield
         return
-    # The timeout can be long, because torchrun ends all processes when one of them fails.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))
+    # By default, gloo sends the tensors of a CPU, and NCCL those of NVIDIA's GPUs. The timeout can
+    # be long, because torchrun ends all processes when one of them fails.
+    dist.init_process_group(timeout=timedelta(days=1))
     if not is_rank_0():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     except BaseException as error:
@@ -1036,8 +1030,7 @@ def join_processes() -> Iterator[None]:
         # Only the original error should be printed. So rank 0 reports any other error at once, but
         # all other processes, and rank 0 after a RuntimeError, wait first: meanwhile, torchrun
         # usually ends them. A process that is still alive then has to report its error itself.
-        if not is_rank_0() or isinstance(error, RuntimeError):
-            time.sleep(5)
+        time.sleep(0 if is_rank_0() and not isinstance(error, RuntimeError) else 5)
         sys.stderr = sys.__stderr__  # This undoes the redirection above.
         raise
     dist.destroy_process_group()
@@ -1055,10 +1048,9 @@ def share(items: list) -> list:
 
 def gather(part: list) -> list:
     """The parts of all processes, joined. This waits until every process has called it."""
-    if num_processes() == 1:
-        return part
-    parts: list[list] = [[] for _ in range(num_processes())]
-    dist.all_gather_object(parts, part)
+    parts = [part] * num_processes()
+    if num_processes() > 1:
+        dist.all_gather_object(parts, part)
     return sum(parts, [])
 
 

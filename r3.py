@@ -58,6 +58,7 @@ from model import (
 from tasks import TASKS, Task, TinyCountdown
 
 RUNS = Path("runs")
+NUM_LOCAL_PROCESSES = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine; from torchrun
 
 
 # -- Settings --------------------------------------------------------------------------------------
@@ -699,9 +700,7 @@ def free_memory(device: str) -> float | None:
     meminfo = Path("/proc/meminfo")  # Linux has it
     if device == "cpu" and meminfo.is_file():
         kilobytes = re.search(r"^MemAvailable: +(\d+) kB", meminfo.read_text(), re.MULTILINE)
-        # torchrun says how many processes it has started on this machine.
-        num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return 1024 * int(kilobytes[1]) / num_processes if kilobytes else None
+        return 1024 * int(kilobytes[1]) / NUM_LOCAL_PROCESSES if kilobytes else None
     return None
 
 
@@ -979,16 +978,15 @@ def train_command(config: Config, folder: Path) -> None:
 
     path = folder / "trained.jsonl"
     after = evaluate(policy, problems, config.num_samples, "trained", path, config.steps)
-    if not is_rank_0():
-        return
-    last_point = curve_point(config, curve_problems, after)
-    append_jsonl(folder / "metrics.jsonl", {"step": config.steps, **last_point})
-    report(config, folder, {"vanilla": before, "trained": after})
-    print(what_was_learned(folder, config))
-    plot_command([folder])
-    if not config.keep_checkpoint:
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    print(f"This took {duration(time.time() - start_time)}. The results are in {folder}/")
+    if is_rank_0():
+        last_point = curve_point(config, curve_problems, after)
+        append_jsonl(folder / "metrics.jsonl", {"step": config.steps, **last_point})
+        report(config, folder, {"vanilla": before, "trained": after})
+        print(what_was_learned(folder, config))
+        plot_command([folder])
+        if not config.keep_checkpoint:
+            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        print(f"This took {duration(time.time() - start_time)}. The results are in {folder}/")
 
 
 def collect_failures(
@@ -1008,9 +1006,9 @@ def collect_failures(
     if not failures:
         raise ValueError("there are no failures to learn from")
     write_config(folder, "train", config)  # Without usable failures, there is no run to resume.
-    gather([])  # Write the file only after all processes have read it.
     # Training permutes the failures in this order. So a new run with --failures and this file draws
-    # them in the same sequence, if it has the same seed.
+    # them in the same sequence, if it has the same seed. (A process that reads the file only after
+    # another one has written it here finds the same failures.)
     write_conversations(path, failures, vanilla)
     return failures
 
@@ -1547,9 +1545,8 @@ def script() -> str:
 
 def program() -> str:
     """How this program was started, for usage lines and hints that can be copied."""
-    num_processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-    launcher = f"torchrun --nproc-per-node {num_processes}" if num_processes else "python"
-    return f"{launcher} {shlex.quote(script())}"
+    torchrun = f"torchrun --nproc-per-node {NUM_LOCAL_PROCESSES}"
+    return f"{torchrun if NUM_LOCAL_PROCESSES > 1 else 'python'} {shlex.quote(script())}"
 
 
 @grpo.join_processes()
@@ -1588,7 +1585,7 @@ def main(argv: list[str] | None = None) -> None:
             return print()
         begun = command in RESUMABLE and folder and (folder / "config.json").exists()
         hint = f"; to resume: {resume_command(command, folder)}" if begun else ""
-        sys.exit(f"\n{name}: interrupted{hint}")
+        sys.exit(f"\n{name}: interrupted{hint}" if is_rank_0() else 1)
     except DivergenceError as error:
         hint = ""
         if command == "train" and (folder / "metrics.jsonl").exists():

@@ -138,11 +138,16 @@ def environment_of(fault: str) -> dict[str, str]:
     }  # fmt: skip
 
 
+def torchrun(num_processes: int, *flags: str) -> list[str]:
+    """The command that runs this program in several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*command, f"--nproc-per-node={num_processes}", __file__, *flags]
+
+
 def several(num_processes: int, *flags: str, fault: str = "") -> subprocess.CompletedProcess:
     """Run a command in several processes, in the working directory of the test."""
     environment = {**os.environ, **environment_of(fault)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc-per-node={num_processes}", __file__, *flags]
+    command = torchrun(num_processes, *flags)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -299,6 +304,28 @@ def test_failures_of_another_run_and_a_name_made_from_the_time(one, reference):
     [folder] = Path("runs").glob("train-*")
     assert f"The results are in {folder}" in output
     assert_same_run(reference, folder)
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_reported_in_one_line(one, reference):
+    """A terminal sends the signal to torchrun and to all processes at the same time."""
+    command = torchrun(2, *TRAIN, "--name=two", "--steps=400")
+    environment = {**os.environ, **environment_of("")}
+    metrics = Path("runs/two/metrics.jsonl")
+    start = time.time()
+    with open("errors", "w") as errors, subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+    ) as processes:  # fmt: skip
+        while not metrics.exists() or len(read_lines(metrics)) < 3:
+            assert processes.poll() is None and time.time() - start < 120, "training has not begun"
+            time.sleep(0.1)
+        os.killpg(processes.pid, signal.SIGINT)
+        assert processes.wait(60)
+    lines = [
+        line for line in Path("errors").read_text().splitlines() if "test_distributed.py" in line
+    ]
+    hint = f"to resume: torchrun --nproc-per-node 2 {__file__} train --resume runs/two"
+    assert lines == [f"test_distributed.py: interrupted; {hint}"]
 
 
 @pytest.mark.slow

@@ -167,7 +167,8 @@ def test_its_gradient_is_that_of_plain_rows(title, one_layer, task, tmp_path):
         plain = grpo.rollout(plain_agent, plain_failures, 4, (grpo.TRAIN, 0))
         rounds = set()
         for group, first_round in zip(groups, plain, strict=True):
-            for c, first in zip(group, first_round, strict=True):
+            in_order = sorted(group, key=lambda c: c.reflection_index)
+            for c, first in zip(in_order, first_round, strict=True):
                 rounds.add(c.first_reflection is not None)
                 if first.retry_verdict.correct:  # there is no second round
                     assert c.first_reflection is None and vars(c.retry) == vars(first.retry)
