@@ -1382,12 +1382,16 @@ def resumed_config(folder: Path, command: str, flags: dict[str, Any]) -> Config:
     that could change the result, and OSError or ValueError if the run cannot be resumed."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"--resume {folder}: this is not the folder of a run")
-    for name in flags:
-        if name not in RESUME_FLAGS:
-            allowed = ", ".join(map(flag_name, RESUME_FLAGS))
-            message = "cannot be given with --resume, which uses the settings of the run"
-            raise ValueError(f"{flag_name(name)} {message}; it allows only {allowed}")
     config = load_config(folder, command)
+    refused = [flag_name(name) for name in flags if name not in RESUME_FLAGS]
+    if refused:
+        allowed = ", ".join(map(flag_name, RESUME_FLAGS))
+        message = f"{', '.join(refused)} cannot be given with --resume, which uses the settings of "
+        message += f"the run; it allows only {allowed}"
+        if command == "train" and (folder / "failures.jsonl").exists():
+            again = restart_command(config, folder, **flags)
+            message += f"; to start a new run from the run's failures: {again}"
+        raise ValueError(message)
     if command == "train":
         check_resumable(folder, config)
     return replace(config, **flags)
@@ -1399,7 +1403,10 @@ def resume_command(command: str, folder: Path) -> str:
 
 
 def restart_command(config: Config, folder: Path, **changes: Any) -> str:
-    """The command that starts a new run with a run's settings, some changes, and its failures."""
+    """The command that starts a new run with a run's settings, some changes, and its failures. If
+    LoRA adapters take the place of all weights, their learning rate is ten times as high."""
+    if changes.get("lora_rank") and not config.lora_rank:
+        changes.setdefault("lr", 10 * config.lr)
     changes |= {"failures": str(folder / "failures.jsonl"), "name": None}
     config = replace(config, **changes)
     # The default of --lr depends on --lora-rank.
@@ -1432,7 +1439,7 @@ def memory_advice(command: str, config: Config | None, folder: Path | None) -> s
             flags = " ".join(map(flag_name, savings))
             return f"to resume with less: {resume_command(command, folder)} {flags}"
         if not config.lora_rank:
-            again = restart_command(config, folder, lora_rank=32, lr=10 * config.lr)
+            again = restart_command(config, folder, lora_rank=32)
             return f"to train adapters instead of all weights: {again}"
     flags = "--max-new-tokens"
     if command != "play":
@@ -1455,17 +1462,6 @@ def default_config(model: str) -> Config:
     return TINY if is_tiny(model) else PAPER
 
 
-def play_config(flags: dict[str, Any]) -> Config:
-    """The settings of `play`: those of the run whose model it opens, and the given flags."""
-    model = flags.get("model") or str(newest_file("**/model/config.json").parent)
-    run = Path(model).parent
-    config = default_config(model)
-    is_run = Path(model).name == "model" and (run / "config.json").is_file()
-    if is_run and read_json(run / "config.json").get("command") == "train":
-        config = load_config(run, "train")
-    return replace(config, **{**flags, "model": model})
-
-
 def new_config(flags: dict[str, Any]) -> Config:
     """The settings of a new run: the defaults for its model, and the given flags. LoRA adapters
     are trained with ten times the learning rate, unless --lr is given."""
@@ -1473,6 +1469,18 @@ def new_config(flags: dict[str, Any]) -> Config:
     if config.lora_rank and "lr" not in flags:
         config = replace(config, lr=10 * config.lr)
     return config
+
+
+def config_of_model(flags: dict[str, Any]) -> Config:
+    """The settings of `play` and `eval`: those of the run that trained the model, if there is one,
+    and the given flags."""
+    model = flags.get("model", "tiny")
+    run = Path(model).parent
+    config = default_config(model)
+    is_run = Path(model).name == "model" and (run / "config.json").is_file()
+    if is_run and read_json(run / "config.json").get("command") == "train":
+        config = load_config(run, "train")
+    return replace(config, **{"name": None, **flags, "model": model})
 
 
 # -- The command line ------------------------------------------------------------------------------
@@ -1562,8 +1570,11 @@ def main(argv: list[str] | None = None) -> None:
         if command in ("show", "plot"):
             return COMMANDS[command](**flags)
         if command == "play":
-            return play_command(play_config(flags))
-        config = resumed_config(resume, command, flags) if resume else new_config(flags)
+            if "model" not in flags:
+                flags["model"] = str(newest_file("**/model/config.json").parent)
+            return play_command(config_of_model(flags))
+        settings = config_of_model if command == "eval" else new_config
+        config = resumed_config(resume, command, flags) if resume else settings(flags)
         # Of several processes, the first one makes the folder, locks it, and tells the others.
         folder = resume or gather([is_rank_0() and new_folder(command, config)])[0]
         with locked_folder(folder) if is_rank_0() else nullcontext():

@@ -303,8 +303,14 @@ def test_a_finished_run_has_no_checkpoint(train, finished):
 
 
 def test_a_resumed_run_takes_only_what_cannot_change_its_result(train, finished):
-    message = error_of(train, "--resume", "runs/x", "--lr", "1")
-    assert "--lr cannot be given with --resume" in message and "--cache-tokens" in message
+    before = r3.load_config(Path("runs/x"), "train")
+    message = error_of(train, "--resume", "runs/x", "--lr", "1", "--lora-rank", "4")
+    assert "cannot be given with --resume" in message and "--cache-tokens" in message
+    again = message.partition("; to start a new run from the run's failures: ")[2]
+    flags = r3.read_command_line(shlex.split(again)[2:])
+    assert flags.pop("command") == "train"
+    changes = {"lr": 1.0, "lora_rank": 4, "name": None, "failures": "runs/x/failures.jsonl"}
+    assert r3.new_config(flags) == replace(before, **changes)
     text = Path("runs/x/trained.jsonl").read_text()
     flags = ["--offload", "--checkpointing", "--cache-tokens", "3000", "--save-every", "2"]
     train("--resume", "runs/x", *flags)
@@ -411,6 +417,19 @@ def test_play_knows_the_run_of_its_model(finished, monkeypatch):
     assert (config.model, config.max_new_tokens, config.seed) == ("runs/x/model", 12, 1)
     play(monkeypatch, flags=["--model", "runs/x/model", "--temperature", "0.5"])
     assert (configs[1].max_new_tokens, configs[1].temperature) == (12, 0.5)
+
+
+def test_eval_knows_the_run_of_its_model(finished, monkeypatch):
+    """Otherwise, it would evaluate another task, with other lengths."""
+    configs = []
+    monkeypatch.setitem(r3.COMMANDS, "eval", lambda config, folder: configs.append(config))
+    r3.main(["eval", "--model", "runs/x/model", "--split", "test"])
+    trained = r3.load_config(finished, "train")
+    changes = {"model": "runs/x/model", "split": "test", "name": None}
+    assert configs == [replace(trained, **changes)]
+    shutil.copytree(finished / "model", "model")  # a model of no run
+    r3.main(["eval", "--model", "model"])
+    assert configs[1] == replace(r3.TINY, model="model")
 
 
 def test_an_empty_turn_has_its_label(capsys):
@@ -601,10 +620,11 @@ def test_a_command_to_start_again_keeps_the_learning_rate(lora_rank, lr):
     flags = r3.read_command_line(shlex.split(command)[2:])
     assert flags.pop("command") == "train"
     assert r3.new_config(flags) == replace(config, failures="runs/x/failures.jsonl")
-    adapters = r3.restart_command(config, Path("runs/x"), lora_rank=32, lr=10 * config.lr)
+    adapters = r3.restart_command(config, Path("runs/x"), lora_rank=32)
     flags = r3.read_command_line(shlex.split(adapters)[2:])
     flags.pop("command")
-    assert r3.new_config(flags).lr == pytest.approx(10 * config.lr)
+    expected = config.lr if lora_rank else 10 * config.lr
+    assert r3.new_config(flags).lr == pytest.approx(expected)
 
 
 def test_the_folder_of_a_run_is_not_a_model(finished):
