@@ -1584,6 +1584,7 @@ def main(argv: list[str] | None = None) -> None:
                 hint = f", or resume it: {resume_command(command, folder)}"
                 hint = hint if command in RESUMABLE else ""
                 raise ValueError(f"{folder} exists: choose another --name{hint}")
+            print(f"The folder of this run is {folder}/")
             COMMANDS[command](config, folder)
     except BrokenPipeError:  # `head`, for example, has closed the pipe
         # Discard the rest, so that Python's flush at exit does not fail, too.

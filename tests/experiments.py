@@ -137,8 +137,8 @@ def controls(
         f"{title}[95% interval]": {
             name: crossed(agents, name, own[name], folder) for name in agents
         },
-        f"Tokens per reflection on {subset}": {
-            name: {"mean": f"{mean_tokens(own[name]):.1f}"} for name in own
+        f"Reflections on {subset}": {
+            name: describe_reflections(agents[name], own[name]) for name in own
         },
     }
     if crossed_only:
@@ -496,6 +496,7 @@ def describe_reflections(agent: Agent, conversations: list[Conversation]) -> dic
     """A row about a model's reflections: how many there are, their mean length, and the percentage
     that the verifier would accept as an answer.
 
+    For the tiny task also the percentage that search: they call what they have tried "no" or "yes".
     For tests/sentence.py also the percentage that name the required word, and the accuracy of the
     retries after those that do and after those that do not."""
     conversations = [c for c in conversations if c.reflection]
@@ -505,9 +506,11 @@ def describe_reflections(agent: Agent, conversations: list[Conversation]) -> dic
         "tokens": f"{mean_tokens(conversations):.1f}",
         "correct answers": percent(answers),
     }
+    texts = [agent.tokenizer.decode(c.reflection.tokens).lower() for c in conversations]
+    words = [re.findall("[a-z]+", text) for text in texts]
+    if isinstance(agent.task, TinyCountdown):
+        row["search"] = percent(np.array(["no" in found or "yes" in found for found in words]))
     if isinstance(agent.task, sentence.Sentence):
-        texts = [agent.tokenizer.decode(c.reflection.tokens).lower() for c in conversations]
-        words = [re.findall("[a-z]+", text) for text in texts]
         required = [c.problem.required_word for c in conversations]
         named = np.array([r in found for r, found in zip(required, words, strict=True)], bool)
         correct = np.array([c.retry_verdict.correct for c in conversations], bool)

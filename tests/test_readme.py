@@ -34,7 +34,7 @@ def commands() -> list[list[str]]:
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             found += [shlex.split(command, comments=True) for command in line.split("&&")]
-    return found
+    return [words for words in found if words]  # A line may be a comment alone.
 
 
 def commands_of(program: str) -> list[list[str]]:
