@@ -1276,7 +1276,8 @@ def plot_command(folders: list[Path]) -> None:
         axis.set(title=PANELS[name], xlabel="step", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if len(folders) > 1:
-        figure.axes[0].legend()
+        curves = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*curves, loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=110)
     print(f"The curves are in {path}")
 

@@ -1239,7 +1239,7 @@ def test_plot_draws_one_run_or_several(plotted_runs, monkeypatch, capsys):
     bounds = [segment[:, 1].tolist() for segment in bars.get_segments()]
     assert np.allclose(bounds, [[0.05, 0.2], [0.1, 0.4]])
     assert axes["reward"].containers[0][0].get_xydata().tolist() == [[1, 0.2], [2, 0.4]]
-    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert labels == ["one", "two"]
 
 
