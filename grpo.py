@@ -979,8 +979,9 @@ def load_checkpoint(folder: Path, optimizer: MasterAdamW) -> tuple[int, dict]:
         if log.exists() and is_rank_0():
             # If a log has become shorter, os.truncate would extend it with zeros: hence min.
             os.truncate(log, min(lengths.get(log.name, 0), log.stat().st_size))
-    gather([])  # Wait until all have read the checkpoint: rank 0 may soon replace or delete it.
-    return step, state
+    # All processes have read the same step. `gather` waits until they have, because the first one
+    # may soon replace or delete the checkpoint.
+    return gather([step])[0], state
 
 
 def read_checkpoint(path: Path, optimizer: MasterAdamW) -> tuple[int, dict, dict]:
@@ -1018,9 +1019,9 @@ def join_processes() -> Iterator[None]:
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield
         return
-    # By default, gloo sends the tensors of a CPU, and NCCL those of NVIDIA's GPUs. The timeout can
-    # be long, because torchrun ends all processes when one of them fails.
-    dist.init_process_group(timeout=timedelta(days=1))
+    # The timeout can be long, because torchrun ends all processes when one of them fails.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
     if not is_rank_0():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:

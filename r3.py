@@ -1088,7 +1088,9 @@ def failures_command(config: Config, folder: Path) -> None:
 
 
 def eval_command(config: Config, folder: Path) -> None:
-    """Evaluate a model: measure its accuracy on the first try and within two tries."""
+    """Evaluate a model: measure its accuracy on the first try and within two tries. For the model
+    of a training run, runs/NAME/model, the task, the data, the seed and the sampling are those of
+    the run, unless flags change them."""
     task = load_task(config)
     problems = load_problems(config, task, config.split, config.limit)
     agent = load_agent(config, task)
@@ -1338,7 +1340,10 @@ def newest_file(pattern: str) -> Path:
 
 
 def write_config(folder: Path, command: str, config: Config) -> None:
-    """Write config.json: the command, all its settings, and the version of torch."""
+    """Write config.json: the command, all its settings, and the version of torch. With this file,
+    the folder becomes that of a run, and its name is printed."""
+    if not (folder / "config.json").exists():
+        print(f"The folder of this run is {folder}/")
     record = {"command": command, **asdict(config), "torch": torch.__version__}
     replace_file(folder / "config.json", json.dumps(record, indent=2))
 
@@ -1389,7 +1394,9 @@ def resumed_config(folder: Path, command: str, flags: dict[str, Any]) -> Config:
         allowed = ", ".join(map(flag_name, RESUME_FLAGS))
         message = f"{', '.join(refused)} cannot be given with --resume, which uses the settings of "
         message += f"the run; it allows only {allowed}"
-        if command == "train" and (folder / "failures.jsonl").exists():
+        # With another model, for example, the failures of this run would be the wrong ones.
+        training_flags = {*FLAG_GROUPS["training"][1].split(), *RESUME_FLAGS} - {"failures"}
+        if command == "train" and has_all_failures(folder) and training_flags >= flags.keys():
             again = restart_command(config, folder, **flags)
             message += f"; to start a new run from the run's failures: {again}"
         raise ValueError(message)
@@ -1398,16 +1405,23 @@ def resumed_config(folder: Path, command: str, flags: dict[str, Any]) -> Config:
     return replace(config, **flags)
 
 
+def has_all_failures(folder: Path) -> bool:
+    """Whether a training run has all its failures. (The search for them adds to their file. What
+    comes next is the evaluation of the vanilla model.)"""
+    return (folder / "vanilla.jsonl").exists()
+
+
 def resume_command(command: str, folder: Path) -> str:
     """The command that resumes an interrupted run."""
     return f"{program()} {command} --resume {shlex.quote(str(folder))}"
 
 
 def restart_command(config: Config, folder: Path, **changes: Any) -> str:
-    """The command that starts a new run with a run's settings, some changes, and its failures. If
-    LoRA adapters take the place of all weights, their learning rate is ten times as high."""
-    if changes.get("lora_rank") and not config.lora_rank:
-        changes.setdefault("lr", 10 * config.lr)
+    """The command that starts a new run with a run's settings, some changes, and its failures. LoRA
+    adapters get ten times the learning rate of all weights, unless the changes contain another."""
+    lora_rank = changes.get("lora_rank", config.lora_rank)
+    if bool(lora_rank) != bool(config.lora_rank):
+        changes.setdefault("lr", 10 * config.lr if lora_rank else config.lr / 10)
     changes |= {"failures": str(folder / "failures.jsonl"), "name": None}
     config = replace(config, **changes)
     # The default of --lr depends on --lora-rank.
@@ -1432,7 +1446,7 @@ def flags_for(config: Config, defaults: Config) -> str:
 
 def memory_advice(command: str, config: Config | None, folder: Path | None) -> str:
     """What to do after a command ran out of memory."""
-    if command == "train" and (folder / "failures.jsonl").exists():
+    if command == "train" and has_all_failures(folder):
         # On a CPU, --offload would only add copies in the same memory.
         useful = ("checkpointing",) if config.device == "cpu" else ("checkpointing", "offload")
         savings = [name for name in useful if not getattr(config, name)]
@@ -1472,16 +1486,25 @@ def new_config(flags: dict[str, Any]) -> Config:
     return config
 
 
+# What `play` and `eval` take from the run that trained their model.
+SETTINGS_OF_MODEL = (
+    "task", "data", "seed", "dtype", "temperature", "max_new_tokens", "num_samples",
+)  # fmt: skip
+
+
 def config_of_model(flags: dict[str, Any]) -> Config:
-    """The settings of `play` and `eval`: those of the run that trained the model, if there is one,
-    and the given flags."""
+    """The settings of `play` and `eval`: the given flags, some settings of the run that trained the
+    model, if there is one, and defaults."""
     model = flags.get("model", "tiny")
-    run = Path(model).parent
-    config = default_config(model)
-    is_run = Path(model).name == "model" and (run / "config.json").is_file()
-    if is_run and read_json(run / "config.json").get("command") == "train":
-        config = load_config(run, "train")
-    return replace(config, **{"name": None, **flags, "model": model})
+    path = Path(model).parent / "config.json"
+    settings = {}
+    if Path(model).name == "model" and path.is_file():
+        record = read_json(path)
+        if record.get("command") == "train":
+            settings = {name: record[name] for name in SETTINGS_OF_MODEL if name in record}
+    if flags.get("task", settings.get("task")) != settings.get("task"):
+        settings.pop("data", None)  # The run's problems are those of another task.
+    return replace(default_config(model), **{**settings, **flags})
 
 
 # -- The command line ------------------------------------------------------------------------------
@@ -1585,7 +1608,6 @@ def main(argv: list[str] | None = None) -> None:
                 hint = f", or resume it: {resume_command(command, folder)}"
                 hint = hint if command in RESUMABLE else ""
                 raise ValueError(f"{folder} exists: choose another --name{hint}")
-            print(f"The folder of this run is {folder}/")
             COMMANDS[command](config, folder)
     except BrokenPipeError:  # `head`, for example, has closed the pipe
         # Discard the rest, so that Python's flush at exit does not fail, too.
@@ -1598,7 +1620,8 @@ def main(argv: list[str] | None = None) -> None:
             return print()
         begun = command in RESUMABLE and folder and (folder / "config.json").exists()
         hint = f"; to resume: {resume_command(command, folder)}" if begun else ""
-        sys.exit(f"\n{name}: interrupted{hint}" if is_rank_0() else 1)
+        # Of several processes, the first one reports this, and the others end without a word.
+        sys.exit(f"\n{name}: interrupted{hint}" if is_rank_0() else os._exit(1))
     except DivergenceError as error:
         hint = ""
         if command == "train" and (folder / "metrics.jsonl").exists():

@@ -144,9 +144,11 @@ class Task:
         return problems
 
     def parse_record(self, record: dict):
-        """Make a problem from its JSON record. Fields that `Problem` does not have are ignored.
-        Raises KeyError with the name of a field that is missing and has no default value, and
-        ValueError, TypeError or AttributeError if the record is otherwise invalid."""
+        """Make a problem from its JSON record. Fields that `Problem` does not have are ignored. A
+        method that overrides this one gets the records of data files and also those that a run
+        saves, whose fields are those of `Problem`. Raises KeyError with the name of a field that is
+        missing and has no default value, and ValueError, TypeError or AttributeError if the record
+        is otherwise invalid."""
         values = {}
         for name, parameter in inspect.signature(self.Problem).parameters.items():
             is_required = parameter.default is parameter.empty

@@ -306,9 +306,23 @@ def test_failures_of_another_run_and_a_name_made_from_the_time(one, reference):
     assert_same_run(reference, folder)
 
 
+@pytest.mark.parametrize(("has_gpu", "backend"), [(False, "gloo"), (True, "cpu:gloo,cuda:nccl")])
+def test_tensors_of_the_cpu_can_be_sent_on_a_machine_with_gpus(monkeypatch, has_gpu, backend):
+    """Conversations and offloaded gradients are on the CPU."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, timeout: calls.append(backend)
+    )
+    with grpo.join_processes():
+        assert calls == [backend]
+
+
 @pytest.mark.slow
 def test_ctrl_c_is_reported_in_one_line(one, reference):
-    """A terminal sends the signal to torchrun and to all processes at the same time."""
+    """torchrun passes the signal on to all processes."""
     command = torchrun(2, *TRAIN, "--name=two", "--steps=400")
     environment = {**os.environ, **environment_of("")}
     metrics = Path("runs/two/metrics.jsonl")

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import bench
@@ -171,7 +172,11 @@ def test_the_example_of_a_task_runs(short_experiment, source, folder, monkeypatc
         assert example.Multiply().verify(problem, text).reason == reason
     assert example.Multiply().verify(problem, "It is:\n408").correct
     monkeypatch.setattr(example.Multiply, "verify", verdict_by_chance)
-    r3.main(flags)
+    r3.main([*flags, "--name", "x"])
+    assert "% correct" in capsys.readouterr().out
+    assert example.Multiply().parse_record(asdict(problem)) == problem
+    # The problems that it has saved can be read.
+    r3.main([*flags, "--failures", "runs/x/failures.jsonl"])
     assert "% correct" in capsys.readouterr().out
 
 

@@ -311,6 +311,9 @@ def test_a_resumed_run_takes_only_what_cannot_change_its_result(train, finished)
     assert flags.pop("command") == "train"
     changes = {"lr": 1.0, "lora_rank": 4, "name": None, "failures": "runs/x/failures.jsonl"}
     assert r3.new_config(flags) == replace(before, **changes)
+    # With another seed, the failures are those of another model.
+    message = error_of(train, "--resume", "runs/x", "--lr", "1", "--seed", "7")
+    assert message.endswith("--keep-checkpoint")
     text = Path("runs/x/trained.jsonl").read_text()
     flags = ["--offload", "--checkpointing", "--cache-tokens", "3000", "--save-every", "2"]
     train("--resume", "runs/x", *flags)
@@ -425,11 +428,28 @@ def test_eval_knows_the_run_of_its_model(finished, monkeypatch):
     monkeypatch.setitem(r3.COMMANDS, "eval", lambda config, folder: configs.append(config))
     r3.main(["eval", "--model", "runs/x/model", "--split", "test"])
     trained = r3.load_config(finished, "train")
-    changes = {"model": "runs/x/model", "split": "test", "name": None}
-    assert configs == [replace(trained, **changes)]
+    inherited = {name: getattr(trained, name) for name in r3.SETTINGS_OF_MODEL}
+    expected = replace(r3.TINY, model="runs/x/model", split="test", **inherited)
+    assert configs == [expected]
+    assert (expected.max_new_tokens, expected.seed) == (12, 1)
     shutil.copytree(finished / "model", "model")  # a model of no run
     r3.main(["eval", "--model", "model"])
     assert configs[1] == replace(r3.TINY, model="model")
+
+
+def test_eval_does_not_need_what_it_does_not_take_from_a_run(finished, monkeypatch):
+    """A run may come from another machine, from another version, or from a task of one's own."""
+    path = finished / "config.json"
+    record = json.loads(path.read_text())
+    record |= {"device": "cuda", "old_setting": 1, "task": "mine", "data": "mine.jsonl"}
+    path.write_text(json.dumps(record))
+    configs = []
+    monkeypatch.setitem(r3.COMMANDS, "eval", lambda config, folder: configs.append(config))
+    flags = ["eval", "--model", "runs/x/model"]
+    assert "--task mine: must be one of countdown" in error_of(r3.main, flags)
+    r3.main([*flags, "--task", "countdown"])
+    [config] = configs
+    assert (config.device, config.data, config.seed) == (r3.TINY.device, None, 1)
 
 
 def test_an_empty_turn_has_its_label(capsys):
@@ -624,6 +644,11 @@ def test_a_command_to_start_again_keeps_the_learning_rate(lora_rank, lr):
     flags = r3.read_command_line(shlex.split(adapters)[2:])
     flags.pop("command")
     expected = config.lr if lora_rank else 10 * config.lr
+    assert r3.new_config(flags).lr == pytest.approx(expected)
+    all_weights = r3.restart_command(config, Path("runs/x"), lora_rank=0)
+    flags = r3.read_command_line(shlex.split(all_weights)[2:])
+    flags.pop("command")
+    expected = config.lr / 10 if lora_rank else config.lr
     assert r3.new_config(flags).lr == pytest.approx(expected)
 
 
