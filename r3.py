@@ -1340,8 +1340,8 @@ def newest_file(pattern: str) -> Path:
 
 
 def write_config(folder: Path, command: str, config: Config) -> None:
-    """Write config.json: the command, all its settings, and the version of torch. With this file,
-    the folder becomes that of a run, and its name is printed."""
+    """Write config.json: the command, all its settings, and the version of torch. The file makes
+    its folder the folder of a run, so the folder is printed when the file is new."""
     if not (folder / "config.json").exists():
         print(f"The folder of this run is {folder}/")
     record = {"command": command, **asdict(config), "torch": torch.__version__}
