@@ -155,15 +155,20 @@ def backpropagate_step(
             with torch.no_grad():
                 ref_logprobs = token_logprobs(reference, packed, temperature)  # (G, T)
         logprobs = token_logprobs(policy, packed, temperature)  # (G, T)
-        tensors = packed.old_logprobs, packed.mask, A
-        old_logprobs, mask, A = (tensor.to(policy.device) for tensor in tensors)
+        inputs = {
+            "logprobs": logprobs,
+            "old_logprobs": packed.old_logprobs.to(policy.device),  # (G, T)
+            "ref_logprobs": ref_logprobs,
+            "advantages": A.to(policy.device),  # (G,)
+            "mask": packed.mask.to(policy.device),  # (G, T)
+            "clip": config.clip,
+        }
         # Convert the float64 token weights before moving them, because MPS has no float64.
-        w = w.to(logprobs.dtype).to(policy.device)
-        inputs = logprobs, old_logprobs, ref_logprobs, A, mask
-        loss = grpo_loss(*inputs, weights=w, clip=config.clip, beta=config.beta)
+        w = w.to(logprobs.dtype).to(policy.device)  # (G,)
+        loss = grpo_loss(**inputs, weights=w, beta=config.beta)
         loss.backward()
         optimizer.after_backward()
-        terms.append(loss_terms(loss, *inputs, clip=config.clip))
+        terms.append(loss_terms(loss, **inputs))
     return loss_metrics(terms)
 
 
@@ -517,7 +522,11 @@ class Agent:
 
     def verify(self, problem: Any, turn: Turn) -> Verdict:
         """The verifier's verdict on an answer."""
-        return self.task.verify(problem, self.tokenizer.decode(turn.tokens))
+        answer = self.tokenizer.decode(turn.tokens)
+        try:
+            return self.task.verify(problem, answer)
+        except Exception as error:  # An answer may be any text, so this is a bug of the verifier.
+            raise RuntimeError(f"the task's verifier failed on the answer {answer!r}") from error
 
 
 # -- Sampling conversations ------------------------------------------------------------------------
@@ -658,10 +667,14 @@ def lower_cache_limit(agent: Agent, batch: list, num_samples: int, turns: int) -
     agent.cache_tokens = len(batch) * tokens // 2
 
 
+TEMPLATE_TOKENS = 50  # about as many as an instruction and the chat template's tokens around it
+
+
 def cache_tokens_needed(agent: Agent, item: Any, num_samples: int, turns: int) -> int:
     """How many tokens of the KV cache an item takes: its prompt, which is stored once, and `turns`
-    new turns for each sample, with about 50 tokens each for instruction and chat template."""
-    return prompt_length(agent, item) + num_samples * turns * (agent.max_new_tokens + 50)
+    new turns for each sample, each with TEMPLATE_TOKENS for the instruction before it."""
+    turn_length = agent.max_new_tokens + TEMPLATE_TOKENS
+    return prompt_length(agent, item) + num_samples * turns * turn_length
 
 
 def prompt_length(agent: Agent, item: Any) -> int:

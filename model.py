@@ -793,8 +793,8 @@ def generate(
     # This is checked only once, because a check after every token would force a GPU sync each time.
     if not all(math.isfinite(x) for samples in turn_logprobs for turn in samples for x in turn):
         raise DivergenceError(
-            f"the model's logits, divided by the temperature of {temperature}, are nan or too "
-            "large: the model has diverged, or the temperature is too close to 0"
+            f"the model's logits, divided by the temperature of {temperature}, are not finite "
+            "numbers, or too large: the model has diverged, or the temperature is too close to 0"
         )
     return Generation(turns, turn_logprobs, cache)
 

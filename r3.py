@@ -86,7 +86,9 @@ class Config(grpo.TrainConfig):
     num_problems: Annotated[int | None, "maximum number of problems in the failure search"] = None
     max_attempts: Annotated[int, "maximum number of attempts at each of these problems"] = 64
     failures: Annotated[str | None, "failures.jsonl to train on, instead of a new search"] = None
-    lora_rank: Annotated[int, "rank of LoRA adapters; 0 trains all weights"] = 0
+    lora_rank: Annotated[
+        int, "rank of LoRA adapters, whose default --lr is ten times as high; 0 trains all weights"
+    ] = 0
     curve: Annotated[int, "number of points of the learning curve after step 0; 0 for none"] = 4
     keep_checkpoint: Annotated[bool, "keep the checkpoint of a finished run"] = False
 
@@ -96,7 +98,8 @@ class Config(grpo.TrainConfig):
         for name in SETTINGS:  # It is made from this class, below.
             check_setting(name, getattr(self, name))
         if self.task not in TASKS:
-            raise ValueError(f"--task {self.task}: must be one of {', '.join(TASKS)}")
+            hint = "for a task of your own, start the file that adds it"
+            raise ValueError(f"--task {self.task}: must be one of {', '.join(TASKS)}; {hint}")
         if self.name is not None and not re.fullmatch(r"\w[\w .+-]*(/\w[\w .+-]*)*", self.name):
             raise ValueError(f"--name {self.name}: must be the name of a folder within {RUNS}/")
 
@@ -156,14 +159,14 @@ def check_setting(name: str, value: Any) -> None:
             raise ValueError(f"{flag} {value}: must be {bound}")
 
 
-# TINY has the defaults for the tiny model, and PAPER those for pretrained models. PAPER has the
-# values of Config, but if there is a GPU, its device is cuda and its dtype bfloat16. The values of
-# Config are the paper's, except for group_size and max_new_tokens, which the paper does not state.
+# TINY has the defaults for the tiny model, and PRETRAINED those for pretrained models. These are
+# the values of Config, but if there is a GPU, the device is cuda and the dtype bfloat16. The values
+# of Config are the paper's, except for group_size and max_new_tokens, which it does not state.
 TINY = Config(
     steps=16, batch_size=32, lr=3e-4, save_every=1, num_samples=4, max_attempts=4,
     max_new_tokens=134, cache_tokens=131_072, log_failures=None,
 )  # fmt: skip
-PAPER = Config(device="cuda", dtype="bfloat16") if torch.cuda.is_available() else Config()
+PRETRAINED = Config(device="cuda", dtype="bfloat16") if torch.cuda.is_available() else Config()
 CURVE_PROBLEMS, CURVE_SAMPLES = 200, 2  # what is evaluated for a point of the learning curves
 
 
@@ -498,7 +501,15 @@ def load_problems(config: Config, task: Task, split: str, limit: int | None) -> 
         path = local_path(data, ["*.json", "*.jsonl", "*.parquet"], "dataset")
         if not path.exists():
             raise ValueError(f"{data} has no JSON, JSONL or parquet file")
-    return task.load(path, split, limit, config.seed)
+    problems = task.load(path, split, limit, config.seed)
+    for problem in problems[:1]:  # A run saves problems as JSON, and must recognize them later.
+        if task.parse_record(json.loads(json.dumps(asdict(problem)))) != problem:
+            saved = json.dumps(asdict(problem))
+            raise ValueError(
+                f"parse_record of the task makes another problem of {saved} than the one that was "
+                "saved; for example, JSON turns tuples into lists"
+            )
+    return problems
 
 
 def model_path(config: Config, task: Task) -> str | Path:
@@ -513,17 +524,20 @@ def model_path(config: Config, task: Task) -> str | Path:
     return gather([is_rank_0() and make_tiny_model(task, config.seed)])[0]
 
 
-def load_shapes(config: Config, task: Task) -> Model:
-    """Select and try the device, and return the run's model without weights, on the device "meta".
-    Of the model, only config.json is read, but the tiny one is made first if it does not exist.
-    Raises OSError if there is no such model, and ValueError if it is not supported, or if --device
-    is not available."""
+def select_device(config: Config) -> None:
+    """Select and try the device. Raises ValueError if --device is not available."""
     try:
         if config.device == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=config.device).item()
     except Exception:  # of a type that depends on the device
         raise ValueError(f"--device {config.device} is not available here") from None
+
+
+def load_shapes(config: Config, task: Task) -> Model:
+    """The run's model without weights, on the device "meta". Only its config.json is read, but the
+    tiny model is made first if it does not exist. Raises OSError if there is no such model, and
+    ValueError if it is not supported."""
     return Model.from_pretrained(model_path(config, task), getattr(torch, config.dtype), "meta")
 
 
@@ -553,7 +567,7 @@ def memory_needed(config: Config, model: Model, training: bool) -> Memory:
     size = getattr(torch, config.dtype).itemsize  # bytes of a number: 4 or 2
     weights = size * sum(p.numel() for p in model.parameters())
     T = config.max_new_tokens
-    turn_in_cache = T + 50  # with the tokens of the chat template, as in grpo.cache_tokens_needed
+    turn_in_cache = T + grpo.TEMPLATE_TOKENS
     group_size = config.group_size if training else 1
     with_attempts = T + config.num_samples * turn_in_cache  # a question with its attempts
     with_retries = 2 * T + group_size * 2 * turn_in_cache  # a failure, reflections and retries
@@ -616,7 +630,7 @@ def rollout_memory(config: Config, model: Model) -> dict[str, float]:
     # A decode step has four float32 arrays of V numbers for each row: logits, log-probabilities,
     # probabilities, and cumulative probabilities. Here they are divided by the number of tokens
     # that a row has in the cache: at least one turn.
-    logits = 4 * 4 * V / (config.max_new_tokens + 50)
+    logits = 4 * 4 * V / (config.max_new_tokens + grpo.TEMPLATE_TOKENS)
     first_turn = {"keys and values": copies * kv, "logits of a decode step": logits}
     # The first turn of a batch is an attempt or a reflection. A batch of attempts has the most
     # rows, because one turn per row fills the cache. In a batch of failures, each row has room for
@@ -749,8 +763,8 @@ def choose_cache_tokens(config: Config, memory: Memory, free: float | None) -> i
     65,536 on other devices."""
     if config.cache_tokens or free is None or not config.device.startswith("cuda"):
         return config.cache_tokens or 65_536
-    left = free - sum(memory.always.values())
-    return max(memory.least_cache, int(left / memory.per_cache_token))
+    free_for_cache = free - sum(memory.always.values())
+    return max(memory.least_cache, int(free_for_cache / memory.per_cache_token))
 
 
 def smaller_configs(config: Config, training: bool) -> Iterator[Config]:
@@ -759,11 +773,12 @@ def smaller_configs(config: Config, training: bool) -> Iterator[Config]:
     rounding), and those with a costly change as well. Then all of these again, in bfloat16."""
     harmless: list[dict[str, Any]] = [{}]
     costly: list[dict[str, Any]] = [{}]  # These change the result of the run.
+    adapters = {"lora_rank": 32, "lr": 10 * config.lr}  # They need a higher learning rate.
     if training:  # Offloading saves memory of the device; not offloading saves main memory.
         toggled = {"offload": not config.offload}
         harmless += [{"checkpointing": True}, toggled, {"checkpointing": True, **toggled}]
         if not config.lora_rank:
-            costly += [{"beta": 0.0}, {"lora_rank": 32}]
+            costly += [{"beta": 0.0}, adapters]
     for dtype, cost, change in itertools.product([config.dtype, "bfloat16"], costly, harmless):
         yield replace(config, dtype=dtype, **cost, **change)
 
@@ -781,8 +796,8 @@ def fit_memory(
         cache_tokens = choose_cache_tokens(smaller, memory, free)
         if free is None or memory.peak(cache_tokens) <= free:
             return smaller
-        left = free - sum(memory.always.values())
-        lower = int(left / memory.per_cache_token) // 1000 * 1000
+        free_for_cache = free - sum(memory.always.values())
+        lower = int(free_for_cache / memory.per_cache_token) // 1000 * 1000
         lower = min(cache_tokens, max(lower, memory.least_cache))
         if memory.peak(lower) <= free:
             return replace(smaller, cache_tokens=lower)
@@ -860,7 +875,7 @@ def check_disk(
         if sizes["samples.jsonl"] > 0.1 * total:
             hints.append("a lower --log-failures")
         if sizes["two checkpoints"] > 0.1 * total and not config.lora_rank:
-            hints.append("--lora-rank 32")
+            hints.append(f"--lora-rank 32 --lr {10 * config.lr:g}")
         needs = f"up to {gigabytes(total)} GB, but only {gigabytes(free)} GB are free for {folder}"
         raise ValueError(f"the run writes {needs}; {' or '.join(hints)}")
 
@@ -869,6 +884,7 @@ def check_disk(
 def load_agent(config: Config, task: Task, training: bool = False) -> Agent:
     """The model with its tokenizer and the task. Raises ValueError if the memory does not suffice,
     or if model and tokenizer do not fit together."""
+    select_device(config)
     cache_tokens = check_memory(config, load_shapes(config, task), training)
     gather([])  # No process takes memory before all of them have measured what is free.
     path = model_path(config, task)
@@ -946,7 +962,9 @@ def train_command(config: Config, folder: Path) -> None:
     to_search = []  # the problems on which to search for failures
     if not config.failures:
         to_search = load_problems(config, task, "train", config.num_problems)
-    check_disk(config, load_shapes(config, task), folder, len(problems), len(to_search))
+    select_device(config)  # before the tiny model is made, which takes minutes
+    shapes = load_shapes(config, task)
+    check_disk(config, shapes, folder, len(problems), len(to_search))
     vanilla = load_agent(config, task, training=True)
     problems = drop_long_problems(vanilla, problems)
     failures = collect_failures(config, vanilla, problems, to_search, folder)
@@ -973,8 +991,8 @@ def train_command(config: Config, folder: Path) -> None:
         remaining = (config.steps - step) * sum(durations) / len(durations)
         print(step_line(step, metrics, config.steps, remaining), flush=True)
     if is_rank_0():
-        policy.model.save_pretrained(folder / "model")
         policy.tokenizer.save_pretrained(folder / "model")
+        policy.model.save_pretrained(folder / "model")
 
     path = folder / "trained.jsonl"
     after = evaluate(policy, problems, config.num_samples, "trained", path, config.steps)
@@ -996,6 +1014,9 @@ def collect_failures(
     `to_search`. They are kept in the run's folder, where a resumed run finds them. problems: those
     that the run evaluates. Raises ValueError if there are no failures."""
     path = folder / "failures.jsonl"
+    if has_all_failures(folder) and path.exists():  # The run is resumed.
+        write_config(folder, "train", config)  # It may have been given other settings.
+        return load_conversations(path, vanilla)
     if not config.failures:
         to_search = drop_long_problems(vanilla, to_search)
         write_config(folder, "train", config)  # From here on, the run can be resumed.
@@ -1007,8 +1028,8 @@ def collect_failures(
         raise ValueError("there are no failures to learn from")
     write_config(folder, "train", config)  # Without usable failures, there is no run to resume.
     # Training permutes the failures in this order. So a new run with --failures and this file draws
-    # them in the same sequence, if it has the same seed. (A process that reads the file only after
-    # another one has written it here finds the same failures.)
+    # them in the same sequence, if it has the same seed. (A process that reads the failures after
+    # another one has written them here finds the same ones, because none is left to be dropped.)
     write_conversations(path, failures, vanilla)
     return failures
 
@@ -1124,7 +1145,8 @@ def report(config: Config, folder: Path, by_model: dict[str, list[Conversation]]
 def play_command(config: Config) -> None:
     """Type a problem, and watch a model attempt it, reflect and retry."""
     task = load_task(config)
-    agent = load_agent(replace(config, cache_tokens=8_192), task)  # for one conversation
+    config = replace(config, cache_tokens=1)  # as small as possible: for one conversation
+    agent = load_agent(config, task)
     decode = agent.tokenizer.decode
     problems, count = None, 0
     print(f"The model is {config.model}. Type {agent.task.input_format}.")
@@ -1165,14 +1187,13 @@ def show_command(folder: Path | None, step: int | None, limit: int) -> None:
     """Read what was sampled at a step: the reflections, their advantages, and the retries. Groups
     with mixed rewards, the ones that R3 learns from, come first. On a terminal, reflections with a
     positive advantage are green, those with a negative one red, and what is not trained is dim."""
-    # A record's context is what comes before its reflection or, if it has none, its attempt.
     folder = folder or newest_file("**/samples.jsonl").parent
     # `train` writes the first of these files, and `eval` the second.
     paths = [folder / name for name in ("samples.jsonl", "conversations.jsonl")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} is not the folder of a train or eval run with samples")
-    groups: dict[str, list[dict]] = {}
+    groups: dict[str, list[dict]] = {}  # by what comes before the reflections (or the attempts)
     all_records = read_jsonl(path, "reflection_index", "context", "attempt_verdict")
     for record_step, records in itertools.groupby(all_records, lambda record: record.get("step")):
         if step in (None, record_step):  # Without --step, the last step replaces the others.
@@ -1474,7 +1495,7 @@ def is_tiny(model: str) -> bool:
 
 def default_config(model: str) -> Config:
     """The defaults for a model: a tiny one, or a pretrained one."""
-    return TINY if is_tiny(model) else PAPER
+    return TINY if is_tiny(model) else PRETRAINED
 
 
 def new_config(flags: dict[str, Any]) -> Config:
@@ -1530,14 +1551,16 @@ FLAG_GROUPS = {  # title in --help: (the commands that have these flags, the set
 
 
 def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
-    """Add the flags of a command, in groups. Their defaults are in TINY and PAPER, not here."""
+    """Add the flags of a command, in groups. Their defaults are in TINY and PRETRAINED."""
     for title, (commands, names) in FLAG_GROUPS.items():
         if command not in commands.split():
             continue
         group = parser.add_argument_group(title)
         for name in names.split():
-            setting, tiny, paper = SETTINGS[name], getattr(TINY, name), getattr(PAPER, name)
-            default = tiny if tiny == paper else f"{tiny} with the tiny model, else {paper}"
+            setting = SETTINGS[name]
+            default, other_default = getattr(TINY, name), getattr(PRETRAINED, name)
+            if default != other_default:
+                default = f"{default} with the tiny model, else {other_default}"
             help_text = f"{setting.help} (default: {default})"
             help_text = setting.help if default is None else help_text
             options = {"type": setting.type, "metavar": setting.type.__name__.upper()}
@@ -1586,7 +1609,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command. An error that a user can fix is reported in one line."""
     flags = read_command_line(argv)
     command, resume = flags.pop("command"), flags.pop("resume", None)
-    config, folder, name = None, None, Path(script()).name
+    config, folder, script_name = None, None, Path(script()).name
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # Some terminals cannot show all characters.
@@ -1597,16 +1620,19 @@ def main(argv: list[str] | None = None) -> None:
             if "model" not in flags:
                 flags["model"] = str(newest_file("**/model/config.json").parent)
             return play_command(config_of_model(flags))
-        settings = config_of_model if command == "eval" else new_config
-        config = resumed_config(resume, command, flags) if resume else settings(flags)
+        make_config = config_of_model if command == "eval" else new_config
+        config = resumed_config(resume, command, flags) if resume else make_config(flags)
         # Of several processes, the first one makes the folder, locks it, and tells the others.
         folder = resume or gather([is_rank_0() and new_folder(command, config)])[0]
         with locked_folder(folder) if is_rank_0() else nullcontext():
             if resume and is_rank_0():
                 delete_temporary_files(folder)
             elif is_rank_0() and (folder / "config.json").exists():
+                has_finished = (folder / "report.json").exists()
+                is_same_command = read_json(folder / "config.json").get("command") == command
                 hint = f", or resume it: {resume_command(command, folder)}"
-                hint = hint if command in RESUMABLE else ""
+                if has_finished or not is_same_command or command not in RESUMABLE:
+                    hint = ""
                 raise ValueError(f"{folder} exists: choose another --name{hint}")
             COMMANDS[command](config, folder)
     except BrokenPipeError:  # `head`, for example, has closed the pipe
@@ -1621,20 +1647,22 @@ def main(argv: list[str] | None = None) -> None:
         begun = command in RESUMABLE and folder and (folder / "config.json").exists()
         hint = f"; to resume: {resume_command(command, folder)}" if begun else ""
         # Of several processes, the first one reports this, and the others end without a word.
-        sys.exit(f"\n{name}: interrupted{hint}" if is_rank_0() else os._exit(1))
+        sys.exit(f"\n{script_name}: interrupted{hint}" if is_rank_0() else os._exit(1))
     except DivergenceError as error:
         hint = ""
         if command == "train" and (folder / "metrics.jsonl").exists():
             again = restart_command(config, folder, lr=float(f"{config.lr / 3:.2g}"))
             hint = f"; to start again with a lower learning rate: {again}"
-        sys.exit(f"{name}: {error}{hint}")
+        sys.exit(f"{script_name}: {error}{hint}")
     except (ValueError, OSError) as error:
-        sys.exit(f"{name}: {error}")
+        if sys.flags.dev_mode:  # python -X dev
+            raise
+        sys.exit(f"{script_name}: {error}")
     except (MemoryError, RuntimeError) as error:
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not out_of_memory and "can't allocate memory" not in str(error):  # PyTorch on a CPU
             raise
-        sys.exit(f"{name}: out of memory; {memory_advice(command, config, folder)}")
+        sys.exit(f"{script_name}: out of memory; {memory_advice(command, config, folder)}")
 
 
 if __name__ == "__main__":

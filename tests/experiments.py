@@ -417,6 +417,7 @@ def trained_on(run: Path, config: r3.Config, vanilla: Agent, train: str, folder:
     reference = vanilla.model if config.beta else None
     train_turns(trained, reference, failures, config, folder, train)
     trained.model.save_pretrained(folder / "model")
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)  # three times as large as the model
     return trained
 
 

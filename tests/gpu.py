@@ -661,7 +661,8 @@ def fits_table() -> str:
             memory = r3.memory_needed(smaller, model, training=True)
             batch = r3.choose_cache_tokens(smaller, memory, free) // memory.least_cache
             checkpoint = 12 * r3.count_trained(smaller, model)
-            flags = r3.flags_for(smaller, config)
+            # --lora-rank raises the default of --lr, so that --lr need not be given.
+            flags = r3.flags_for(replace(smaller, lr=config.lr), config)
             main_memory = gigabytes(sum(memory.cpu.values()))
             sizes = [f"{batch} x {config.group_size}", main_memory, gigabytes(checkpoint)]
             lines.append([shape, f"{gpu_size} GB", f"`{flags}`" if flags else "none", *sizes])

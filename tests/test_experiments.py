@@ -330,6 +330,7 @@ def test_the_controls_of_a_run_and_its_other_turns(
     assert crossed["trained"]["trained"] == retries["its own reflection"]["trained"]
     assert len(retries) == 7 and len(tables) == (4 if model == "tiny" else 3)
     experiments.main(["turns", "--run", str(run), "--train", "attempt", "--steps", "1"])
+    assert not (run / "attempt-group3-steps1/checkpoint.safetensors").exists()
     assert "Trained: attempt" in capsys.readouterr().out
     gained, tokens = experiments.gains([run / "attempt-group3-steps1"])
     assert tokens > 0 and gained["1st try"].shape == (1,)

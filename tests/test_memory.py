@@ -272,6 +272,8 @@ def test_a_refusal_names_flags_that_fit(request, config, free_memory, name, free
     if expected is None:
         assert changed is None
         return
+    if "lora_rank" in expected:
+        expected = {**expected, "lr": 5e-6}  # ten times as high
     assert changed == replace(config, **expected)
     assert r3.check_memory(changed, model, training=True) >= 10_000
 
@@ -321,7 +323,7 @@ def test_offloading_without_enough_main_memory(config, qwen, free_memory):
     free_memory(200 * GB, 20 * GB)
     assert suggested(replace(config, offload=True), qwen) == config
     free_memory(200 * GB, 10 * GB)
-    assert suggested(config, qwen) == replace(config, lora_rank=32)
+    assert suggested(config, qwen) == replace(config, lora_rank=32, lr=5e-6)
 
 
 def test_the_free_memory_of_the_devices(monkeypatch):
@@ -409,7 +411,8 @@ def test_the_disk_that_a_run_needs(config, qwen, free_disk, tmp_path, capsys):
 
 def test_a_run_that_does_not_fit_the_disk_is_refused(config, qwen, free_disk, tmp_path):
     free_disk(30e9)
-    with pytest.raises(ValueError, match="use another disk or --lora-rank 32") as refusal:
+    hint = "use another disk or --lora-rank 32 --lr 5e-06$"
+    with pytest.raises(ValueError, match=hint) as refusal:
         r3.check_disk(config, qwen, tmp_path, 100, 1000)
     assert "\n" not in str(refusal.value) and "30 GB are free" in str(refusal.value)
     r3.check_disk(replace(config, lora_rank=32), qwen, tmp_path, 100, 1000)

@@ -879,7 +879,7 @@ def test_a_command_has_a_flag_for_each_of_its_settings(parsers, command):
     assert ("resume" in actions) == (command in ("train", "failures"))
     assert actions.keys() - {"help", "resume"} == set(SETTINGS_OF_COMMANDS[command])
     for name in SETTINGS_OF_COMMANDS[command]:
-        action, tiny, paper = actions[name], getattr(r3.TINY, name), getattr(r3.PAPER, name)
+        action, tiny, paper = actions[name], getattr(r3.TINY, name), getattr(r3.PRETRAINED, name)
         assert action.option_strings[0] == flag_of(name)
         assert action.default == argparse.SUPPRESS  # A flag that is not given is not a setting.
         assert (action.choices is not None) == (name in ("loss_type", "dtype", "split", "task"))
@@ -921,7 +921,7 @@ def settings_of(monkeypatch):
 
 def test_the_defaults_are_those_of_the_model(folder, settings_of, runs_folder):
     tiny, paper = settings_of("train"), settings_of(f"train --model {folder}")
-    assert tiny == r3.TINY and paper == replace(r3.PAPER, model=str(folder))
+    assert tiny == r3.TINY and paper == replace(r3.PRETRAINED, model=str(folder))
     assert (tiny.steps, tiny.batch_size, tiny.lr, tiny.num_samples) == (16, 32, 3e-4, 4)
     # The paper's values, and then those of the method.
     assert (paper.steps, paper.batch_size, paper.lr, paper.beta) == (1_750, 256, 5e-7, 0.001)
@@ -942,7 +942,7 @@ def test_the_defaults_are_those_of_the_model(folder, settings_of, runs_folder):
 def test_flags_override_the_defaults(folder, settings_of):
     flags = f"train --steps 3 --no-scale-advantages --limit 7 --updates 2 --model {folder}"
     given = {"steps": 3, "scale_advantages": False, "limit": 7, "updates": 2, "model": str(folder)}
-    assert settings_of(flags) == replace(r3.PAPER, **given)
+    assert settings_of(flags) == replace(r3.PRETRAINED, **given)
     greedy = settings_of("eval --temperature 0")
     assert (greedy.num_samples, greedy.max_attempts) == (1, 1)  # Greedy attempts are all the same.
     flags = "train --no-scale-advantages --steps 5 --lr 1e-5 --data d.json --loss-type grpo"
@@ -1293,7 +1293,7 @@ def test_a_pretrained_model_is_trained(runs_folder, folder, chance_verifier, tmp
     }  # fmt: skip
     r3.main(["train", *(f"{flag_of(name)}={value}" for name, value in given.items())])
     run = runs_folder / "f"
-    assert r3.load_config(run, "train") == replace(r3.PAPER, **given)
+    assert r3.load_config(run, "train") == replace(r3.PRETRAINED, **given)
     ids = torch.randint(0, 257, (1, 9))
     before = transformers.AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     after = transformers.AutoModelForCausalLM.from_pretrained(run / "model")(ids).logits
@@ -1363,7 +1363,8 @@ def test_problems_that_might_not_fit_into_the_context_are_dropped_and_counted(
 
 def test_the_padded_rows_of_the_head_are_neither_sampled_nor_trained(folder):
     """The model has 300 embeddings, and its tokenizer 258 tokens."""
-    config = replace(r3.PAPER, model=str(folder), device="cpu", dtype="float32", max_new_tokens=40)
+    on_cpu = replace(r3.PRETRAINED, device="cpu", dtype="float32")
+    config = replace(on_cpu, model=str(folder), max_new_tokens=40)
     agent = r3.load_agent(config, r3.load_task(config))
     assert agent.model.vocab_size == 258 < agent.model.config.vocab_size == 300
     with torch.no_grad():

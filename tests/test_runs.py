@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from conftest import few_threads
 import grpo
 import model as models
 import r3
-from tasks import TinyCountdown, Verdict
+from tasks import Task, TinyCountdown, Verdict
 
 FEW = [
     "--steps=2", "--batch-size=3", "--group-size=3", "--limit=4", "--num-samples=2",
@@ -256,6 +256,15 @@ def test_failures_that_would_outgrow_the_context_are_dropped(failures, base_fold
     assert len(groups) == len(usable)
 
 
+def test_a_search_that_was_completed_is_not_repeated(train, finished, monkeypatch):
+    """Its file does not show where it ended: the last problems may have had no failures."""
+    monkeypatch.setattr(r3, "find_failures", None)
+    text = (finished / "failures.jsonl").read_text()
+    train("--resume", "runs/x", "--save-every", "2")
+    assert (finished / "failures.jsonl").read_text() == text
+    assert r3.load_config(finished, "train").save_every == 2
+
+
 # -- Checkpoints and weights -----------------------------------------------------------------------
 
 
@@ -384,6 +393,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(base_folder, tm
 
 def test_hints_name_the_program_that_was_started(train, finished, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tests/sentence.py"])
+    (finished / "report.json").unlink()
     message = error_of(train, "--name", "x")
     assert message.startswith("sentence.py: runs/x exists")
     assert message.endswith("python tests/sentence.py train --resume runs/x")
@@ -404,6 +414,16 @@ def test_an_evaluation_is_shown_without_advantages_and_not_resumed(train, base_f
     assert "reflection  " in printed and "+0.00" not in printed
     message = error_of(r3.main, flags)
     assert message.endswith("runs/x exists: choose another --name")
+    message = error_of(train, "--name", "x")
+    assert message.endswith("runs/x exists: choose another --name")
+
+
+def test_only_a_run_that_can_be_resumed_is_offered(train, finished):
+    message = error_of(train, "--name", "x")
+    assert message.endswith("runs/x exists: choose another --name")
+    (finished / "report.json").unlink()
+    message = error_of(train, "--name", "x")
+    assert message.endswith("--name, or resume it: python r3.py train --resume runs/x")
 
 
 def play(monkeypatch, *lines: str, flags=()) -> None:
@@ -420,6 +440,17 @@ def test_play_knows_the_run_of_its_model(finished, monkeypatch):
     assert (config.model, config.max_new_tokens, config.seed) == ("runs/x/model", 12, 1)
     play(monkeypatch, flags=["--model", "runs/x/model", "--temperature", "0.5"])
     assert (configs[1].max_new_tokens, configs[1].temperature) == (12, 0.5)
+
+
+def test_play_needs_memory_for_one_conversation(finished, monkeypatch):
+    model = r3.load_shapes(replace(r3.TINY, model="runs/x/model"), TinyCountdown())
+    config = r3.config_of_model({"model": "runs/x/model"})
+    memory = r3.memory_needed(config, model, training=False)
+    monkeypatch.setattr(r3, "free_memory", lambda device: memory.peak(1))
+    play(monkeypatch)
+    monkeypatch.setattr(r3, "free_memory", lambda device: 0.9 * memory.peak(1))
+    message = error_of(r3.main, ["play"])
+    assert "the run needs" in message and "--cache-tokens" not in message
 
 
 def test_eval_knows_the_run_of_its_model(finished, monkeypatch):
@@ -605,7 +636,7 @@ def test_adapters_are_trained_with_ten_times_the_learning_rate(train, base_folde
     config = r3.load_config(Path("runs/x"), "train")
     assert config.lora_rank == 4 and config.lr == 10 * r3.TINY.lr
     assert r3.new_config({"lora_rank": 4, "lr": 1e-4}).lr == 1e-4
-    assert r3.new_config({"model": "org/x", "lora_rank": 4}).lr == 10 * r3.PAPER.lr
+    assert r3.new_config({"model": "org/x", "lora_rank": 4}).lr == 10 * r3.PRETRAINED.lr
     before, after = (
         safetensors.torch.load_file(path / "model.safetensors")
         for path in (base_folder, Path("runs/x/model"))
@@ -631,7 +662,7 @@ def test_a_run_that_diverges_says_how_to_start_again(train, monkeypatch):
 
 
 @pytest.mark.parametrize("lora_rank", [0, 8])
-@pytest.mark.parametrize("lr", [None, r3.PAPER.lr, 5e-6, 3e-6])
+@pytest.mark.parametrize("lr", [None, r3.PRETRAINED.lr, 5e-6, 3e-6])
 def test_a_command_to_start_again_keeps_the_learning_rate(lora_rank, lr):
     """Its default depends on --lora-rank."""
     given = {"model": "org/x", "lora_rank": lora_rank, "lr": lr}
@@ -688,3 +719,43 @@ def test_progress_in_a_log_file_is_a_line_a_minute(monkeypatch):
     lines = file.getvalue().split("\n")
     assert lines[0].startswith("search: 0 of 100") and lines[-3].startswith("search: 100 of 100")
     assert 4 <= len(lines) <= 8 and "\r" not in file.getvalue()
+
+
+# -- Mistakes in code of one's own -----------------------------------------------------------------
+
+
+def test_an_error_of_a_verifier_has_a_traceback(train, monkeypatch):
+    """Otherwise, its place would be hard to find: a ValueError ends a command in one line."""
+    monkeypatch.setattr(TinyCountdown, "verify", lambda self, problem, answer: int("twelve"))
+    with pytest.raises(RuntimeError, match="the task's verifier failed on the answer '") as raised:
+        train("--name", "x")
+    assert isinstance(raised.value.__cause__, ValueError)
+
+
+def test_every_error_has_a_traceback_in_development_mode():
+    for flags, expected in ((["-X", "dev"], True), ([], False)):
+        command = [sys.executable, *flags, r3.__file__, "show", "nowhere"]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 1 and "nowhere is not the folder of a" in ended.stderr
+        assert ("Traceback" in ended.stderr) == expected
+
+
+def test_a_task_has_to_recognize_the_problems_that_a_run_has_saved():
+    @dataclass(frozen=True)
+    class Pair:
+        id: int
+        pair: tuple[int, int]
+
+    class Pairs(Task):
+        Problem = Pair
+
+        def draw_problems(self, split, limit, rng):
+            return [Pair(0, (1, 2))]
+
+    class PairsOfLists(Pairs):
+        def parse_record(self, record):
+            return Pair(record["id"], tuple(record["pair"]))
+
+    with pytest.raises(ValueError, match="JSON turns tuples into lists"):
+        r3.load_problems(r3.PRETRAINED, Pairs(), "train", None)
+    assert r3.load_problems(r3.PRETRAINED, PairsOfLists(), "train", None) == [Pair(0, (1, 2))]

@@ -458,7 +458,7 @@ def test_the_splits_of_drawn_countdown_problems_share_no_numbers():
     assert {tasks.split_of(Countdown().problem_key(p)) for p in everything} == {*tasks.SPLITS}
     with pytest.raises(ValueError, match="no split 'cold': choose one of train, dev, test, all"):
         Countdown().load(split="cold")
-    with pytest.raises(ValueError, match="no split 'all': choose one of cold, train, dev, test"):
+    with pytest.raises(ValueError, match="no split 'all': choose one of train, dev, test$"):
         TinyCountdown().load(split="all")
 
 
@@ -507,7 +507,8 @@ def test_drawn_problems_never_change(task_class, split, digest):
 
 def test_countdown_is_downloaded_only_if_it_is_asked_for(tmp_path, folder, monkeypatch):
     """--data with a hub id uses exactly the problems of that dataset."""
-    config = replace(r3.PAPER, model=str(folder), device="cpu", dtype="float32", max_new_tokens=40)
+    on_cpu = replace(r3.PRETRAINED, device="cpu", dtype="float32")
+    config = replace(on_cpu, model=str(folder), max_new_tokens=40)
     task, requests = r3.load_task(config), []
 
     def local_path(hub_id, files, repo_type):
