@@ -348,7 +348,10 @@ def test_the_controls_of_a_run_and_its_other_turns(
             experiments.larger(run)
     monkeypatch.setattr(grpo, "generate", None)
     assert str(experiments.controls(run)) == str(tables)
-    assert list(experiments.controls(run, crossed_only=True)) == list(tables)[:2]
+    quick = experiments.controls(run, quick=True)
+    assert list(quick) == list(tables)[:3]
+    empty = retries["an empty reflection"]["trained"]
+    assert quick[list(tables)[2]]["an empty reflection"] == {"trained": empty}
     experiments.main(["controls", "--run", str(run)])
     assert "| its own reflection " in capsys.readouterr().out
 
