@@ -1014,7 +1014,8 @@ def collect_failures(
     `to_search`. They are kept in the run's folder, where a resumed run finds them. problems: those
     that the run evaluates. Raises ValueError if there are no failures."""
     path = folder / "failures.jsonl"
-    if has_all_failures(folder) and path.exists():  # The run is resumed.
+    is_whole = path.exists() and path.read_bytes().endswith(b"\n")  # It has not been cut off.
+    if is_whole and has_all_failures(folder):  # The run is resumed.
         write_config(folder, "train", config)  # It may have been given other settings.
         return load_conversations(path, vanilla)
     if not config.failures:
