@@ -504,10 +504,9 @@ def load_problems(config: Config, task: Task, split: str, limit: int | None) -> 
     problems = task.load(path, split, limit, config.seed)
     for problem in problems[:1]:  # A run saves problems as JSON, and must recognize them later.
         if task.parse_record(json.loads(json.dumps(asdict(problem)))) != problem:
-            saved = json.dumps(asdict(problem))
             raise ValueError(
-                f"parse_record of the task makes another problem of {saved} than the one that was "
-                "saved; for example, JSON turns tuples into lists"
+                f"the task's parse_record does not restore {problem} from JSON; for example, JSON "
+                "turns tuples into lists"
             )
     return problems
 

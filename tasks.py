@@ -93,7 +93,7 @@ class Task:
         problem in the split. Raises OSError if a file cannot be read."""
         splits = self.drawn_splits if path is None else MERGED_SPLITS
         if split not in splits:
-            offered = ", ".join(name for name in splits if name != "cold")  # cold: internal
+            offered = ", ".join(name for name in splits if name != "cold")  # No flag takes it.
             raise ValueError(f"there is no split {split!r}: choose one of {offered}")
         rng = random.Random(f"{self.shuffle_key} {split} {seed}")
         if path is None:

@@ -756,6 +756,6 @@ def test_a_task_has_to_recognize_the_problems_that_a_run_has_saved():
         def parse_record(self, record):
             return Pair(record["id"], tuple(record["pair"]))
 
-    with pytest.raises(ValueError, match="JSON turns tuples into lists"):
+    with pytest.raises(ValueError, match=r"restore .*Pair\(id=0, pair=\(1, 2\)\) from JSON"):
         r3.load_problems(r3.PRETRAINED, Pairs(), "train", None)
     assert r3.load_problems(r3.PRETRAINED, PairsOfLists(), "train", None) == [Pair(0, (1, 2))]
