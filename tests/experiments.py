@@ -902,12 +902,12 @@ def seed_rows(by_seed: dict[str, Rows]) -> Rows:
 
 
 # -- A larger vanilla model ------------------------------------------------------------------------
-def larger(run: Path, width: int = 3) -> Tables:
+def larger(run: Path, width: int = 4) -> Tables:
     """Make a vanilla model that is several times as wide as that of a run of the tiny model, by the
     same cold start on the same dialogues, and evaluate it on the run's problems, beside the vanilla
     and the trained model of the run.
 
-    A width of 3 means about 9 times the parameters. Raises ValueError if the run's model is not
+    A width of 4 means about 16 times the parameters. Raises ValueError if the run's model is not
     the tiny one.
     """
     config, vanilla = open_run(run)
@@ -957,6 +957,9 @@ def everything(seeds: list[int], tiny: bool, model: str) -> None:
     print_tables(seeds_table(seeds))
     for seed in seeds:
         print_tables(controls(r3.RUNS / f"test-seed{seed}"), f"Seed {seed}. ")
+    for seed in seeds:
+        print(f"\nSeed {seed}. Plain GRPO on the attempts, with as many turns as R3")
+        turns(r3.RUNS / f"test-seed{seed}", "attempt", group_size=16, steps=None, out=None)
     for seed in seeds:
         print_tables(larger(r3.RUNS / f"test-seed{seed}"))
     if tiny:
@@ -1050,8 +1053,8 @@ def parser() -> argparse.ArgumentParser:
         commands[name].add_argument(
             "--seeds", type=int, nargs="+", default=[0, 1, 2], help=help_text
         )
-    help_text = "width of the larger model, relative to the tiny one (default: 3)"
-    commands["larger"].add_argument("--width", type=int, default=3, help=help_text)
+    help_text = "width of the larger model, relative to the tiny one (default: 4)"
+    commands["larger"].add_argument("--width", type=int, default=4, help=help_text)
     add = commands["all"].add_argument
     add("--tiny", action="store_true", help="only the experiments with the tiny model")
     model = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -646,7 +646,7 @@ GPU_SIZES = (12, 16, 24, 48, 80)  # memory in GB
 def fits_table() -> str:
     """A Markdown table: with which flags r3.py trains a model on a GPU of some size. The settings
     are the defaults for a pretrained model, and all the GPU's memory is free."""
-    columns = ("model", "GPU", "flags", "failures at once", "main memory", "checkpoint")
+    columns = ("model", "GPU", "flags", "reflections at once", "main memory", "checkpoint")
     lines = [columns, ["---"] * len(columns)]
     for shape in FITS_SHAPES:
         with torch.device("meta"):
@@ -664,7 +664,7 @@ def fits_table() -> str:
             # --lora-rank raises the default of --lr, so that --lr need not be given.
             flags = r3.flags_for(replace(smaller, lr=config.lr), config)
             main_memory = gigabytes(sum(memory.cpu.values()))
-            sizes = [f"{batch} x {config.group_size}", main_memory, gigabytes(checkpoint)]
+            sizes = [str(batch * config.group_size), main_memory, gigabytes(checkpoint)]
             lines.append([shape, f"{gpu_size} GB", f"`{flags}`" if flags else "none", *sizes])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

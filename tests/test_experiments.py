@@ -373,6 +373,7 @@ def test_all_tiny_prints_the_tables_of_every_seed(monkeypatch, capsys):
     folders = [r3.RUNS / f"test-seed{seed}" for seed in (4, 5)]
     expected = [("seeds_table", [4, 5])]
     expected += [("controls", folder) for folder in folders]
+    expected += [("turns", folder, "attempt") for folder in folders]
     expected += [("larger", folder) for folder in folders]
     assert called == expected and not runs
     assert "Seed 5. controls" in capsys.readouterr().out
