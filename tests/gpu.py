@@ -646,7 +646,7 @@ GPU_SIZES = (12, 16, 24, 48, 80)  # memory in GB
 def fits_table() -> str:
     """A Markdown table: with which flags r3.py trains a model on a GPU of some size. The settings
     are the defaults for a pretrained model, and all the GPU's memory is free."""
-    columns = ("model", "GPU", "flags", "reflections at once", "main memory", "checkpoint")
+    columns = ("model", "GPU", "flags", "reflections sampled at once", "main memory", "checkpoint")
     lines = [columns, ["---"] * len(columns)]
     for shape in FITS_SHAPES:
         with torch.device("meta"):
