@@ -165,6 +165,13 @@ def controls(
         tables[title] = {
             name: {"nll": f"{cold_start_nll(agent):.3f}"} for name, agent in agents.items()
         }
+        attempts = {
+            name: [c.attempt for c in r3.load_conversations(run / f"{name}.jsonl", vanilla)]
+            for name in agents
+        }
+        tables["First attempts in the run's evaluations that search, %"] = {
+            name: {"search": percent(searching(vanilla, turns))} for name, turns in attempts.items()
+        }
     return tables
 
 
@@ -500,9 +507,9 @@ def describe_reflections(agent: Agent, conversations: list[Conversation]) -> dic
     """A row about a model's reflections: how many there are, their mean length, and the percentage
     that the verifier would accept as an answer.
 
-    For the tiny task also the percentage that search: they call what they have tried "no" or "yes".
-    For tests/sentence.py also the percentage that name the required word, and the accuracy of the
-    retries after those that do and after those that do not."""
+    For the tiny task also the percentage that search. For tests/sentence.py also the percentage
+    that name the required word, and the accuracy of the retries after those that do and after those
+    that do not."""
     conversations = [c for c in conversations if c.reflection]
     answers = np.array([agent.verify(c.problem, c.reflection).correct for c in conversations])
     row = {
@@ -510,11 +517,11 @@ def describe_reflections(agent: Agent, conversations: list[Conversation]) -> dic
         "tokens": f"{mean_tokens(conversations):.1f}",
         "correct answers": percent(answers),
     }
-    texts = [agent.tokenizer.decode(c.reflection.tokens).lower() for c in conversations]
-    words = [re.findall("[a-z]+", text) for text in texts]
     if isinstance(agent.task, TinyCountdown):
-        row["search"] = percent(np.array(["no" in found or "yes" in found for found in words]))
+        row["search"] = percent(searching(agent, [c.reflection for c in conversations]))
     if isinstance(agent.task, sentence.Sentence):
+        texts = [agent.tokenizer.decode(c.reflection.tokens).lower() for c in conversations]
+        words = [re.findall("[a-z]+", text) for text in texts]
         required = [c.problem.required_word for c in conversations]
         named = np.array([r in found for r, found in zip(required, words, strict=True)], bool)
         correct = np.array([c.retry_verdict.correct for c in conversations], bool)
@@ -522,6 +529,13 @@ def describe_reflections(agent: Agent, conversations: list[Conversation]) -> dic
         row["retry correct if named"] = percent(correct[named])
         row["retry correct if not"] = percent(correct[~named])
     return row
+
+
+def searching(agent: Agent, turns: list[Turn]) -> np.ndarray:
+    """For each turn of the tiny task, whether it searches: it calls what it has tried "no" or
+    "yes"."""
+    words = [agent.tokenizer.decode(turn.tokens).split() for turn in turns]
+    return np.array(["no" in found or "yes" in found for found in words])
 
 
 def percent(values: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import random
 import re
 import shutil
 from dataclasses import replace
@@ -328,7 +329,7 @@ def test_the_controls_of_a_run_and_its_other_turns(
     crossed, lengths, retries = list(tables.values())[:3]
     assert list(crossed) == list(crossed["vanilla"]) == list(lengths) == ["vanilla", "trained"]
     assert crossed["trained"]["trained"] == retries["its own reflection"]["trained"]
-    assert len(retries) == 7 and len(tables) == (4 if model == "tiny" else 3)
+    assert len(retries) == 7 and len(tables) == (5 if model == "tiny" else 3)
     experiments.main(["turns", "--run", str(run), "--train", "attempt", "--steps", "1"])
     assert not (run / "attempt-group3-steps1/checkpoint.safetensors").exists()
     assert "Trained: attempt" in capsys.readouterr().out
@@ -354,6 +355,18 @@ def test_the_controls_of_a_run_and_its_other_turns(
     assert quick[list(tables)[2]]["an empty reflection"] == {"trained": empty}
     experiments.main(["controls", "--run", str(run)])
     assert "| its own reflection " in capsys.readouterr().out
+
+
+def test_turns_of_the_cold_start_search_as_often_as_its_recipe_says(agent, task):
+    """In the last part of the cold start, 36% of the reflections and 8% of the attempts search; in
+    the first part, all reflections do."""
+    problems, rng = task.load(split="cold"), random.Random(0)
+    for full_search, share in ((True, 1.0), (False, 0.36)):
+        dialogues = [task.cold_start_dialogue(problems, rng, full_search)[1] for _ in range(3_000)]
+        reflections = [turns[1] for turns in dialogues if len(turns) > 1]
+        for texts, expected in ((reflections, share), ([t[0] for t in dialogues], 0.08)):
+            turns = [Turn([], agent.tokenizer.encode(text), False) for text in texts]
+            assert abs(experiments.searching(agent, turns).mean() - expected) < 0.03
 
 
 def test_all_tiny_prints_the_tables_of_every_seed(monkeypatch, capsys):
