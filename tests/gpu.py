@@ -646,7 +646,7 @@ GPU_SIZES = (12, 16, 24, 48, 80)  # memory in GB
 def fits_table() -> str:
     """A Markdown table: with which flags r3.py trains a model on a GPU of some size. The settings
     are the defaults for a pretrained model, and all the GPU's memory is free."""
-    columns = ("model", "GPU", "flags", "reflections sampled at once", "main memory", "checkpoint")
+    columns = ("model", "GPU", "flags", "reflections sampled at once", "main memory", "disk")
     lines = [columns, ["---"] * len(columns)]
     for shape in FITS_SHAPES:
         with torch.device("meta"):
@@ -660,11 +660,12 @@ def fits_table() -> str:
                 continue
             memory = r3.memory_needed(smaller, model, training=True)
             batch = r3.choose_cache_tokens(smaller, memory, free) // memory.least_cache
-            checkpoint = 12 * r3.count_trained(smaller, model)
+            # While a checkpoint is replaced, there are two; the trained model comes later.
+            disk = 2 * 12 * r3.count_trained(smaller, model) + memory.always["weights"]
             # --lora-rank raises the default of --lr, so that --lr need not be given.
             flags = r3.flags_for(replace(smaller, lr=config.lr), config)
             main_memory = gigabytes(sum(memory.cpu.values()))
-            sizes = [str(batch * config.group_size), main_memory, gigabytes(checkpoint)]
+            sizes = [str(batch * config.group_size), main_memory, gigabytes(disk)]
             lines.append([shape, f"{gpu_size} GB", f"`{flags}`" if flags else "none", *sizes])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
