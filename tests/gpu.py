@@ -660,7 +660,7 @@ def fits_table() -> str:
                 continue
             memory = r3.memory_needed(smaller, model, training=True)
             batch = r3.choose_cache_tokens(smaller, memory, free) // memory.least_cache
-            # While a checkpoint is replaced, there are two; the trained model comes later.
+            # As in r3.check_disk: two checkpoints, while one replaces the other, and the model.
             disk = 2 * 12 * r3.count_trained(smaller, model) + memory.always["weights"]
             # --lora-rank raises the default of --lr, so that --lr need not be given.
             flags = r3.flags_for(replace(smaller, lr=config.lr), config)
